@@ -1,0 +1,112 @@
+"""The affine quantizer: the one convention of this project.
+
+    real = scale * (q - zero_point),   qmin <= q <= qmax (both included)
+
+Values round half to even, as ONNX QuantizeLinear does. Accumulators, which are integers already, lose their low bits with
+`round_accumulator`, as concrete's `round_bit_pattern` does (half up).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.errors import QuantizationError
+
+Array = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Affine:
+    """An affine quantizer.
+
+    Invariants (checked by `validate`): scale > 0; qmin <= qmax; scale, zero_point, qmin, qmax and lsbs are arrays of shape
+    `()` (per tensor) or `(C,)` (per channel along `axis`). They are pytree leaves, so changing them recompiles nothing.
+
+    Args:
+        scale: real width of one step.
+        zero_point: the integer that stands for 0 (for a decoder of program outputs it may be fractional).
+        qmin, qmax: smallest and largest integer, inclusive.
+        lsbs: low bits removed from an accumulator before its table; 0 elsewhere.
+        axis: channel axis of the quantized tensor, in the graph's shape; None when per tensor.
+        signed: whether the integers are meant as signed.
+    """
+
+    scale: Array
+    zero_point: Array
+    qmin: Array
+    qmax: Array
+    lsbs: Array = 0
+    axis: int | None = field(default=None, metadata={"static": True})
+    signed: bool = field(default=False, metadata={"static": True})
+
+    def _expand(self, leaf: Array, ndim: int) -> Array:
+        """A leaf in a shape that broadcasts against a tensor of `ndim` axes."""
+        if jnp.ndim(leaf) == 0 or self.axis is None:
+            return leaf
+        axis = self.axis % ndim
+        return jnp.reshape(leaf, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
+
+    def expanded(self, ndim: int) -> Affine:
+        """The same quantizer with leaves that broadcast against a tensor of `ndim` axes."""
+        leaves = {name: self._expand(getattr(self, name), ndim) for name in LEAVES}
+        return replace(self, **leaves)
+
+
+LEAVES = ("scale", "zero_point", "qmin", "qmax", "lsbs")
+
+
+def quantize(affine: Affine, x: Array) -> Array:
+    """Real values to integers (held in the dtype of `x`), saturated to [qmin, qmax], ties to even."""
+    a = affine.expanded(jnp.ndim(x))
+    return jnp.clip(jnp.round(x / a.scale) + a.zero_point, a.qmin, a.qmax)
+
+
+def dequantize(affine: Affine, q: Array) -> Array:
+    """Integers to real values."""
+    a = affine.expanded(jnp.ndim(q))
+    return a.scale * (q - a.zero_point)
+
+
+def straight_through(exact: Array, surrogate: Array) -> Array:
+    """The value of `exact` with the gradient of `surrogate` (arXiv 1308.3432)."""
+    return surrogate + jax.lax.stop_gradient(exact - surrogate)
+
+
+def fake_quant(affine: Affine, x: Array) -> Array:
+    """`dequantize(quantize(x))`, differentiable: straight through inside the range, and in scale as LSQ (arXiv 1902.08153)."""
+    a = affine.expanded(jnp.ndim(x))
+    steps = x / a.scale
+    rounded = straight_through(jnp.round(steps), steps)
+    return a.scale * (jnp.clip(rounded + a.zero_point, a.qmin, a.qmax) - a.zero_point)
+
+
+def round_accumulator(acc: Array, lsbs: Array) -> Array:
+    """Removes `lsbs` low bits, half up, keeping the magnitude: concrete's `round_bit_pattern` on integers in any dtype."""
+    cell = jnp.exp2(jnp.asarray(lsbs, acc.dtype)) if jnp.issubdtype(acc.dtype, jnp.floating) else 1 << jnp.asarray(lsbs)
+    if jnp.issubdtype(acc.dtype, jnp.floating):
+        return jnp.floor(acc / cell + 0.5 * (cell > 1)) * cell
+    return (acc + (cell >> 1)) // cell * cell
+
+
+def validate(affine: Affine, name: str) -> None:
+    """Checks the invariants of a concrete (not traced) quantizer.
+
+    Raises:
+        QuantizationError: naming the tensor and the broken invariant.
+    """
+    leaves = {leaf: np.asarray(getattr(affine, leaf), np.float64) for leaf in LEAVES}
+    for leaf, value in leaves.items():
+        if not np.all(np.isfinite(value)):
+            raise QuantizationError(f"quantizer of {name!r}: {leaf} is not finite")
+        if value.ndim > 1 or (value.ndim == 1 and affine.axis is None):
+            raise QuantizationError(f"quantizer of {name!r}: {leaf} has shape {value.shape}; use () or (C,) with an axis")
+    if np.any(leaves["scale"] <= 0):
+        raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
+    if np.any(leaves["qmin"] > leaves["qmax"]):
+        raise QuantizationError(f"quantizer of {name!r}: qmin is above qmax")

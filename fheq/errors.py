@@ -1,0 +1,44 @@
+"""The errors that fheq raises: each names the place, the cause and the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fheq.graph import Node
+
+
+class FheqError(Exception):
+    """Base of every error that fheq raises on purpose."""
+
+
+class ModelError(FheqError):
+    """The model itself is malformed: unreadable bytes, a cycle, a missing tensor, NaN weights."""
+
+
+class UnsupportedError(FheqError):
+    """The model is valid, but uses an operator or a form that fheq does not take."""
+
+
+class ShapeError(FheqError):
+    """A shape is not static where it must be, or shapes do not fit together."""
+
+
+class DataError(FheqError):
+    """Arrays given by the caller are empty, not finite, or of the wrong shape or type."""
+
+
+class QuantizationError(FheqError):
+    """Quantizer parameters or a specification do not fit the graph."""
+
+
+class CompileError(FheqError):
+    """concrete-python could not turn a program into a circuit."""
+
+
+def describe(node: Node) -> str:
+    """One phrase that finds a node in a model: its name, operator and first output."""
+    name = repr(node.name) if node.name else "(unnamed)"
+    domain = f"{node.domain}." if node.domain else ""
+    output = next((o for o in node.outputs if o), "")
+    return f"node {name} ({domain}{node.op}, output {output!r})"

@@ -1,0 +1,105 @@
+"""The graph of one sample: what import gives and every transform takes.
+
+A graph describes the computation for **one sample**: every shape is static, a batch axis has size 1. Functions that take
+batches map the graph over the samples (see `fheq.batching`), which is also what an encrypted circuit does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fheq.affine import Affine
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape (of one sample, a batch axis being 1) and numpy dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the graph.
+
+    `type.shape` is the shape inside the graph. `batch_axis` is the axis along which the samples of a batch are joined: for
+    an input its size there is 1; for an output it may be larger (a reshape that folds the batch into another axis). None
+    means that the graph has no such axis, and batches get a new leading one.
+    """
+
+    name: str
+    type: TensorType
+    batch_axis: int | None = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, without the batch axis."""
+        shape, axis = self.type.shape, self.batch_axis
+        if axis is None or shape[axis] != 1:
+            return shape
+        return shape[:axis] + shape[axis + 1 :]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator application.
+
+    Args:
+        name: the model's name for the node; may be empty.
+        op: operator type, such as "Gemm".
+        inputs: tensor names; "" marks an absent optional input.
+        outputs: tensor names; "" marks an output that nobody reads.
+        attrs: every attribute, the schema's defaults included. Tensors are numpy arrays, strings are str.
+        domain: "" for ai.onnx.
+        version: the opset of `domain` that the model imports.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    domain: str = ""
+    version: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes in topological order, with the known tensors and the type of every tensor.
+
+    Args:
+        constants: known tensors by name (weights, folded subgraphs).
+        types: the type of every tensor, constants included.
+        pinned: quantizers that the model itself states (QAT and QDQ graphs), by the name of the quantized tensor.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    constants: Mapping[str, np.ndarray]
+    types: Mapping[str, TensorType]
+    pinned: Mapping[str, Affine] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> Graph:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def producers(self) -> dict[str, Node]:
+        """Tensor name to the node that computes it."""
+        return {out: node for node in self.nodes for out in node.outputs if out}
+
+    def consumers(self) -> dict[str, list[Node]]:
+        """Tensor name to the nodes that read it (each once), in topological order."""
+        readers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                if name:
+                    readers.setdefault(name, []).append(node)
+        return readers
