@@ -33,8 +33,10 @@ class Affine:
         zero_point: the integer that stands for 0 (for a decoder of program outputs it may be fractional).
         qmin, qmax: smallest and largest integer, inclusive.
         lsbs: low bits removed from an accumulator before its table; 0 elsewhere.
-        axis: channel axis of the quantized tensor, in the graph's shape; None when per tensor.
+        axis: channel axis of the quantized tensor, counted from the end (-1 is the last, so that it means the same with
+            and without a leading batch axis); None when per tensor.
         signed: whether the integers are meant as signed.
+        rounding: how an accumulator loses its `lsbs`, "exact" or "approximate"; "exact" elsewhere.
     """
 
     scale: Array
@@ -44,13 +46,23 @@ class Affine:
     lsbs: Array = 0
     axis: int | None = field(default=None, metadata={"static": True})
     signed: bool = field(default=False, metadata={"static": True})
+    rounding: str = field(default="exact", metadata={"static": True})
+
+    def quantize(self, x: Array) -> Array:
+        """See `quantize`."""
+        return quantize(self, x)
+
+    def dequantize(self, q: Array) -> Array:
+        """See `dequantize`."""
+        return dequantize(self, q)
 
     def _expand(self, leaf: Array, ndim: int) -> Array:
         """A leaf in a shape that broadcasts against a tensor of `ndim` axes."""
-        if jnp.ndim(leaf) == 0 or self.axis is None:
+        if np.ndim(leaf) != 1 or self.axis is None:
             return leaf
         axis = self.axis % ndim
-        return jnp.reshape(leaf, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
+        xp = jnp if isinstance(leaf, jax.Array) else np
+        return xp.reshape(leaf, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
 
     def expanded(self, ndim: int) -> Affine:
         """The same quantizer with leaves that broadcast against a tensor of `ndim` axes."""
@@ -62,15 +74,23 @@ LEAVES = ("scale", "zero_point", "qmin", "qmax", "lsbs")
 
 
 def quantize(affine: Affine, x: Array) -> Array:
-    """Real values to integers (held in the dtype of `x`), saturated to [qmin, qmax], ties to even."""
-    a = affine.expanded(jnp.ndim(x))
-    return jnp.clip(jnp.round(x / a.scale) + a.zero_point, a.qmin, a.qmax)
+    """Real values to integers, saturated to [qmin, qmax], ties to even.
+
+    JAX arrays keep their dtype; anything else is computed in float64 on the host and returned as int64.
+    """
+    a = affine.expanded(np.ndim(x))
+    if isinstance(x, jax.Array):
+        return jnp.clip(jnp.round(x / a.scale) + a.zero_point, a.qmin, a.qmax)
+    steps = np.round(np.asarray(x, np.float64) / a.scale) + a.zero_point
+    return np.clip(steps, a.qmin, a.qmax).astype(np.int64)
 
 
 def dequantize(affine: Affine, q: Array) -> Array:
-    """Integers to real values."""
-    a = affine.expanded(jnp.ndim(q))
-    return a.scale * (q - a.zero_point)
+    """Integers to real values (float64 on the host unless `q` is a JAX array)."""
+    a = affine.expanded(np.ndim(q))
+    if isinstance(q, jax.Array):
+        return a.scale * (q - a.zero_point)
+    return np.asarray(a.scale * (np.asarray(q, np.float64) - a.zero_point))
 
 
 def straight_through(exact: Array, surrogate: Array) -> Array:

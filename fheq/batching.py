@@ -1,0 +1,108 @@
+"""Batches of samples around the graph of one sample.
+
+An array given by a caller has the samples along its port's batch axis (or along a new leading axis when the graph has
+none). Inside, samples always lead: shape `(B, *port.type.shape)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.errors import DataError
+from fheq.graph import Port
+
+Array = Any
+
+
+def split(port: Port, array: Array, what: str = "input") -> Array:
+    """An array in the caller's layout to `(B, *port.type.shape)`.
+
+    Raises:
+        DataError: wrong rank or shape, naming the input.
+    """
+    shape, axis = port.type.shape, port.batch_axis
+    got = np.shape(array)
+    if axis is None:
+        if got == shape:
+            return array[None]
+        if got[1:] == shape and len(got) == len(shape) + 1:
+            return array
+        raise DataError(f"{what} {port.name!r} has shape {got}; expected {shape} or (samples, *{shape})")
+    if len(got) != len(shape) or got[:axis] + (1,) + got[axis + 1 :] != shape:
+        expected = tuple("N" if i == axis else d for i, d in enumerate(shape))
+        raise DataError(f"{what} {port.name!r} has shape {got}; expected {_show(expected)}")
+    moved = jnp.moveaxis(array, axis, 0) if isinstance(array, jax.Array) else np.moveaxis(array, axis, 0)
+    return moved.reshape(got[axis], *shape)
+
+
+def join(port: Port, values: Array) -> Array:
+    """Per-sample outputs `(B, *port.type.shape)` to the layout that the model gives for a batch."""
+    axis = port.batch_axis
+    if axis is None:
+        return values
+    xp = jnp if isinstance(values, jax.Array) else np
+    shape = port.type.shape
+    moved = xp.moveaxis(values, 0, axis)
+    return moved.reshape(*shape[:axis], values.shape[0] * shape[axis], *shape[axis + 1 :])
+
+
+def split_all(ports: Sequence[Port], arrays: Sequence[Array], what: str = "input") -> list[Array]:
+    """`split` for all ports, with equal numbers of samples.
+
+    Raises:
+        DataError: a wrong number of arrays, a wrong shape, or unequal numbers of samples.
+    """
+    if len(arrays) != len(ports):
+        names = ", ".join(repr(p.name) for p in ports)
+        raise DataError(f"the model takes {len(ports)} {what}s ({names}), but {len(arrays)} arrays were given")
+    parts = [split(port, array, what) for port, array in zip(ports, arrays)]
+    sizes = {part.shape[0] for part in parts}
+    if len(sizes) > 1:
+        counts = ", ".join(f"{p.name!r}: {part.shape[0]}" for p, part in zip(ports, parts))
+        raise DataError(f"{what}s have different numbers of samples ({counts})")
+    return parts
+
+
+def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndarray]:
+    """Arrays of real data, validated and in the inner layout.
+
+    Raises:
+        DataError: no samples, NaN or inf, a wrong dtype or shape; the message names the input.
+    """
+    checked = []
+    for port, array in zip(ports, arrays):
+        try:
+            array = np.asarray(array)
+        except ValueError as error:
+            raise DataError(f"input {port.name!r} is not an array: {error}") from error
+        want = port.type.dtype
+        if np.issubdtype(want, np.floating) and not np.issubdtype(array.dtype, np.floating):
+            raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected floating point ({want})")
+        if np.issubdtype(want, np.integer) and not np.issubdtype(array.dtype, np.integer):
+            raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected integers ({want})")
+        if want == np.bool_ and array.dtype != np.bool_:
+            raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected bool")
+        if np.issubdtype(array.dtype, np.floating) and not np.all(np.isfinite(array)):
+            raise DataError(f"input {port.name!r} contains NaN or infinity; clean the data first")
+        checked.append(array.astype(want, copy=False))
+    if len(arrays) != len(ports):
+        checked = list(arrays)
+    parts = split_all(ports, checked)
+    if parts and parts[0].shape[0] == 0:
+        raise DataError(f"input {ports[0].name!r} holds no samples")
+    return parts
+
+
+def over_samples(fn: Callable[..., Sequence[Array]], ports: Sequence[Port], arrays: Sequence[Array]) -> list[Array]:
+    """Maps `fn`, from per-sample inputs to a sequence of per-sample outputs, over the samples of the arrays."""
+    parts = split_all(ports, arrays)
+    return list(jax.vmap(lambda *sample: tuple(fn(*sample)))(*parts))
+
+
+def _show(shape: Sequence[Any]) -> str:
+    return "(" + ", ".join(str(d) for d in shape) + ("," if len(shape) == 1 else "") + ")"
