@@ -1,24 +1,41 @@
 """fheq quantizes ONNX models and compiles them to run on encrypted data.
 
-Names are loaded when first used: `import fheq` loads neither onnx nor concrete nor torch.
+`import fheq` loads neither onnx nor concrete nor torch: they are imported when a model is read or a circuit made.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
-_HOMES = {
-    "import_onnx": "fheq.onnx",
-    "evaluate": "fheq.evaluate",
-}
+from fheq.affine import Affine as Affine
+from fheq.calibrate import CalibrationWarning as CalibrationWarning
+from fheq.calibrate import calibrate as calibrate
+from fheq.errors import FheqError as FheqError
+from fheq.evaluate import evaluate as evaluate
+from fheq.fake_quant import fake_quant as fake_quant
+from fheq.fit import fit as fit
+from fheq.graph import Graph as Graph
+from fheq.lower import lower as lower
+from fheq.observers import MeanSquaredError as MeanSquaredError
+from fheq.observers import MinMax as MinMax
+from fheq.observers import Percentile as Percentile
+from fheq.program import IntProgram as IntProgram
+from fheq.qparams import QParams as QParams
+from fheq.simulate import simulate as simulate
+from fheq.spec import AccumulatorRange as AccumulatorRange
+from fheq.spec import Granularity as Granularity
+from fheq.spec import Override as Override
+from fheq.spec import Rounding as Rounding
+from fheq.spec import Spec as Spec
+from fheq.spec import Symmetry as Symmetry
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'fheq' has no attribute {name!r}")
+def import_onnx(model: str | PathLike | bytes | ModelProto, **options: Any) -> Graph:
+    """Reads an ONNX model: see `fheq.onnx.import_onnx`."""
+    from fheq.onnx import import_onnx as read
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return read(model, **options)

@@ -6,6 +6,7 @@ from fheq.ops import movement as movement
 from fheq.ops import pooling as pooling
 from fheq.ops import quantizers as quantizers
 from fheq.ops import reductions as reductions
+from fheq.ops import resize as resize
 from fheq.ops import shapes as shapes
 from fheq.ops.table import Kind as Kind
 from fheq.ops.table import Op as Op

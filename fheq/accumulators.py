@@ -1,0 +1,189 @@
+"""Ranges and rounding of accumulators: what enters a table, and how many bits of it.
+
+Two ranges are known of every accumulator: the worst case, from integer weights and input ranges, and the observed one, from
+calibration, with a margin. An offset brings the chosen range to [0, 2^width), centred so that the slack is on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import enable_x64
+
+from fheq.affine import Affine
+from fheq.calibrate import Stats
+from fheq.granularity import channel_axis
+from fheq.integers import (
+    accumulator_decoder,
+    add_multipliers,
+    apply_form,
+    operand_axis,
+    operand_decoder,
+    quantize_weight,
+)
+from fheq.plan import Plan
+from fheq.qparams import QParams
+from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
+from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
+
+TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
+
+
+class Bounds(NamedTuple):
+    """Smallest and largest integer of an accumulator; arrays of the step's shape, or per channel."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+
+def makes_accumulator(step: Step) -> bool:
+    """Whether a step makes an accumulator (the others pass quantized values on)."""
+    return not isinstance(step, (Maximum, Join))
+
+
+def worst_case(layout: Plan, qparams: QParams, step: Step) -> Bounds:
+    """Bounds that hold for every input in range, of the step's shape, in float64 (exact integers)."""
+    with enable_x64():
+        low, high = _worst_case(layout, qparams, step)
+        return Bounds(np.asarray(jnp.round(low)), np.asarray(jnp.round(high)))
+
+
+def _worst_case(layout: Plan, qparams: QParams, step: Step):
+    if isinstance(step, Linear):
+        x = operand_decoder(layout, qparams, step.x, operand_axis(step))
+        w = quantize_weight(layout, qparams, step).integers
+        up, down = jnp.maximum(w, 0), jnp.minimum(w, 0)
+        low = apply_form(step, x.low, up) + apply_form(step, x.high, down)
+        return low, apply_form(step, x.high, up) + apply_form(step, x.low, down)
+    if isinstance(step, Sum):
+        x = operand_decoder(layout, qparams, step.x)
+        valid = (step.x.elements >= 0).reshape(step.x.shape)
+        return tuple(jnp.sum(jnp.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
+    a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
+    if isinstance(step, Add):
+        m, n, _ = add_multipliers(a.scale, b.scale)
+        n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
+        return m * a.low + n_low, m * a.high + n_high
+    assert isinstance(step, Product)
+    p, r = (jnp.round(d.offset / d.scale) for d in (a, b))
+    corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
+    low, high = jnp.min(jnp.stack(corners), axis=0), jnp.max(jnp.stack(corners), axis=0)
+    return (jnp.sum(low, -1), jnp.sum(high, -1)) if step.contract else (low, high)
+
+
+def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
+    """Bounds of the step's shape to bounds per channel `(C,)`, or `(1,)`."""
+    def rows(v: np.ndarray) -> np.ndarray:
+        return np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) if axis is not None and v.ndim else v.reshape(1, -1)
+
+    return Bounds(rows(bounds.low).min(axis=1), rows(bounds.high).max(axis=1))
+
+
+def observed_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float) -> Bounds:
+    """Integer range seen in calibration, widened by `margin` of it at both ends, per channel."""
+    axis = channel_axis(layout, step.out)
+    found = stats[step.out]
+    low, high = np.asarray(found.minimum, np.float64), np.asarray(found.maximum, np.float64)
+    more = margin * (high - low)
+    with enable_x64():
+        scale, offset = (
+            np.broadcast_to(np.asarray(v), layout.shape(step.out)) for v in accumulator_decoder(layout, qparams, step)
+        )
+    ends = []
+    for real in (low - more, high + more):
+        view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
+        ends.append((view - offset) / np.where(scale == 0, 1, scale))
+    return channel_bounds(Bounds(np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))), axis)
+
+
+def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:
+    """The range that sizes an accumulator: never wider than the worst case."""
+    if spec.accumulators is AccumulatorRange.WORST_CASE:
+        return worst
+    seen = observed_bounds(layout, qparams, stats, step, spec.margin)
+    low = np.clip(seen.low, worst.low, worst.high)
+    return Bounds(low, np.clip(seen.high, low, worst.high))
+
+
+def bit_length(span: float) -> int:
+    """Bits of an unsigned integer up to `span`."""
+    return max(1, int(span).bit_length())
+
+
+def aligned(bounds: Bounds, lsbs: int) -> tuple[np.ndarray, int]:
+    """Offsets, multiples of the cell 2^lsbs, that bring each channel to start at 0, and the width that then holds the
+    largest value, rounded up by half a cell."""
+    cell = 1 << lsbs
+    offset = -np.floor(bounds.low / cell) * cell
+    return offset, bit_length(float(np.max(bounds.high + offset)) + (cell >> 1))
+
+
+def removable(bounds: Bounds, bits: int) -> int:
+    """The fewest low bits whose removal leaves `bits`."""
+    lsbs = 0
+    while aligned(bounds, lsbs)[1] - lsbs > bits:
+        lsbs += 1
+    return lsbs
+
+
+def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -> QParams:
+    """Sets the accumulators of `qparams` from its other quantizers: call it after editing those.
+
+    Args:
+        layout: `plan(graph)`.
+    """
+    accumulators = {}
+    for step in layout.steps:
+        if makes_accumulator(step):
+            accumulators[step.out] = _fit_one(layout, stats, spec, qparams, step)
+    return replace(qparams, accumulators=accumulators)
+
+
+def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step) -> Affine:
+    axis = channel_axis(layout, step.out)
+    worst = channel_bounds(worst_case(layout, qparams, step), axis)
+    rounding = spec.override(step.out, step.node.name).rounding or spec.rounding
+    read_by_table = step.out in layout.points.values()
+    bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
+    if not read_by_table:
+        return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+    limit = table_bits(len(worst.low))
+    if rounding is not None:
+        mode = "approximate" if rounding.approximate else "exact"
+        return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode)
+    if aligned(worst, 0)[1] > limit:  # too wide for any table: resolution is spent on what can never overflow
+        widest = worst if aligned(worst, 0)[1] <= limit + 6 else bounds
+        return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact")
+    return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+
+
+def table_bits(channels: int) -> int:
+    """The widest table that is tabulated for an accumulator with so many channels."""
+    return min(MAX_TABLE_BITS, int(np.log2(TABLE_BUDGET / max(channels, 1))))
+
+
+def accumulator_affine(layout: Plan, qparams: QParams, step: Step, bounds: Bounds, lsbs: int, mode: str) -> Affine:
+    """The quantizer of an accumulator for a range per channel."""
+    axis = channel_axis(layout, step.out)
+    offset, width = aligned(bounds, lsbs)
+    cell = 1 << lsbs
+    slack = 2.0**width - 1 - (cell >> 1) - (bounds.high + offset)
+    offset = offset + np.floor(slack / 2 / cell) * cell
+    with enable_x64():
+        decoded = [np.broadcast_to(np.asarray(v), layout.shape(step.out)) for v in accumulator_decoder(layout, qparams, step)]
+    scale, constant = (_first_of_channel(v, axis) for v in decoded)
+    scale = np.maximum(np.abs(scale), 1e-300)
+    zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included
+    if axis is None:
+        scale, zero_point = scale[0], zero_point[0]
+    whole = lambda v: np.full_like(scale, v)
+    return Affine(scale, zero_point, whole(0.0), whole(2.0**width - 1), np.asarray(float(lsbs)), axis, rounding=mode)
+
+
+def _first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:
+    if axis is None or not v.ndim:
+        return v.reshape(-1)[:1]
+    return np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1)[:, 0]

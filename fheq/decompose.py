@@ -1,0 +1,227 @@
+"""Composite and two-operand operators on computed tensors as simple ones.
+
+What is left is linear, univariate, movement, or one of Add, Sub, Mul, Max, Min and MatMul of two computed tensors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fheq import primitives
+from fheq.edit import Draft
+from fheq.errors import UnsupportedError, describe
+from fheq.graph import Graph, Node
+from fheq.primitives import CODES
+
+COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+
+
+def decompose(graph: Graph) -> Graph:
+    """The graph in simple operators; the same values up to rounding (Softmax overflows where exp does).
+
+    Raises:
+        UnsupportedError: Pow with base and exponent both computed.
+    """
+    draft = Draft(graph, hook=_rewritten)
+    for node in graph.nodes:
+        draft.write(node)
+    return draft.finish()
+
+
+def _rewritten(draft: Draft, node: Node) -> bool:
+    rule = RULES.get(node.op)
+    return rule is not None and not node.domain and bool(node.outputs) and rule(draft, node)
+
+
+def _computed(draft: Draft, names: tuple[str, ...]) -> bool:
+    """Whether all names are tensors that depend on data."""
+    return all(name and name not in draft.constants for name in names)
+
+
+def _is_float(draft: Draft, name: str) -> bool:
+    return draft.types[name].dtype.kind not in "biu"
+
+
+def _cast(draft: Draft, node: Node, name: str, dtype: np.dtype) -> str:
+    return name if draft.types[name].dtype == dtype else draft.apply(node, "Cast", name, to=CODES[np.dtype(dtype)])
+
+
+def _division(draft: Draft, node: Node) -> bool:
+    """a / b as a * (1 / b)."""
+    a, b = node.inputs
+    if not _computed(draft, (b,)) or not _is_float(draft, b):
+        return False
+    is_one = a in draft.constants and np.all(draft.constants[a] == 1)
+    if is_one and draft.types[node.outputs[0]] == draft.types[b]:
+        draft.apply(node, "Reciprocal", b, out=node.outputs[0])
+    else:
+        draft.apply(node, "Mul", a, draft.apply(node, "Reciprocal", b), out=node.outputs[0])
+    return True
+
+
+def _power(draft: Draft, node: Node) -> bool:
+    if _computed(draft, node.inputs):
+        raise UnsupportedError(
+            f"{describe(node)}: base and exponent both depend on data; use a known exponent, or Exp and Log"
+        )
+    return False
+
+
+def _comparison(draft: Draft, node: Node) -> bool:
+    """a < b as (a - b) < 0."""
+    if not _computed(draft, node.inputs):
+        return False
+    kind = draft.types[node.inputs[0]].dtype
+    if kind.kind in "bu":
+        kind = np.dtype(np.int32 if kind.itemsize <= 2 else np.int64)
+    a, b = (_cast(draft, node, name, kind) for name in node.inputs)
+    zero = draft.constant(f"{node.outputs[0]}/zero", 0, kind)
+    draft.apply(node, node.op, draft.apply(node, "Sub", a, b), zero, out=node.outputs[0])
+    return True
+
+
+def _logic(draft: Draft, node: Node) -> bool:
+    """And, Or, Xor of two computed tensors through the sum of both as numbers."""
+    if not _computed(draft, node.inputs):
+        return False
+    op, level = {"And": ("Greater", 1.5), "Or": ("Greater", 0.5), "Xor": ("Equal", 1.0)}[node.op]
+    a, b = (_cast(draft, node, name, np.dtype(np.float32)) for name in node.inputs)
+    limit = draft.constant(f"{node.outputs[0]}/level", level, np.dtype(np.float32))
+    draft.apply(node, op, draft.apply(node, "Add", a, b), limit, out=node.outputs[0])
+    return True
+
+
+def _where(draft: Draft, node: Node) -> bool:
+    """A choice by a computed condition c, as b + c * (a - b)."""
+    condition, a, b = node.inputs
+    known = [draft.constants[name] for name in (a, b) if name in draft.constants]
+    kind = draft.types[node.outputs[0]].dtype
+    if not _computed(draft, (condition,)) or len(known) == 2 or kind.kind == "b":
+        return False
+    if any(not np.all(np.isfinite(value.astype(np.float64))) for value in known):
+        return False
+    chosen = draft.apply(node, "Mul", _cast(draft, node, condition, kind), draft.apply(node, "Sub", a, b))
+    draft.apply(node, "Add", b, chosen, out=node.outputs[0])
+    return True
+
+
+def _chain(draft: Draft, node: Node) -> bool:
+    """Sum, Max, Min of several tensors, two at a time; Mean as a sum with a factor."""
+    if len(node.inputs) < 2 or (len(node.inputs) == 2 and node.op in ("Max", "Min")):
+        return False
+    op = {"Sum": "Add", "Mean": "Add"}.get(node.op, node.op)
+    total, last = node.inputs[0], len(node.inputs) - 1
+    for index, name in enumerate(node.inputs[1:], 1):
+        out = node.outputs[0] if index == last and node.op != "Mean" else ""
+        total = draft.apply(node, op, total, name, out=out)
+    if node.op == "Mean":
+        share = draft.constant(f"{node.outputs[0]}/share", 1 / len(node.inputs), draft.types[total].dtype)
+        draft.apply(node, "Mul", total, share, out=node.outputs[0])
+    return True
+
+
+def _clip(draft: Draft, node: Node) -> bool:
+    """Clip with a computed bound."""
+    bounds = [(op, name) for op, name in zip(("Max", "Min"), node.inputs[1:]) if name]
+    if all(name in draft.constants for _, name in bounds):
+        return False
+    value = node.inputs[0]
+    for index, (op, name) in enumerate(bounds):
+        value = draft.apply(node, op, value, name, out=node.outputs[0] if index == len(bounds) - 1 else "")
+    return True
+
+
+def _prelu(draft: Draft, node: Node) -> bool:
+    """PRelu with a computed slope: relu(x) - slope * relu(-x)."""
+    if not _computed(draft, node.inputs):
+        return False
+    x, slope = node.inputs
+    below = draft.apply(node, "Relu", draft.apply(node, "Neg", x))
+    draft.apply(node, "Sub", draft.apply(node, "Relu", x), draft.apply(node, "Mul", slope, below), out=node.outputs[0])
+    return True
+
+
+def _wrapped(draft: Draft, node: Node, indices: str, count: int) -> str:
+    """Signed indices with the negative ones counted from the end."""
+    kind = draft.types[indices].dtype
+    if kind.kind != "i":
+        return indices
+    zero, size = (
+        draft.constant(f"{node.outputs[0]}/{label}", value, kind) for label, value in (("zero", 0), ("size", count))
+    )
+    below = _cast(draft, node, draft.apply(node, "Less", indices, zero), kind)
+    return draft.apply(node, "Add", indices, draft.apply(node, "Mul", below, size))
+
+
+def _hot(draft: Draft, node: Node, indices: str, count: int, axis: int) -> str:
+    """Booleans: indices along a new axis, compared with 0 .. count - 1."""
+    indices = _wrapped(draft, node, indices, count)
+    axes = draft.constant(f"{node.outputs[0]}/axes", [axis], np.dtype(np.int64))
+    wide = draft.apply(node, "Unsqueeze", indices, axes)
+    rest = len(draft.types[wide].shape) - axis - 1
+    numbers = np.arange(count).reshape((-1,) + (1,) * rest)
+    return draft.apply(node, "Equal", wide, draft.constant(f"{node.outputs[0]}/numbers", numbers, draft.types[wide].dtype))
+
+
+def _one_hot(draft: Draft, node: Node) -> bool:
+    indices, depth, values = node.inputs
+    if not _computed(draft, (indices,)) or depth not in draft.constants or values not in draft.constants:
+        return False
+    rank = len(draft.types[indices].shape) + 1
+    off, on = draft.constants[values]
+    hot = _hot(draft, node, indices, int(draft.constants[depth].reshape(())), node.attrs["axis"] % rank)
+    names = [draft.constant(f"{node.outputs[0]}/{label}", value) for label, value in (("on", on), ("off", off))]
+    draft.apply(node, "Where", hot, *names, out=node.outputs[0])
+    return True
+
+
+def _gather(draft: Draft, node: Node) -> bool:
+    """Gather with computed indices: a product of one-hot rows with the table."""
+    table, indices = node.inputs
+    shape, kind = draft.types[table].shape, draft.types[table].dtype
+    if not _computed(draft, (indices,)) or kind.kind == "b":
+        return False
+    axis, places = node.attrs["axis"] % len(shape), draft.types[indices].shape
+    before, after = shape[:axis], shape[axis + 1 :]
+    rows = _rows(draft, node, table, axis)
+    hot = _cast(draft, node, _hot(draft, node, indices, shape[axis], len(places)), kind)
+    product = draft.apply(node, "MatMul", _reshaped(draft, node, hot, (-1, shape[axis])), rows)
+    spread = (*places, *before, *after)
+    p, b = len(places), len(before)
+    order = (*range(p, p + b), *range(p), *range(p + b, len(spread)))
+    done = order == tuple(range(len(spread)))
+    product = _reshaped(draft, node, product, spread, out=node.outputs[0] if done else "")
+    if not done:
+        draft.apply(node, "Transpose", product, out=node.outputs[0], perm=order)
+    return True
+
+
+def _rows(draft: Draft, node: Node, table: str, axis: int) -> str:
+    """The table as a matrix with one row per index."""
+    shape = draft.types[table].shape
+    perm = (axis, *(i for i in range(len(shape)) if i != axis))
+    if table in draft.constants:
+        value = draft.constants[table].transpose(perm).reshape(shape[axis], -1)
+        return draft.constant(f"{table}/rows", value)
+    moved = table if axis == 0 else draft.apply(node, "Transpose", table, perm=perm)
+    return _reshaped(draft, node, moved, (shape[axis], -1))
+
+
+def _reshaped(draft: Draft, node: Node, name: str, shape: tuple[int, ...], out: str = "") -> str:
+    target = draft.constant(f"{node.outputs[0]}/shape", np.asarray(shape, np.int64))
+    return draft.apply(node, "Reshape", name, target, out=out, allowzero=0)
+
+
+RULES = {
+    **dict.fromkeys(COMPARISONS, _comparison),
+    **dict.fromkeys(("And", "Or", "Xor"), _logic),
+    **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _chain),
+    "Clip": _clip,
+    "Div": _division,
+    "Gather": _gather,
+    "OneHot": _one_hot,
+    "PRelu": _prelu,
+    "Pow": _power,
+    "Where": _where,
+    **primitives.RULES,
+}

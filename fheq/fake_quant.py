@@ -1,0 +1,131 @@
+"""Fake quantization: the quantized model in floating point, differentiable, with every parameter a leaf."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq import affine
+from fheq.batching import join, over_samples
+from fheq.evaluate import unwrap
+from fheq.graph import Graph
+from fheq.integers import (
+    accumulator_decoder,
+    apply_form,
+    operand_axis,
+    quantize_weight,
+)
+from fheq.integers import _along_inputs as along_inputs
+from fheq.interpret import run_node
+from fheq.plan import Plan, plan
+from fheq.qparams import QParams
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
+
+Array = Any
+
+
+def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[Array, ...]:
+    """The quantized model in floating point: inputs, activations, weights and accumulators rounded as the integers are.
+
+    A pure function, for `jit`, `vmap` and `grad`: gradients pass straight through roundings (arXiv 1308.3432) and reach
+    scales as in LSQ (arXiv 1902.08153). Table inputs beyond an accumulator's range are not wrapped here; `simulate` does.
+
+    Args:
+        graph: what `import_onnx` gives.
+        qparams: what `fit` gives; every leaf may be a tracer.
+        inputs: as for `evaluate`.
+
+    Returns:
+        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled).
+    """
+    return unwrap(_fake_quant(graph, qparams, *inputs))
+
+
+@partial(jax.jit, static_argnums=0)
+def _fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> list[Array]:
+    layout = plan(graph)
+    parts = over_samples(partial(_sample, layout, qparams), graph.inputs, inputs)
+    return [join(port, part) for port, part in zip(graph.outputs, parts)]
+
+
+def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]:
+    env: dict[str, Array] = {}
+    for name, value in zip(layout.inputs, sample):
+        real = jnp.asarray(value, jnp.result_type(float))
+        quantized = affine.fake_quant(qparams.tensors[name], real)
+        env[name] = quantized if layout.graph.types[name].dtype.kind == "f" else quantized.astype(value.dtype)
+    steps = {step.out: step for step in layout.steps}
+    read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
+    for node in layout.graph.nodes:
+        step = steps.get(node.outputs[0])
+        values = (run_step(layout, qparams, step, env),) if step else run_node(node, read, layout.graph.constants)
+        env.update((n, v) for n, v in zip(node.outputs, values) if n)
+    outputs = []
+    for port in layout.graph.outputs:
+        operand = layout.outputs.get(port.name)
+        outputs.append(read(port.name) if operand is None else operand_values(qparams, operand, env))
+    return tuple(outputs)
+
+
+def operand_values(qparams: QParams, operand: Operand, env: dict[str, Array]) -> Array:
+    """The real values that the integers of an operand stand for."""
+    source = env[operand.key]
+    if operand.key in qparams.tensors:
+        real = jnp.asarray(source, jnp.result_type(float))
+        source = affine.fake_quant(qparams.tensors[operand.key], real)
+    values = source.ravel()[np.maximum(operand.elements, 0)]
+    if operand.slope is not None:
+        values = values * operand.slope + operand.intercept
+    if np.any(operand.elements < 0):
+        values = jnp.where(operand.elements < 0, operand.fill, values)
+    return values.reshape(operand.shape)
+
+
+def run_step(layout: Plan, qparams: QParams, step: Step, env: dict[str, Array]) -> Array:
+    """The real value of a step's result, its accumulator rounded."""
+    xs = [operand_values(qparams, operand, env) for operand in step.operands]
+    if isinstance(step, Maximum):
+        return step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
+    if isinstance(step, Join):
+        flat = jnp.asarray(step.fill, xs[0].dtype)
+        for i, x in enumerate(xs):
+            here = np.flatnonzero(step.which == i)
+            flat = flat.at[here].set(x.ravel()[step.element[here]])
+        return flat.reshape(step.shape)
+    if isinstance(step, Linear):
+        return _linear(layout, qparams, step, xs[0])
+    if isinstance(step, Sum):
+        y = step.coefficient * jnp.sum(xs[0], axis=-1)
+    elif isinstance(step, Add):
+        y = xs[0] + step.sign * xs[1]
+    else:
+        assert isinstance(step, Product)
+        y = jnp.sum(xs[0] * xs[1], axis=-1) if step.contract else xs[0] * xs[1]
+    return rounded(qparams, step, y, *accumulator_decoder(layout, qparams, step))
+
+
+def _linear(layout: Plan, qparams: QParams, step: Linear, x: Array) -> Array:
+    weights = quantize_weight(layout, qparams, step)
+    axis = operand_axis(step)
+    safe = jnp.where(weights.ratio == 0, 1, weights.ratio)
+    view = safe.reshape(-1, *(1,) * (x.ndim - axis - 1))
+    scale = qparams.weights[step.weight_name].expanded(step.weight.ndim).scale
+    real = weights.integers * scale
+    flat = jnp.where(weights.ratio == 0, 1.0, 0.0)
+    real = real + step.weight * along_inputs(step, flat)  # channels that do not vary keep their constant
+    y = apply_form(step, x / view, real) + step.bias
+    return rounded(qparams, step, y, weights.scale, weights.offset)
+
+
+def rounded(qparams: QParams, step: Step, y: Array, scale: Array, offset: Array) -> Array:
+    """A real accumulator value with its low bits removed."""
+    lsbs = qparams.accumulators[step.out].lsbs
+    acc = (y - offset) / scale
+    low = affine.round_accumulator(jnp.round(acc), lsbs)
+    # Integers already where nothing is removed: only float noise would be rounded away.
+    exact = jnp.where(lsbs > 0, low, acc)
+    return (affine.straight_through(exact, acc) * scale + offset).reshape(step.shape)

@@ -1,0 +1,252 @@
+"""From statistics and a specification to quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from jax.experimental import enable_x64
+
+from fheq.accumulators import fit_accumulators
+from fheq.affine import Affine
+from fheq.calibrate import Stats, observed
+from fheq.errors import QuantizationError
+from fheq.granularity import Sharing, channel_axis, share
+from fheq.graph import Graph
+from fheq.integers import absorbed_weight
+from fheq.observers import TensorStats, per_tensor
+from fheq.ops.table import Kind, lookup
+from fheq.plan import Plan, plan
+from fheq.qparams import QParams
+from fheq.spec import Granularity, Spec, Symmetry, as_spec
+from fheq.steps import Linear
+
+TINY = 1e-12  # relative width below which a range counts as a point
+
+
+def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec) -> QParams:
+    """Quantizers for a graph.
+
+    Args:
+        graph: what `import_onnx` gives.
+        stats: what `calibrate` gives for it.
+        spec: bits as `get_n_bits_dict` takes them, or a `Spec`. Quantizers that the model states itself are kept.
+
+    Returns:
+        A pytree of Affines. Its structure depends on the graph and on the spec's granularities, never on bits.
+
+    Raises:
+        QuantizationError: an override names no tensor of the graph, or the statistics are of another graph.
+    """
+    spec = as_spec(spec)
+    layout = plan(graph)
+    missing = [name for name in observed(layout) if name not in stats]
+    if missing:
+        raise QuantizationError(f"the statistics lack tensor {missing[0]!r}: calibrate this graph")
+    _check_overrides(layout, spec)
+    tensors = fit_tensors(layout, stats, spec)
+    qparams = QParams(tensors, {}, {})
+    weights: dict[str, Affine] = {}
+    for step in layout.steps:
+        if isinstance(step, Linear):
+            weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
+    return fit_accumulators(layout, stats, spec, replace(qparams, weights=weights))
+
+
+def _check_overrides(layout: Plan, spec: Spec) -> None:
+    steps = {name for s in layout.steps for name in (s.out, s.node.name, getattr(s, "weight_name", ""))}
+    producers = layout.graph.producers()
+    known = steps | set(layout.inputs) | set(layout.points) | {producers[p].name for p in layout.points if p in producers}
+    for name in spec.overrides:
+        if name not in known:
+            near = ", ".join(sorted(known - {""})[:8])
+            raise QuantizationError(f"override {name!r} names no quantized tensor, weight or node (there are {near}, ...)")
+
+
+def _names(layout: Plan, key: str) -> tuple[str, str]:
+    producer = layout.graph.producers().get(key)
+    return key, producer.name if producer else ""
+
+
+# Activations
+
+
+def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
+    """Quantizers of inputs and points."""
+    keys = list(dict.fromkeys([*layout.inputs, *layout.points]))
+    stated = {k: a for k in keys if (a := _stated(layout, k)) is not None}
+    wanted = {}
+    for key in keys:
+        granularity = spec.override(*_names(layout, key)).granularity or spec.activations
+        axis = stated[key].axis if key in stated else (-1 if granularity is Granularity.PER_CHANNEL else None)
+        wanted[key] = axis is not None and _divisible(layout, key)
+    sharing = share(layout, wanted)
+    ranges = {key: _range(layout, key, stats[key], spec, sharing.axis[key]) for key in keys}
+    scales = {key: _scale(*ranges[key]) for key in keys}
+    result: dict[str, Affine] = {}
+    for key in keys:
+        members = [k for k in keys if sharing.group[k] == sharing.group[key]]
+        result[key] = stated[key] if key in stated else _affine(layout, key, members, sharing, ranges, scales, stated)
+    return result
+
+
+def _divisible(layout: Plan, key: str) -> bool:
+    port = next((p for p in layout.graph.inputs if p.name == key), None)
+    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout, key)
+
+
+def _stated(layout: Plan, key: str) -> Affine | None:
+    return layout.adopted.get(key) or layout.graph.pinned.get(key)
+
+
+def is_boolean(layout: Plan, key: str) -> bool:
+    """Whether a tensor holds nothing but 0 and 1, being made from a comparison."""
+    producers = layout.graph.producers()
+    node = producers.get(key)
+    while node is not None:
+        if layout.graph.types[node.outputs[0]].dtype == np.bool_:
+            return True
+        if node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT:
+            return False
+        node = producers.get(node.inputs[0])
+    return False
+
+
+def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
+    """Bits of a quantized tensor."""
+    override = spec.override(*_names(layout, key)).n_bits
+    bits = spec.bits()
+    if override is not None:
+        return override
+    if key in layout.inputs:
+        return bits["model_inputs"]
+    read = any(o.key == key for step in layout.steps for o in step.operands)
+    return bits["op_inputs"] if read else bits["model_outputs"]
+
+
+Range = tuple[np.ndarray, np.ndarray, int]
+
+
+def _range(layout: Plan, key: str, stats: TensorStats, spec: Spec, axis: int | None) -> Range:
+    """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it."""
+    port = next((p for p in layout.graph.inputs if p.name == key), None)
+    exact = is_boolean(layout, key) or (port is not None and port.type.dtype.kind in "iub")
+    bits = tensor_bits(layout, key, spec)
+    seen = stats if axis is not None else per_tensor(stats)
+    if exact:  # integers stand for themselves
+        low, high = (np.zeros(1), np.ones(1)) if is_boolean(layout, key) else (seen.minimum, seen.maximum)
+        bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
+        low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
+    else:
+        observer = spec.override(*_names(layout, key)).observer
+        observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
+        low, high = observer.range(seen, bits)
+        if _meets_filler(layout, key):
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+    if axis is None:
+        low, high = np.min(low), np.max(high)
+    return np.asarray(low, np.float64), np.asarray(high, np.float64), bits
+
+
+def _meets_filler(layout: Plan, key: str) -> bool:
+    """Whether zeros are put beside its values (padding), so that 0 must be one of its steps."""
+    return any(o.key == key and np.any(o.elements < 0) for step in layout.steps for o in step.operands)
+
+
+def _scale(low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
+    span = high - low
+    size = np.maximum(np.maximum(np.abs(low), np.abs(high)), 1e-30)
+    span = np.where(span <= TINY * size, np.where(size > 1e-29, size, 1.0), span)  # a constant: any step of its size
+    return span / (2.0**bits - 1)
+
+
+def _affine(
+    layout: Plan,
+    key: str,
+    members: list[str],
+    sharing: Sharing,
+    ranges: Mapping[str, Range],
+    scales: Mapping[str, np.ndarray],
+    stated: Mapping[str, Affine],
+) -> Affine:
+    axis = sharing.axis[key]
+    low, high, bits = ranges[key]
+    given = next((stated[m] for m in members if m in stated), None)
+    if given is not None and (given.axis is None or axis is not None):
+        scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape).copy()
+        if sharing.group[key] in sharing.identical:
+            return replace(given, axis=axis)
+    elif sharing.group[key] in sharing.identical:
+        low = np.min([ranges[m][0] for m in members], axis=0)
+        high = np.max([ranges[m][1] for m in members], axis=0)
+        bits = max(ranges[m][2] for m in members)
+        scale = _scale(low, high, bits)
+    else:
+        scale = np.max([scales[m] for m in members], axis=0)
+    return affine_between(low, high, scale, bits, axis)
+
+
+def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:
+    """Unsigned integers for [low, high] in steps of `scale`; no more than 2^bits of them."""
+    zero_point = -np.round(low / scale)
+    qmax = np.clip(np.round(high / scale) + zero_point, 1, 2.0**bits - 1)
+    return Affine(scale, zero_point, np.zeros_like(scale), qmax, np.zeros_like(scale), axis)
+
+
+# Weights
+
+
+def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affine:
+    """The quantizer of a weight: the one that the model states, or one fitted to its extremes."""
+    override = spec.override(step.weight_name, step.out, step.node.name)
+    granularity = override.granularity or spec.weights
+    stated = layout.graph.pinned.get(step.weight_name)
+    if stated is not None:
+        return _stated_weight(step, stated)
+    bits = override.n_bits or spec.bits()["op_weights"]
+    with enable_x64():
+        weight = np.asarray(absorbed_weight(layout, qparams, step)[0])
+    axis = step.weight_axis
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    if granularity is Granularity.PER_TENSOR:
+        rows, axis = rows.reshape(1, -1), None
+    leaves = weight_quantizer(rows, bits, spec.symmetry)
+    if axis is None:
+        leaves = tuple(leaf[0] for leaf in leaves)
+    return Affine(*leaves, np.zeros_like(leaves[0]), axis, signed=True)
+
+
+def _stated_weight(step: Linear, stated: Affine) -> Affine:
+    """A stated quantizer refers to the weight as stored: bring its channel axis to the weight as used."""
+    if stated.axis is None:
+        return stated
+    if np.ndim(stated.scale) and len(stated.scale) != step.weight.shape[step.weight_axis]:
+        raise QuantizationError(
+            f"weight {step.weight_name!r} has a quantizer per input channel; fheq takes one per output channel or one in all"
+        )
+    return replace(stated, axis=step.weight_axis)
+
+
+def weight_quantizer(rows: np.ndarray, bits: int, symmetry: Symmetry) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Scale, zero point, qmin and qmax of each row `(C, n)`."""
+    low = np.minimum(rows.min(axis=1), 0)
+    high = np.maximum(rows.max(axis=1), 0)
+    top = np.maximum(np.maximum(-low, high), 1e-30)
+    half = max(2.0 ** (bits - 1) - 1, 1.0)
+    symmetric = (top / half, np.zeros_like(top), np.full_like(top, -half), np.full_like(top, half))
+    if symmetry is Symmetry.SYMMETRIC:
+        return symmetric
+    step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
+    qmin = np.full_like(top, -(2.0 ** (bits - 1)))
+    asymmetric = (step, qmin - np.round(low / step), qmin, qmin + 2.0**bits - 1)
+    if symmetry is Symmetry.ASYMMETRIC:
+        return asymmetric
+    better = _row_error(rows, asymmetric) < _row_error(rows, symmetric)
+    return tuple(np.where(better, a, s) for a, s in zip(asymmetric, symmetric))  # type: ignore[return-value]
+
+
+def _row_error(rows: np.ndarray, quantizer: tuple[np.ndarray, ...]) -> np.ndarray:
+    scale, zero, qmin, qmax = (leaf[:, None] for leaf in quantizer)
+    q = np.clip(np.round(rows / scale) + zero, qmin, qmax)
+    return np.sum((scale * (q - zero) - rows) ** 2, axis=1)

@@ -1,0 +1,200 @@
+"""Which tensors can have a quantizer per channel, and which must share one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fheq.plan import Plan
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, varies_only_along
+
+
+@lru_cache(maxsize=64)
+def _axes(layout: Plan) -> dict[str, int | None]:
+    axes: dict[str, int | None] = {}
+    for step in layout.steps:  # what a convolution reads has channels on axis 1
+        if isinstance(step, Linear) and step.form == "conv":
+            rank = len(layout.shape(step.x.key))
+            if rank == len(step.x.shape):
+                axes[step.x.key] = 1 - rank
+    made = {step.out: step for step in layout.steps}
+
+    def visit(name: str) -> int | None:
+        if name not in axes:
+            axes[name] = _default_axis(layout, name, made, visit)
+        return axes[name]
+
+    for name in [*layout.inputs, *made, *layout.points]:
+        visit(name)
+    return axes
+
+
+def _default_axis(layout: Plan, name: str, made: Mapping[str, Step], visit) -> int | None:
+    rank = len(layout.shape(name))
+    if rank == 0:
+        return None
+    step = made.get(name)
+    if isinstance(step, Linear):
+        return step.channel if rank >= -step.channel else None
+    before = layout.points.get(name) if step is None else step.operands[0].key
+    if before is not None and before != name and len(layout.shape(before)) == rank:
+        return visit(before)
+    return -1
+
+
+def channel_axis(layout: Plan, name: str) -> int | None:
+    """The channel axis of an observed tensor, counted from the end; None for a scalar."""
+    return _axes(layout)[name]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Granularity of the quantized tensors.
+
+    Args:
+        axis: by quantized tensor (points and inputs): its channel axis, or None for one quantizer.
+        group: by quantized tensor: tensors of equal number share their scale.
+        identical: groups whose members share the whole quantizer (a maximum compares them).
+    """
+
+    axis: Mapping[str, int | None]
+    group: Mapping[str, int]
+    identical: frozenset[int]
+
+
+def share(layout: Plan, wanted: Mapping[str, bool]) -> Sharing:
+    """Resolves granularity.
+
+    Args:
+        wanted: by quantized tensor, whether a quantizer per channel is wanted.
+
+    Returns:
+        Per-channel axes where every reader can absorb the scales, and the groups of tensors that must agree.
+    """
+    return _Resolver(layout, wanted).result()
+
+
+class _Resolver:
+    def __init__(self, layout: Plan, wanted: Mapping[str, bool]):
+        self.layout = layout
+        self.keys = [*layout.inputs, *layout.points]
+        self.axis = {k: channel_axis(layout, k) if wanted[k] else None for k in self.keys}
+        self.parent = {k: k for k in self.keys}
+        self.steps = {step.out: step for step in layout.steps}
+        self.full: set[str] = set()
+
+    def result(self) -> Sharing:
+        while self.one_pass():
+            pass
+        roots = {k: self.find(k) for k in self.keys}
+        numbers = {root: i for i, root in enumerate(dict.fromkeys(roots.values()))}
+        identical = frozenset(numbers[self.find(k)] for k in self.full)
+        return Sharing(self.axis, {k: numbers[r] for k, r in roots.items()}, identical)
+
+    def find(self, key: str) -> str:
+        while self.parent[key] != key:
+            key = self.parent[key]
+        return key
+
+    def unite(self, keys: list[str]) -> bool:
+        roots = {self.find(k) for k in keys}
+        first = self.find(keys[0])
+        for root in roots:
+            self.parent[root] = first
+        return len(roots) > 1
+
+    def one_pass(self) -> bool:
+        """Applies every reader's constraint once; says whether anything changed."""
+        changed = False
+        for step in self.layout.steps:
+            if isinstance(step, (Add, Maximum)):
+                changed |= self.align(step)
+            else:
+                for operand in step.operands:
+                    if not self.absorbs(step, self.labels(operand)):
+                        changed |= self.flatten(self.origins(operand))
+        for key in self.keys:  # a group is per channel as a whole or not at all
+            root = self.find(key)
+            if self.axis[key] is None and self.axis[root] is not None:
+                self.axis[root], changed = None, True
+        for key in self.keys:
+            if self.axis[self.find(key)] is None and self.axis[key] is not None:
+                self.axis[key], changed = None, True
+        return changed
+
+    def flatten(self, keys: list[str]) -> bool:
+        changed = any(self.axis[k] is not None for k in keys)
+        for k in keys:
+            self.axis[k] = None
+        if not changed and len(keys) > 1:
+            return self.unite(keys)
+        return changed
+
+    def align(self, step: Step) -> bool:
+        origins = [k for operand in step.operands for k in self.origins(operand)]
+        changed = self.unite(origins)
+        if isinstance(step, Maximum):
+            self.full.update(origins)
+        channels = [self.channels(operand) for operand in step.operands]
+        if isinstance(step, Maximum):
+            channels = [c.reshape(*step.shape, -1) for c in channels]
+            agree = all(varies_only_along(c.reshape(-1, c.shape[-1]), 0) for c in channels)
+            channels = [c[..., :1] for c in channels]
+        else:
+            agree = True
+        agree &= all(np.array_equal(channels[0], c) for c in channels[1:])
+        if not agree:
+            changed |= any(self.axis[k] is not None for k in origins)
+            for k in origins:
+                self.axis[k] = None
+        return changed
+
+    def absorbs(self, step: Step, labels: np.ndarray) -> bool:
+        if isinstance(step, Linear):
+            return varies_only_along(labels, {"matmul": labels.ndim - 1, "left": labels.ndim - 2, "conv": 1}[step.form])
+        if isinstance(step, Sum) or (isinstance(step, Product) and step.contract):
+            return varies_only_along(labels.reshape(-1, labels.shape[-1]), 0)
+        return isinstance(step, (Join, Product))
+
+    def origins(self, operand: Operand) -> list[str]:
+        """The quantized tensors (points and inputs) whose integers an operand holds."""
+        step = self.steps.get(operand.key)
+        if operand.key in self.parent or step is None:
+            return [operand.key]
+        return list(dict.fromkeys(k for o in step.operands for k in self.origins(o)))
+
+    def labels(self, operand: Operand) -> np.ndarray:
+        """A number per scale at each element of an operand; -1 at fillers."""
+        return self._numbers(operand, lambda key: self.keys.index(key) << 32)
+
+    def channels(self, operand: Operand) -> np.ndarray:
+        """The channel of the scale at each element of an operand."""
+        return self._numbers(operand, lambda key: 0)
+
+    def _numbers(self, operand: Operand, base) -> np.ndarray:
+        whole = self._of_key(operand.key, base)
+        moved = np.where(operand.elements < 0, -1, whole[np.maximum(operand.elements, 0)])
+        return moved.reshape(operand.shape)
+
+    def _of_key(self, key: str, base) -> np.ndarray:
+        shape = self.layout.shape(key)
+        if key in self.parent:
+            axis = self.axis[key]
+            number = np.zeros(shape, np.int64)
+            if axis is not None:
+                view = [1] * len(shape)
+                view[axis] = shape[axis]
+                number = np.broadcast_to(np.arange(shape[axis]).reshape(view), shape)
+            return (number + base(key)).ravel()
+        step = self.steps[key]
+        if isinstance(step, Maximum):
+            return self._numbers(step.xs[0], base).reshape(*step.shape, -1)[..., 0].ravel()
+        assert isinstance(step, Join)
+        out = np.full(int(np.prod(shape)), -1, np.int64)
+        for i, piece in enumerate(step.pieces):
+            here = step.which == i
+            out[here] = self._numbers(piece, base).ravel()[step.element[here]]
+        return out

@@ -1,0 +1,235 @@
+"""The arithmetic of quantized steps, in JAX: what integers a step computes and what real values they stand for.
+
+One implementation serves `fake_quant` (traced, float32), `fit` and `lower` (concrete, float64).
+
+An integer tensor is decoded by `real = scale * q + offset`, elementwise. With clear weights the scales and offsets of the
+inputs fold into the weights and into a constant (arXiv 1712.05877, eq. 7, with the zero point of the weight inside the
+integer weight).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.affine import Affine, straight_through
+from fheq.plan import Plan
+from fheq.qparams import QParams
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
+
+Array = Any
+
+
+class Decoder(NamedTuple):
+    """`real = scale * q + offset` for integers in [low, high]; arrays of the tensor's shape."""
+
+    scale: Array
+    offset: Array
+    low: Array
+    high: Array
+
+
+def decoder(affine: Affine, shape: tuple[int, ...]) -> Decoder:
+    """The decoder of a quantized tensor."""
+    a = affine.expanded(len(shape))
+    leaves = (a.scale, -a.scale * a.zero_point, a.qmin, a.qmax)
+    return Decoder(*(jnp.broadcast_to(jnp.asarray(leaf, jnp.result_type(float)), shape) for leaf in leaves))
+
+
+def key_decoder(layout: Plan, qparams: QParams, key: str) -> Decoder:
+    """The decoder of a quantized tensor: a point, an input, a join or a maximum."""
+    shape = layout.shape(key)
+    if key in qparams.tensors:
+        return decoder(qparams.tensors[key], shape)
+    step = step_of(layout, key)
+    if isinstance(step, Maximum):
+        first = operand_decoder(layout, qparams, step.xs[0])
+        return Decoder(*(leaf.reshape(*shape, -1)[..., 0] for leaf in first))
+    assert isinstance(step, Join)
+    size = int(np.prod(shape))
+    flat = [jnp.ones(size), jnp.asarray(step.fill, jnp.result_type(float)), jnp.zeros(size), jnp.zeros(size)]
+    for i, piece in enumerate(step.pieces):
+        here = np.flatnonzero(step.which == i)
+        part = operand_decoder(layout, qparams, piece)
+        flat = [f.at[here].set(p.ravel()[step.element[here]]) for f, p in zip(flat, part)]
+    return Decoder(*(f.reshape(shape) for f in flat))
+
+
+def step_of(layout: Plan, name: str) -> Step:
+    """The step that makes a tensor."""
+    return next(step for step in layout.steps if step.out == name)
+
+
+def representative(operand: Operand, axis: int | None) -> np.ndarray:
+    """For each element, an element of equal scale that is no filler (itself, or one along the other axes than `axis`)."""
+    flat = operand.elements
+    own = np.arange(len(flat))
+    if np.all(flat >= 0):
+        return own
+    if axis is None or not operand.shape:
+        return np.where(flat >= 0, own, int(np.argmax(flat >= 0)))
+    rows = np.moveaxis(own.reshape(operand.shape), axis, 0).reshape(operand.shape[axis], -1)
+    valid = flat[rows] >= 0
+    first = rows[np.arange(len(rows)), np.argmax(valid, axis=1)]
+    spread = np.zeros(len(flat), np.int64)
+    spread[rows] = first[:, None]
+    return np.where(flat >= 0, own, spread)
+
+
+def operand_decoder(layout: Plan, qparams: QParams, operand: Operand, axis: int | None = None) -> Decoder:
+    """The decoder of an operand; a filler has the decoder of its neighbours and its own integer as low and high.
+
+    Args:
+        axis: the axis along which decoders may differ, where there are fillers.
+    """
+    whole = key_decoder(layout, qparams, operand.key)
+    like = representative(operand, axis)
+    at = np.maximum(operand.elements[like], 0)
+    scale, offset, low, high = (leaf.ravel()[at] for leaf in whole)
+    if operand.slope is not None:
+        slope, intercept = (np.asarray(v)[like] for v in (operand.slope, operand.intercept))
+        scale, offset = scale * slope, offset * slope + intercept
+    hole = operand.elements < 0
+    if np.any(hole):
+        filler = jnp.clip(jnp.round((operand.fill - offset) / jnp.where(scale == 0, 1, scale)), low, high)
+        low, high = jnp.where(hole, filler, low), jnp.where(hole, filler, high)
+    return Decoder(*(leaf.reshape(operand.shape) for leaf in (scale, offset, low, high)))
+
+
+def operand_axis(step: Step) -> int | None:
+    """The axis of a step's operand along which scales may differ."""
+    if isinstance(step, Linear):
+        rank = len(step.x.shape)
+        return {"matmul": rank - 1, "left": rank - 2, "conv": 1}[step.form]
+    return None
+
+
+def apply_form(step: Linear, x: Array, weight: Array) -> Array:
+    """The linear form itself, without bias, reshaped to the step's shape."""
+    if step.form == "matmul":
+        y = jnp.matmul(x, weight)
+    elif step.form == "left":
+        y = jnp.matmul(weight, x)
+    else:
+        y = jax.lax.conv_general_dilated(
+            x,
+            weight,
+            step.options["strides"],
+            [(0, 0)] * (weight.ndim - 2),
+            rhs_dilation=step.options["dilations"],
+            feature_group_count=step.options["group"],
+            precision=jax.lax.Precision.HIGHEST,
+        )
+    return y.reshape(step.shape)
+
+
+class Weights(NamedTuple):
+    """A quantized weight and what it makes of its input.
+
+    integers: as the form uses them; ratio: `(K,)` scale of each input channel relative to `unit`; scale, offset: decoder of the
+    accumulator, broadcasting against the step's shape.
+    """
+
+    integers: Array
+    ratio: Array
+    scale: Array
+    offset: Array
+
+
+def _along_inputs(step: Linear, v: Array) -> Array:
+    """A vector over input channels, broadcasting against the weight."""
+    if step.form == "matmul":
+        return v[:, None]
+    if step.form == "left":
+        return v
+    group = step.options["group"]
+    rows = jnp.repeat(v.reshape(group, -1), step.weight.shape[0] // group, axis=0)
+    return rows.reshape(*rows.shape, *(1,) * (step.weight.ndim - 2))
+
+
+def _along_outputs(step: Linear, v: Array) -> Array:
+    """A vector over output channels (or a scalar), broadcasting against the step's shape."""
+    if jnp.ndim(v) == 0 or v.shape[0] == 1:
+        return jnp.reshape(v, ())
+    return v.reshape(-1, *(1,) * (-step.channel - 1))
+
+
+def _sum_inputs(step: Linear, weight: Array) -> Array:
+    """Sum of a weight over everything but its output channels."""
+    axis = step.weight_axis % weight.ndim
+    if step.form in ("matmul", "left") and weight.ndim > 2:
+        return jnp.sum(weight, axis=-2 if step.form == "matmul" else -1)  # stacked matrices: (..., channels)
+    return jnp.sum(weight, axis=tuple(a for a in range(weight.ndim) if a != axis))
+
+
+def input_ratio(step: Linear, scale: Array) -> tuple[Array, Array]:
+    """The largest scale of the input's channels, and each channel's scale relative to it (signed)."""
+    axis = operand_axis(step)
+    first = jnp.moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
+    unit = jnp.max(jnp.abs(first))
+    return unit, first / unit
+
+
+def absorbed_weight(layout: Plan, qparams: QParams, step: Linear) -> tuple[Array, Array, Array, Decoder]:
+    """The weight with the relative scales of its input multiplied in; also unit, ratio and the input's decoder."""
+    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
+    unit, ratio = input_ratio(step, x.scale)
+    return step.weight * _along_inputs(step, ratio), unit, ratio, x
+
+
+def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
+    """The integer weight of a linear step."""
+    weight, unit, ratio, x = absorbed_weight(layout, qparams, step)
+    a = qparams.weights[step.weight_name].expanded(weight.ndim)
+    steps = weight / a.scale
+    q = jnp.clip(straight_through(jnp.round(steps), steps) + a.zero_point, a.qmin, a.qmax) - a.zero_point
+    axis = operand_axis(step)
+    offset = jnp.moveaxis(x.offset, axis, 0).reshape(x.offset.shape[axis], -1)[:, 0]
+    flat = ratio == 0  # a channel that does not vary contributes its constant alone
+    share = jnp.where(flat, 0, offset / jnp.where(flat, 1, ratio))
+    constant = _sum_inputs(step, q * a.scale * _along_inputs(step, share))
+    constant = constant + _sum_inputs(step, step.weight * _along_inputs(step, jnp.where(flat, offset, 0)))
+    if jnp.ndim(constant) > 1:
+        constant = constant[..., None, :] if step.form == "matmul" else constant[..., :, None]
+    else:
+        constant = _along_outputs(step, constant)
+    scale = _along_outputs(step, unit * jnp.ravel(a.scale)) if jnp.ndim(a.scale) else unit * a.scale
+    return Weights(q, ratio, scale, constant + step.bias)
+
+
+def add_multipliers(a: Array, b: Array) -> tuple[Array, Array, Array]:
+    """Integers m, n and a scale s with `m * s = a` and `n * s = b` as nearly as 16 parts of the smaller allow.
+
+    Equal scales give 1, 1; unequal ones come from models that state their quantizers.
+    """
+    small, ratio = jnp.minimum(a, b), jnp.maximum(a, b) / jnp.minimum(a, b)
+    parts = jnp.arange(1, 17).reshape(-1, *(1,) * jnp.ndim(ratio))
+    error = jnp.abs(jnp.round(ratio * parts) / (ratio * parts) - 1)
+    fine = jnp.where(error < 2.0**-9, parts, 32)
+    best = jnp.where(jnp.min(fine, axis=0) < 32, jnp.min(fine, axis=0), 1 + jnp.argmin(error, axis=0))
+    large = jnp.round(ratio * best)
+    return jnp.where(a <= b, best, large), jnp.where(a <= b, large, best), small / best
+
+
+def accumulator_decoder(layout: Plan, qparams: QParams, step: Step) -> tuple[Array, Array]:
+    """(scale, offset) of the integers that a step makes, broadcasting against its shape."""
+    if isinstance(step, Linear):
+        weights = quantize_weight(layout, qparams, step)
+        return weights.scale, weights.offset
+    if isinstance(step, Sum):
+        x = operand_decoder(layout, qparams, step.x)
+        valid = (step.x.elements >= 0).reshape(step.x.shape)
+        fill = np.sum(step.x.fill.reshape(step.x.shape), axis=-1)
+        at = np.argmax(valid, axis=-1)[..., None]
+        scale = step.coefficient * jnp.take_along_axis(x.scale, at, -1)[..., 0]
+        return scale, step.coefficient * (jnp.sum(jnp.where(valid, x.offset, 0), axis=-1) + fill)
+    if isinstance(step, Add):
+        a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
+        return add_multipliers(a.scale, b.scale)[2], a.offset + step.sign * b.offset
+    assert isinstance(step, Product)
+    a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
+    scale = a.scale * b.scale
+    return (scale[..., 0], jnp.zeros(step.shape)) if step.contract else (scale, jnp.zeros(step.shape))

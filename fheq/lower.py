@@ -1,0 +1,285 @@
+"""From a graph and its quantizers to an integer program, in float64 on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from jax.experimental import enable_x64
+
+from fheq.accumulators import channel_bounds, makes_accumulator, worst_case
+from fheq.affine import Affine, validate
+from fheq.emit import Emitter
+from fheq.errors import QuantizationError
+from fheq.granularity import channel_axis
+from fheq.graph import Graph
+from fheq.integers import (
+    accumulator_decoder,
+    add_multipliers,
+    key_decoder,
+    operand_axis,
+    operand_decoder,
+    quantize_weight,
+)
+from fheq.plan import Plan, plan
+from fheq.program import Accumulator, Entry, IntProgram
+from fheq.qparams import QParams
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
+from fheq.tables import tabulate
+
+
+def lower(graph: Graph, qparams: QParams) -> IntProgram:
+    """Lowers a quantized graph to integers.
+
+    Args:
+        graph: what `import_onnx` gives.
+        qparams: what `fit` gives, perhaps edited; every leaf concrete.
+
+    Raises:
+        QuantizationError: a quantizer is missing or breaks an invariant, named.
+    """
+    layout = plan(graph)
+    _check(layout, qparams)
+    qparams = unsigned(qparams)
+    return _Lowering(layout, qparams).program(graph)
+
+
+def _check(layout: Plan, qparams: QParams) -> None:
+    needed = {
+        "tensors": [*layout.inputs, *layout.points],
+        "weights": [s.weight_name for s in layout.steps if isinstance(s, Linear)],
+        "accumulators": [s.out for s in layout.steps if makes_accumulator(s)],
+    }
+    for part, names in needed.items():
+        for name in names:
+            if name not in getattr(qparams, part):
+                raise QuantizationError(f"qparams.{part} lacks {name!r}: fit this graph")
+            validate(getattr(qparams, part)[name], name)
+
+
+def unsigned(qparams: QParams) -> QParams:
+    """The same real grids with integers from 0: what is encrypted is never negative."""
+    def shifted(a: Affine) -> Affine:
+        scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
+        return replace(a, scale=scale, zero_point=zero_point - qmin, qmin=qmin * 0, qmax=qmax - qmin, signed=False)
+
+    return replace(qparams, tensors={name: shifted(a) for name, a in qparams.tensors.items()})
+
+
+class _Lowering:
+    """Emits the steps of a plan in order. `held` maps quantized tensors and accumulators to program values."""
+
+    def __init__(self, layout: Plan, qparams: QParams):
+        self.layout = layout
+        self.qparams = qparams
+        self.emit = Emitter()
+        self.held: dict[str, str] = {}  # quantized tensors
+        self.accs: dict[str, str] = {}  # accumulators, offset included
+        self.decoders: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # flat scale, offset of `accs` and quantized sources
+        self.accumulators: dict[str, Accumulator] = {}
+
+    def program(self, graph: Graph) -> IntProgram:
+        inputs = []
+        for port in graph.inputs:
+            affine = self.qparams.tensors[port.name]
+            value = self.emit.input(port.name, port.type.shape, int(np.max(affine.qmax)))
+            inputs.append(Entry(port, value, affine))
+            self.hold(port.name, value)
+        for step in self.layout.steps:
+            self.step(step)
+        outputs = tuple(self.output(port) for port in graph.outputs)
+        emitted = self.emit.finish([o.value for o in outputs])
+        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators)
+
+    def hold(self, key: str, value: str) -> None:
+        """Registers a quantized source (an input, a join or a maximum)."""
+        self.held[key] = value
+        if key not in self.layout.points:
+            with enable_x64():
+                d = key_decoder(self.layout, self.qparams, key)
+                self.decoders[key] = (np.asarray(d.scale).ravel(), np.asarray(d.offset).ravel())
+
+    # Reading
+
+    def quantized(self, key: str) -> str:
+        """The program value of a quantized tensor, made by a table when first read."""
+        if key not in self.held:
+            self.held[key] = self.table(key)
+        return self.held[key]
+
+    def read(self, operand: Operand, axis: int | None = None) -> str:
+        """The program value of an operand."""
+        value = self.quantized(operand.key)
+        with enable_x64():
+            fill = np.asarray(operand_decoder(self.layout, self.qparams, operand, axis).low)
+        fill = np.where(operand.elements < 0, np.round(fill.ravel()), 0).astype(np.int64)
+        return self.emit.gather((value,), operand.elements, fill, operand.shape)
+
+    def table(self, point: str) -> str:
+        """Emits the table of a point."""
+        source = self.layout.points[point]
+        scale, offset = self.decoders[source]
+        affine = self.qparams.tensors[point]
+        if source in self.accs:
+            known = self.accumulators[source]
+            value, lsbs, bits = self.accs[source], known.lsbs, known.bits - known.lsbs
+            value = self.emit.round(value, lsbs, known.approximate)
+        else:
+            value, lsbs = self.held[source], 0
+            bits = self.emit.values[value].bits
+        codes = np.arange(1 << bits, dtype=np.float64) * (1 << lsbs)
+        found = tabulate(self.layout, point, affine, scale, offset, codes)
+        shape = self.layout.shape(point)
+        whole = len(found.source) == len(found.place)
+        if whole:  # as many applications as elements: in the point's own shape
+            source_of, group, at = found.source[found.place], found.group[found.place], shape
+        else:
+            source_of, group, at = found.source, found.group, (len(found.source),)
+        moved = self.emit.gather((value,), source_of, np.zeros(len(source_of), np.int64), at)
+        accumulator = source if source in self.accs else ""
+        out = self.emit.lookup(moved, found.table, group.reshape(at), lsbs, bits, point, accumulator)
+        return out if whole else self.emit.gather((out,), found.place, None, shape)
+
+    # Steps
+
+    def step(self, step: Step) -> None:
+        if isinstance(step, Join):
+            self.hold(step.out, self.join(step))
+        elif isinstance(step, Maximum):
+            self.hold(step.out, self.maximum(step))
+        elif isinstance(step, Linear):
+            self.finish(step, self.linear(step))
+        elif isinstance(step, Sum):
+            self.finish(step, self.emit.sum_last(self.read(step.x)))
+        elif isinstance(step, Add):
+            self.finish(step, self.add(step))
+        else:
+            assert isinstance(step, Product)
+            self.finish(step, self.product(step))
+
+    def finish(self, step: Step, value: str) -> None:
+        """Adds the offset that brings an accumulator's range to start at 0."""
+        affine = self.qparams.accumulators[step.out].expanded(len(step.shape))
+        with enable_x64():
+            scale, offset = (
+                np.broadcast_to(np.asarray(v), step.shape) for v in accumulator_decoder(self.layout, self.qparams, step)
+            )
+        worst = worst_case(self.layout, self.qparams, step)
+        floor = affine.scale * (affine.qmin - affine.zero_point)  # real value at the lower end
+        shift = -np.round((floor - offset) / np.where(scale == 0, 1, scale))
+        bits = max(1, int(np.max(affine.qmax - affine.qmin)).bit_length())
+        lsbs = int(np.max(affine.lsbs))
+        low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
+        wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
+        shifted = self.emit.shift(value, shift.astype(np.int64), (1 << bits) - 1)
+        shifted = self.emit.gather((shifted,), np.arange(int(np.prod(step.shape))), None, step.shape)
+        self.accs[step.out] = shifted
+        self.decoders[step.out] = (scale.ravel(), (offset - scale * shift).ravel())
+        axis = channel_axis(self.layout, step.out)
+        span = channel_bounds(worst, axis)
+        worst_bits = max(1, int(np.max(span.high - span.low)).bit_length())
+        approximate = affine.rounding == "approximate"
+        self.accumulators[step.out] = Accumulator(worst_bits, bits, low, high, lsbs, approximate, wraps)
+
+    def linear(self, step: Linear) -> str:
+        x = self.read(step.x, operand_axis(step))
+        with enable_x64():
+            weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
+        if step.form == "conv":
+            return self.emit.convolution(x, weight, step.options)
+        return self.emit.matmul(x, weight, step.form == "left")
+
+    def add(self, step: Add) -> str:
+        with enable_x64():
+            a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
+            m, n, _ = (np.asarray(v) for v in add_multipliers(a.scale, b.scale))
+        left = self.emit.scale(self.read(step.a), m.astype(np.int64))
+        right = self.emit.scale(self.read(step.b), n.astype(np.int64))
+        return self.emit.plus(left, right, step.sign)
+
+    def product(self, step: Product) -> str:
+        """`a b = floor((a + b)^2 / 4) - floor((a - b)^2 / 4)`: two tables on sums, exact for integers."""
+        with enable_x64():
+            a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
+            p, r = (np.asarray(np.round(d.offset / d.scale)).astype(np.int64) for d in (a, b))
+        x, y = self.read(step.a), self.read(step.b)
+        top = self.emit.values[y].high
+        name = step.node.name or step.out
+        plus = self.emit.squares(self.emit.plus(x, y, 1), p + r, name)
+        difference = self.emit.shift(self.emit.plus(x, y, -1), np.asarray(top))
+        minus = self.emit.squares(difference, p - r - top, name)
+        if step.contract:
+            plus, minus = self.emit.sum_last(plus), self.emit.sum_last(minus)
+        return self.emit.plus(plus, minus, -1)
+
+    def maximum(self, step: Maximum) -> str:
+        """A tree of `max(a, b) = relu(a - b) + b`: one table per comparison."""
+        parts = [(self.read(x), x.shape[-1]) for x in step.xs]
+        value = parts[0][0]
+        if len(parts) > 1:
+            value = self.emit.stack_last([v for v, _ in parts], step.shape)
+        width = sum(k for _, k in parts)
+        name = step.node.name or step.out
+        return self.emit.tree(value, step.shape, width, step.sign, name)
+
+    def join(self, step: Join) -> str:
+        values = tuple(self.read(piece) for piece in step.pieces)
+        starts = np.concatenate([[0], np.cumsum([len(p.elements) for p in step.pieces])])
+        index = np.where(step.which < 0, -1, starts[np.maximum(step.which, 0)] + step.element)
+        return self.emit.gather(values, index, np.zeros(len(index), np.int64), step.shape)
+
+    # Outputs
+
+    def output(self, port) -> Entry:
+        operand = self.layout.outputs.get(port.name)
+        shape = port.type.shape
+        if port.name not in self.layout.regions:
+            raise QuantizationError(f"output {port.name!r} does not depend on the inputs: drop it from the model")
+        if operand is not None:
+            with enable_x64():
+                d = operand_decoder(self.layout, self.qparams, operand)
+                scale, offset = np.asarray(d.scale).ravel(), np.asarray(d.offset).ravel()
+            return self.entry(port, self.read(operand), scale, offset)
+        region = self.layout.regions[port.name]
+        scale, offset = self.decoders[region.source]
+        source = self.accs.get(region.source) or self.held[region.source]
+        elements = region.elements
+        at = np.maximum(elements, 0)
+        ends = [self.affine_output(port.name, scale[at] * v + offset[at]) for v in (0.0, 1.0)]
+        slope = np.where(elements < 0, 0.0, ends[1] - ends[0])
+        value = self.emit.gather((source,), elements, np.zeros(len(elements), np.int64), shape)
+        value = self.emit.orient(value, np.sign(slope).astype(np.int64).reshape(shape))
+        top = np.where(slope < 0, self.emit.values[source].high, 0)
+        size = np.where(slope == 0, 1.0, np.abs(slope))
+        # A flipped element is top - q, so its decoder starts at the other end.
+        return self.entry(port, value, size, ends[0] + slope * top)
+
+    def affine_output(self, name: str, real: np.ndarray) -> np.ndarray:
+        """The output's elements when its source elements have the given real values (aligned with the output)."""
+        from fheq.regions import in_float64
+
+        size = int(np.prod(self.layout.shape(name)))
+        elements = self.layout.regions[name].elements
+        lookup = np.zeros(int(max(elements.max(), 0)) + 1)
+        lookup[np.maximum(elements, 0)] = real
+        source = lambda _, need: lookup[np.maximum(need, 0)][:, None]
+        return in_float64(lambda: self.layout.elements.evaluate(name, np.arange(size), source)).astype(np.float64).ravel()
+
+    def entry(self, port, value: str, scale: np.ndarray, offset: np.ndarray) -> Entry:
+        shape = port.type.shape
+        scale, offset = scale.reshape(shape), offset.reshape(shape)
+        axis, scale, zero_point = _compact(scale, -offset / scale)
+        top = np.full_like(scale, self.emit.values[value].high)
+        return Entry(port, value, Affine(scale, zero_point, top * 0, top, top * 0, axis))
+
+
+def _compact(scale: np.ndarray, zero_point: np.ndarray) -> tuple[int | None, np.ndarray, np.ndarray]:
+    """Arrays of a tensor's shape to `()`, or `(C,)` along an axis, where nothing is lost; else as they are."""
+    both = np.stack([scale, zero_point])
+    if both[0].size and np.all(both == both.reshape(2, -1)[:, :1].reshape(2, *(1,) * scale.ndim)):
+        return None, scale.ravel()[0], zero_point.ravel()[0]
+    for axis in range(scale.ndim):
+        first = both[(slice(None), *(slice(None) if a == axis else slice(0, 1) for a in range(scale.ndim)))]
+        if np.all(both == first):
+            return axis - scale.ndim, first[0].ravel(), first[1].ravel()
+    return None, scale, zero_point

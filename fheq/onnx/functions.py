@@ -1,0 +1,49 @@
+"""Operators without a row, through the function that their schema gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from fheq.graph import Node, TensorType
+from fheq.onnx.attributes import schema_of
+from fheq.onnx.parse import inline
+
+
+def expand(node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
+    """The body of the schema's function for a node, or None when there is none."""
+    schema: Any = schema_of(node.op, node.version, node.domain)
+    if schema is None:
+        return None
+    found = b""
+    if schema.has_function:
+        version = max((v for v in schema.function_opset_versions if v <= node.version), default=None)
+        found = b"" if version is None else schema.get_function_with_opset_version(version)
+    elif schema.has_context_dependent_function and all(name in types for name in node.inputs if name):
+        version = max((v for v in schema.context_dependent_function_opset_versions if v <= node.version), default=None)
+        found = b"" if version is None else _in_context(schema, version, node, types)
+    if not found:
+        return None
+    body = onnx.FunctionProto()
+    body.ParseFromString(found)
+    return inline(body, node)
+
+
+def _in_context(schema: Any, version: int, node: Node, types: Mapping[str, TensorType]) -> bytes:
+    """The body that fits the types of the inputs; empty when the schema has none for them."""
+    proto = helper.make_node(node.op, node.inputs, node.outputs, node.name, domain=node.domain)
+    proto.attribute.extend(_attribute(name, value) for name, value in node.attrs.items())
+    given = [_type_proto(types[name]).SerializeToString() if name else b"" for name in node.inputs]
+    return schema.get_context_dependent_function_with_opset_version(version, proto.SerializeToString(), given)
+
+
+def _attribute(name: str, value: Any) -> onnx.AttributeProto:
+    return helper.make_attribute(name, numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value)
+
+
+def _type_proto(kind: TensorType) -> onnx.TypeProto:
+    return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(kind.dtype), kind.shape)

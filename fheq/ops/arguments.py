@@ -1,0 +1,66 @@
+"""Arguments of operators as a model states them: they may be malformed, so they are checked before use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.errors import UnsupportedError, describe
+from fheq.graph import Node
+
+MAX_ELEMENTS = 2**28
+"""Largest tensor that an operator may make from sizes written in a model."""
+
+# ONNX TensorProto.DataType. Absent: strings, complex numbers and floats of 8 bits or less.
+DTYPES: dict[int, Any] = {
+    1: np.float32,
+    2: np.uint8,
+    3: np.int8,
+    4: np.uint16,
+    5: np.int16,
+    6: np.int32,
+    7: np.int64,
+    9: np.bool_,
+    10: np.float16,
+    11: np.float64,
+    12: np.uint32,
+    13: np.uint64,
+    16: jnp.bfloat16,
+    21: jnp.uint4,
+    22: jnp.int4,
+    25: jnp.uint2,
+    26: jnp.int2,
+}
+
+
+def dtype_of(node: Node, code: int) -> np.dtype:
+    """The numpy dtype of a TensorProto.DataType."""
+    if code not in DTYPES:
+        raise UnsupportedError(f"{describe(node)}: element type {code} is not supported; use an integer or float32 tensor")
+    return np.dtype(DTYPES[code])
+
+
+def integers(values: Any) -> tuple[int, ...]:
+    """A tuple of Python integers from a list attribute or a known tensor."""
+    return tuple(int(value) for value in np.ravel(values))
+
+
+def axis_of(axis: int, ndim: int) -> int:
+    """A non-negative axis."""
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis {axis} does not exist in a tensor of {ndim} axes")
+    return axis % ndim
+
+
+def bounded(shape: Iterable[int]) -> tuple[int, ...]:
+    """The shape, if it is one and its tensor is not absurdly large."""
+    shape = tuple(int(size) for size in shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {shape} has a negative size")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ValueError(f"shape {shape} has more than {MAX_ELEMENTS} elements")
+    return shape

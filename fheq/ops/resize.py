@@ -1,0 +1,143 @@
+"""Resize and Upsample: each axis takes its elements, or weighted averages of them, at positions of the input.
+
+With mode "nearest" they are movements. The other modes compute with the values, so they refuse integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.errors import UnsupportedError, describe
+from fheq.graph import Node
+from fheq.ops.arguments import axis_of, bounded, integers
+from fheq.ops.table import Kind, Op, register
+
+Array = Any
+
+# Upsample, and Resize at opset 10, have no such attributes.
+_OLD_DEFAULTS = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+
+_NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+}
+
+
+def _positions(mode: str, size: int, length: int, scale: float, roi: tuple[float, float] | None) -> np.ndarray:
+    """Where in an axis of `size` elements the `length` elements of the result are taken (ONNX Resize gives the formulas)."""
+    i = np.arange(length, dtype=np.float64)
+    exact = scale * size
+    if mode == "half_pixel":
+        return (i + 0.5) / scale - 0.5
+    if mode == "half_pixel_symmetric":
+        return size / 2 * (1 - length / exact) + (i + 0.5) / scale - 0.5
+    if mode == "pytorch_half_pixel":
+        return (i + 0.5) / scale - 0.5 if length > 1 else i - 0.5
+    if mode == "align_corners":
+        return i * (size - 1) / (exact - 1) if exact != 1 else i * 0
+    if mode == "asymmetric":
+        return i / scale
+    if mode == "tf_crop_and_resize" and roi is not None:
+        start, end = (bound * (size - 1) for bound in roi)
+        return start + i * (end - start) / (exact - 1) if exact != 1 else (start + end) / 2 + i
+    raise ValueError(f"attribute coordinate_transformation_mode is {mode!r}")
+
+
+def _kernel(node: Node, x: np.ndarray) -> np.ndarray:
+    """The interpolation kernel: a triangle for "linear", the cubic convolution of Keys for "cubic"."""
+    x = np.abs(x)
+    if node.attrs["mode"] in ("linear", "bilinear"):
+        return np.maximum(1 - x, 0)
+    a = node.attrs["cubic_coeff_a"]
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def _weights(node: Node, positions: np.ndarray, size: int, scale: float) -> np.ndarray:
+    """The matrix that interpolates an axis: one row per position, one column per input element."""
+    stretch = min(scale, 1.0) if node.attrs.get("antialias", 0) else 1.0
+    reach = int(np.ceil((1 if node.attrs["mode"] in ("linear", "bilinear") else 2) / stretch))
+    bounded((len(positions), max(size, 2 * reach)))
+    taps = np.floor(positions).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
+    values = _kernel(node, (taps - positions[:, None]) * stretch)
+    if node.attrs.get("exclude_outside", 0):
+        values = np.where((taps >= 0) & (taps < size), values, 0)
+    matrix = np.zeros((len(positions), size))
+    np.add.at(matrix, (np.arange(len(positions))[:, None], np.clip(taps, 0, size - 1)), values)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def _resize_axis(node: Node, x: Array, axis: int, length: int, scale: float, roi: tuple[float, float] | None) -> Array:
+    size = x.shape[axis]
+    attrs = {**_OLD_DEFAULTS, **node.attrs}
+    mode = attrs["coordinate_transformation_mode"]
+    if mode != "tf_crop_and_resize" and length == size and scale == 1:
+        return x
+    positions = _positions(mode, size, length, scale, roi)
+    if attrs["mode"] == "nearest":
+        nearest = np.clip(_NEAREST[attrs["nearest_mode"]](positions), 0, size - 1).astype(np.int64)
+        y = jnp.take(x, nearest, axis=axis, mode="clip")
+    elif attrs["mode"] not in ("linear", "bilinear", "cubic") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UnsupportedError(f"{describe(node)}: mode {attrs['mode']!r} on {x.dtype}; use nearest")
+    else:
+        matrix = _weights(node, positions, size, scale).astype(x.dtype)
+        y = jnp.moveaxis(jnp.matmul(jnp.moveaxis(x, axis, -1), matrix.T, precision=jax.lax.Precision.HIGHEST), -1, axis)
+    if mode != "tf_crop_and_resize":
+        return y
+    outside = ((positions < 0) | (positions > size - 1)).reshape((-1,) + (1,) * (x.ndim - axis - 1))
+    return jnp.where(outside, jnp.asarray(attrs["extrapolation_value"], x.dtype), y)
+
+
+def _lengths(node: Node, shape: list[int], sizes: tuple[int, ...]) -> tuple[list[int], list[float]]:
+    """The lengths and scales of axes with this `shape` that ask for these sizes."""
+    ratios = [size / length for size, length in zip(sizes, shape, strict=True)]
+    policy = node.attrs.get("keep_aspect_ratio_policy", "stretch")
+    if policy == "stretch":
+        return list(sizes), ratios
+    scale = {"not_larger": min, "not_smaller": max}[policy](ratios)
+    return [int(scale * length + 0.5) for length in shape], [scale] * len(ratios)
+
+
+def _resize(node: Node, x: Array, roi: Any, scales: Any, sizes: Any) -> Array:
+    """ONNX Resize, one axis after the other."""
+    axes = [axis_of(axis, x.ndim) for axis in integers(node.attrs.get("axes", range(x.ndim)))]
+    shape = [x.shape[axis] for axis in axes]
+    if sizes is not None and np.size(sizes):
+        lengths, factors = _lengths(node, shape, integers(sizes))
+    else:
+        single = np.ravel(np.asarray(scales, np.float32))
+        factors = [float(scale) for scale in single]
+        lengths = [int(size * scale) for size, scale in zip(shape, single, strict=True)]
+    bounded((dict(enumerate(x.shape)) | dict(zip(axes, lengths))).values())
+    if min(factors) <= 0:
+        raise ValueError(f"scales {factors} are not positive")
+    spans = [None] * len(axes) if roi is None or not np.size(roi) else np.reshape(roi, (2, len(axes))).T.tolist()
+    for axis, length, factor, span in zip(axes, lengths, factors, spans):
+        x = _resize_axis(node, x, axis, length, factor, span)
+    return x
+
+
+def _by_scales(node: Node, x: Array, scales: np.ndarray) -> Array:
+    return _resize(node, x, None, scales, None)
+
+
+register(
+    Op("Resize", 10, Kind.MOVEMENT, _by_scales, static=(1,)),
+    Op(
+        "Resize",
+        11,
+        Kind.MOVEMENT,
+        lambda node, x, roi=None, scales=None, sizes=None: _resize(node, x, roi, scales, sizes),
+        static=(-1,),
+    ),
+    Op("Upsample", 7, Kind.MOVEMENT, lambda node, x: _by_scales(node, x, node.attrs["scales"])),
+    Op("Upsample", 9, Kind.MOVEMENT, _by_scales, static=(1,)),
+)

@@ -1,0 +1,173 @@
+"""Reductions, normalizations and lone quantizers written with simple operators (rules of `fheq.decompose`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fheq.edit import Draft
+from fheq.graph import Node
+from fheq.ops.arguments import DTYPES
+
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+LARGEST_PRODUCT = 64
+
+
+def _reduce(draft: Draft, node: Node, op: str, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
+    """ReduceSum or ReduceMean over known axes."""
+    if not axes:
+        return draft.apply(node, "Identity", x, out=out)
+    name = draft.constant(f"{node.outputs[0]}/axes", sorted(axes), np.dtype(np.int64))
+    return draft.apply(node, op, x, name, out=out, keepdims=int(keep), noop_with_empty_axes=0)
+
+
+def _scalar(draft: Draft, node: Node, label: str, value: float, like: str) -> str:
+    return draft.constant(f"{node.outputs[0]}/{label}", value, draft.types[like].dtype)
+
+
+def _axes(draft: Draft, node: Node) -> tuple[int, ...] | None:
+    """The axes of a Reduce node, from its input or attribute; None when they are not known."""
+    rank = len(draft.types[node.inputs[0]].shape)
+    given = node.attrs.get("axes") or ()
+    if len(node.inputs) > 1 and node.inputs[1]:
+        if node.inputs[1] not in draft.constants:
+            return None
+        given = tuple(int(a) for a in draft.constants[node.inputs[1]])
+    if not given:
+        return () if node.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
+    return tuple(a % rank for a in given)
+
+
+def _square(draft: Draft, node: Node, x: str) -> str:
+    return draft.apply(node, "Mul", x, x)
+
+
+def _reduction(draft: Draft, node: Node) -> bool:
+    """ReduceL1, L2, LogSum, LogSumExp, SumSquare: an elementwise op, ReduceSum, an elementwise op."""
+    axes = _axes(draft, node)
+    if axes is None:
+        return False
+    x, out, keep = node.inputs[0], node.outputs[0], bool(node.attrs["keepdims"])
+    if node.op == "ReduceL1":
+        before = draft.apply(node, "Abs", x)
+    elif node.op == "ReduceLogSumExp":
+        before = draft.apply(node, "Exp", x)
+    elif node.op == "ReduceLogSum":
+        before = x
+    else:
+        before = _square(draft, node, x)
+    after = {"ReduceL2": "Sqrt", "ReduceLogSum": "Log", "ReduceLogSumExp": "Log"}.get(node.op, "")
+    total = _reduce(draft, node, "ReduceSum", before, axes, keep, out="" if after else out)
+    if after:
+        draft.apply(node, after, total, out=out)
+    return True
+
+
+def _product(draft: Draft, node: Node) -> bool:
+    """ReduceProd: slices multiplied one by one."""
+    axes, shape = _axes(draft, node), draft.types[node.inputs[0]].shape
+    if axes is None or any(not 1 <= shape[a] <= LARGEST_PRODUCT for a in axes):
+        return False
+    value = node.inputs[0]
+    for axis in axes:
+        parts = []
+        for index in range(shape[axis]):
+            bounds = [
+                draft.constant(f"{node.outputs[0]}/{n}", [v], np.dtype(np.int64))
+                for n, v in (("from", index), ("to", index + 1), ("axis", axis))
+            ]
+            parts.append(draft.apply(node, "Slice", value, *bounds))
+        value = parts[0]
+        for part in parts[1:]:
+            value = draft.apply(node, "Mul", value, part)
+    target = draft.constant(f"{node.outputs[0]}/shape", draft.types[node.outputs[0]].shape, np.dtype(np.int64))
+    draft.apply(node, "Reshape", value, target, out=node.outputs[0], allowzero=0)
+    return True
+
+
+def _softmax(draft: Draft, node: Node) -> bool:
+    """Softmax and LogSoftmax; before opset 13 over `axis` and all that follow."""
+    x, out, rank = node.inputs[0], node.outputs[0], len(draft.types[node.inputs[0]].shape)
+    axis = node.attrs["axis"] % rank if rank else 0
+    axes = (axis,) if node.version >= 13 else tuple(range(axis, rank))
+    powers = draft.apply(node, "Exp", x)
+    total = _reduce(draft, node, "ReduceSum", powers, axes)
+    if node.op == "LogSoftmax":
+        draft.apply(node, "Sub", x, draft.apply(node, "Log", total), out=out)
+    else:
+        draft.apply(node, "Mul", powers, draft.apply(node, "Reciprocal", total), out=out)
+    return True
+
+
+def _layer_normalization(draft: Draft, node: Node) -> bool:
+    x, rank = node.inputs[0], len(draft.types[node.inputs[0]].shape)
+    axes = tuple(range(node.attrs["axis"] % rank, rank))
+    out, mean_out, inverse_out = (*node.outputs, "", "")[:3]
+    mean = _reduce(draft, node, "ReduceMean", x, axes, out=mean_out)
+    centred = draft.apply(node, "Sub", x, mean)
+    variance = _reduce(draft, node, "ReduceMean", _square(draft, node, centred), axes)
+    epsilon = _scalar(draft, node, "epsilon", node.attrs["epsilon"], variance)
+    root = draft.apply(node, "Sqrt", draft.apply(node, "Add", variance, epsilon))
+    inverse = draft.apply(node, "Reciprocal", root, out=inverse_out)
+    value = draft.apply(node, "Mul", centred, inverse)
+    bias = node.inputs[2] if len(node.inputs) > 2 else ""
+    value = draft.apply(node, "Mul", value, node.inputs[1], out="" if bias else out)
+    if bias:
+        draft.apply(node, "Add", value, bias, out=out)
+    return True
+
+
+def _parameter(draft: Draft, node: Node, position: int) -> np.ndarray | None:
+    """A known scale or zero point in a shape that broadcasts; None where it is computed or per block."""
+    if position >= len(node.inputs) or not node.inputs[position]:
+        return np.zeros(())
+    value, rank = draft.constants.get(node.inputs[position]), len(draft.types[node.inputs[0]].shape)
+    if value is None or node.attrs.get("block_size", 0):
+        return None
+    value = value.astype(np.float64)
+    if value.size == 1:
+        return value.reshape(())
+    return value.reshape((-1,) + (1,) * (rank - node.attrs.get("axis", 1) % rank - 1))
+
+
+def _quantize_linear(draft: Draft, node: Node) -> bool:
+    """A QuantizeLinear that no DequantizeLinear follows."""
+    scale, zero_point = (_parameter(draft, node, i) for i in (1, 2))
+    dtype = draft.types[node.outputs[0]].dtype
+    if scale is None or zero_point is None or dtype not in CODES:
+        return False
+    x, real, limits = node.inputs[0], draft.types[node.inputs[0]].dtype, np.iinfo(dtype)
+    names = {
+        label: draft.constant(f"{node.outputs[0]}/{label}", value, real)
+        for label, value in (("scale", scale), ("zero", zero_point), ("low", limits.min), ("high", limits.max))
+    }
+    steps = draft.apply(node, "Round", draft.apply(node, "Div", x, names["scale"]))
+    q = draft.apply(node, "Clip", draft.apply(node, "Add", steps, names["zero"]), names["low"], names["high"])
+    draft.apply(node, "Cast", q, out=node.outputs[0], to=CODES[dtype])
+    return True
+
+
+def _dequantize_linear(draft: Draft, node: Node) -> bool:
+    """A DequantizeLinear of computed integers that no QuantizeLinear gives."""
+    scale, zero_point = (_parameter(draft, node, i) for i in (1, 2))
+    if scale is None or zero_point is None:
+        return False
+    real = draft.types[node.outputs[0]].dtype
+    factor, zero = (
+        draft.constant(f"{node.outputs[0]}/{label}", value, real)
+        for label, value in (("scale", scale), ("zero", zero_point))
+    )
+    value = draft.apply(node, "Cast", node.inputs[0], to=CODES[real])
+    draft.apply(node, "Mul", draft.apply(node, "Sub", value, zero), factor, out=node.outputs[0])
+    return True
+
+
+RULES = {
+    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"), _reduction),
+    **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
+    "DequantizeLinear": _dequantize_linear,
+    "LayerNormalization": _layer_normalization,
+    "QuantizeLinear": _quantize_linear,
+    "ReduceProd": _product,
+}

@@ -1,0 +1,202 @@
+"""The integer program: plain data between lowering and its readers (simulation, cost, compilation).
+
+All values are integers; those that enter a table, and the program's inputs and outputs, are unsigned. An instruction names
+its result and its operands; shapes are those of one sample, a batch axis being 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fheq.affine import Affine
+from fheq.graph import Port
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape and range of an integer tensor.
+
+    Args:
+        low, high: proved from weights, tables and input ranges where `proved`; else the range that sizes the circuit, beyond
+            which a table input wraps around.
+    """
+
+    shape: tuple[int, ...]
+    low: int
+    high: int
+
+    @property
+    def bits(self) -> int:
+        """Width as concrete counts it: unsigned when nothing is negative, else with a sign bit."""
+        if self.low >= 0:
+            return max(1, int(self.high).bit_length())
+        return max(int(self.high).bit_length(), int(-self.low - 1).bit_length()) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """Makes the value `out` from the values `args`."""
+
+    out: str
+    args: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gather(Instruction):
+    """Copies elements: `out.flat[i] = concatenate(args, flat)[index.flat[i]]`, or `fill.flat[i]` where index is -1.
+
+    A plain reshape has `index` None.
+    """
+
+    index: np.ndarray | None = None
+    fill: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MatMul(Instruction):
+    """`x @ weight`, or `weight @ x` when `left`; weight int64."""
+
+    weight: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    left: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution(Instruction):
+    """Convolution without pads; weight (O, C / group, *kernel) int64."""
+
+    weight: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    group: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SumLast(Instruction):
+    """Sum over the last axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Instruction):
+    """Adds a clear integer array that broadcasts against the value."""
+
+    amount: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Instruction):
+    """Multiplies by a clear integer array that broadcasts against the value."""
+
+    factor: np.ndarray = field(default_factory=lambda: np.ones((), np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Plus(Instruction):
+    """`a + b`, or `a - b` when sign is -1."""
+
+    sign: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Round(Instruction):
+    """Removes low bits, half up, keeping the magnitude: `floor((x + 2^(lsbs-1)) / 2^lsbs) * 2^lsbs`."""
+
+    lsbs: int = 0
+    approximate: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Instruction):
+    """A table per group: `table[group, (x >> lsbs) mod 2^bits]`.
+
+    Args:
+        table: (G, 2^bits) int64.
+        group: row of the table for each element, broadcasting against the value.
+        lsbs: low bits of x that are zero.
+        bits: width of what enters the table, after the removal of low bits.
+        origin: what the table computes, for reports: the quantized tensor's name.
+        accumulator: for a table on an accumulator, its name.
+    """
+
+    table: np.ndarray = field(default_factory=lambda: np.zeros((1, 2), np.int64))
+    group: np.ndarray = field(default_factory=lambda: np.zeros((), np.int64))
+    lsbs: int = 0
+    bits: int = 1
+    origin: str = ""
+    accumulator: str = ""
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """What is known of an accumulator before its table.
+
+    Args:
+        worst_bits: width that no input in range can exceed.
+        bits: width that sizes the circuit.
+        observed: range seen in calibration with its margin, as integers from 0 (the offset included).
+    """
+
+    worst_bits: int
+    bits: int
+    low: int
+    high: int
+    lsbs: int
+    approximate: bool
+    can_wrap: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An input or output of a program.
+
+    Args:
+        port: the graph's port.
+        value: name of the program's value.
+        affine: its quantizer or decoder, `real = scale * (q - zero_point)`; an output's zero_point may be fractional.
+    """
+
+    port: Port
+    value: str
+    affine: Affine
+
+    @property
+    def name(self) -> str:
+        """Name in the model."""
+        return self.port.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, without the batch axis."""
+        return self.port.shape
+
+
+@dataclass(frozen=True, eq=False)
+class IntProgram:
+    """An integer program.
+
+    Args:
+        inputs, outputs: in the model's order.
+        instructions: in order of evaluation.
+        values: shape and range of every value.
+        accumulators: by name, what lowering knows of them.
+    """
+
+    inputs: tuple[Entry, ...]
+    outputs: tuple[Entry, ...]
+    instructions: tuple[Instruction, ...]
+    values: dict[str, Value]
+    accumulators: dict[str, Accumulator]
+
+    @property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """The tables, in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Lookup))
+
+    def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Real inputs, in the model's layout, to integers."""
+        return tuple(entry.affine.quantize(np.asarray(x)) for entry, x in zip(self.inputs, inputs))
+
+    def dequantize(self, *outputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Integer outputs, in the model's layout, to real values."""
+        return tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))

@@ -1,0 +1,34 @@
+"""What quantization learns: a pytree of Affines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from fheq.affine import Affine
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QParams:
+    """The quantizers of a graph. It is a pytree whose leaves are the leaves of its Affines.
+
+    Args:
+        tensors: quantizers of the model's inputs and of the tensors that tables make, by tensor name.
+        weights: quantizers of weights, by weight name. A weight is quantized after the scales of the input channels that it
+            reads, relative to the largest, have been multiplied in; the axis is that of the matrix as it is used (input
+            features by output features) or of the convolution kernel.
+        accumulators: integers before tables, by the name of the tensor that a linear op (or a sum or product of two encrypted
+            tensors) makes: `scale * (acc - zero_point)` is the tensor, its bias included, for acc in [qmin, qmax]; `lsbs` low
+            bits of acc are removed. The zero point may be fractional. Lowering takes the real range and `lsbs` from here.
+    """
+
+    tensors: dict[str, Affine]
+    weights: dict[str, Affine]
+    accumulators: dict[str, Affine]
+
+    def __str__(self) -> str:
+        from fheq.tables_text import qparams_table
+
+        return qparams_table(self)

@@ -1,0 +1,100 @@
+"""Graph to Graph: what import does last, and `decompose`, which the quantization side calls.
+
+Each rewrite is a pure function; a rewritten graph computes the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.batchnorm import fold_batch_norms
+from fheq.decompose import decompose as decompose
+from fheq.fold import prune
+from fheq.graph import Graph, Node, TensorType
+from fheq.ops.table import Kind, lookup
+from fheq.qat import normalise_quantizers
+
+Rewrite = Callable[[Graph], Graph]
+
+_OF_ONE_INPUT = ("Sum", "Mean", "Max", "Min", "Concat")
+
+
+def remove_identities(graph: Graph) -> Graph:
+    """Drops Identity, Dropout (inference), Cast to the same type, and variadic ops with one input.
+
+    One stays where it is all that stands between an input or constant of the graph and an output.
+    """
+    kept = {port.name for port in (*graph.inputs, *graph.outputs)} | set(graph.constants)
+    outputs = {port.name for port in graph.outputs}
+    names: dict[str, str] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        source, target = names.get(node.inputs[0], node.inputs[0]) if node.inputs else "", node.outputs[0]
+        if not _is_identity(node, graph.types) or (target in outputs and source in kept):
+            nodes.append(_renamed(node, names))
+        elif target in outputs:  # the producer takes the output's name
+            names = {k: target if v == source else v for k, v in names.items()} | {source: target}
+            nodes = [_renamed(n, {source: target}) for n in nodes]
+            kept.add(target)
+        else:
+            names[target] = source
+    back = {new: old for old, new in names.items() if new in outputs}
+    pinned = {back.get(name, name): affine for name, affine in graph.pinned.items()}
+    pinned = {names.get(name, name): affine for name, affine in pinned.items()}
+    return prune(graph.replace(nodes=tuple(nodes), pinned=pinned))
+
+
+def untie_constants(graph: Graph) -> Graph:
+    """Gives each LINEAR node its own copy of the known float tensors that it shares with another one."""
+    constants, types, pinned = dict(graph.constants), dict(graph.types), dict(graph.pinned)
+    taken: set[str] = set()
+    nodes = []
+    for node in graph.nodes:
+        changes: dict[str, str] = {}
+        for name in dict.fromkeys(node.inputs) if lookup(node).kind is Kind.LINEAR else ():
+            if name not in constants or not _is_float(constants[name]):
+                continue
+            if name in taken:
+                changes[name] = _free(f"{name}@{node.name or node.outputs[0]}", types)
+                constants[changes[name]], types[changes[name]] = constants[name], types[name]
+                if name in pinned:
+                    pinned[changes[name]] = pinned[name]
+            taken.add(name)
+        nodes.append(replace(node, inputs=tuple(changes.get(n, n) for n in node.inputs)) if changes else node)
+    return graph.replace(nodes=tuple(nodes), constants=constants, types=types, pinned=pinned)
+
+
+DEFAULT_REWRITES: tuple[Rewrite, ...] = (
+    normalise_quantizers,
+    remove_identities,
+    untie_constants,
+    fold_batch_norms,
+    prune,
+)
+
+
+def _is_identity(node: Node, types: Mapping[str, TensorType]) -> bool:
+    if node.domain or (node.op != "Dropout" and any(name in types for name in node.outputs[1:])):
+        return False
+    if node.op == "Cast":
+        return types[node.inputs[0]].dtype == types[node.outputs[0]].dtype
+    return node.op in ("Identity", "Dropout") or (node.op in _OF_ONE_INPUT and len(node.inputs) == 1)
+
+
+def _renamed(node: Node, names: Mapping[str, str]) -> Node:
+    inputs, outputs = (tuple(names.get(n, n) for n in part) for part in (node.inputs, node.outputs))
+    return node if (inputs, outputs) == (node.inputs, node.outputs) else replace(node, inputs=inputs, outputs=outputs)
+
+
+def _is_float(value: np.ndarray) -> bool:
+    return value.dtype.kind not in "biuO"
+
+
+def _free(base: str, taken: Mapping[str, TensorType]) -> str:
+    name, count = base, 1
+    while name in taken:
+        name, count = f"{base}_{count}", count + 1
+    return name

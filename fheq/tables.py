@@ -1,0 +1,70 @@
+"""Tables: a region between two linear layers as one table per group of channels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fheq.affine import Affine
+from fheq.plan import Plan
+from fheq.regions import FILLER, in_float64
+
+CHUNK = 1 << 22  # table entries evaluated at a time
+
+
+class Tabulated(NamedTuple):
+    """The tables of a point.
+
+    source: `(n,)` source element of each distinct table application (-1 where the value is known); group: `(n,)` its table;
+    place: for each element of the point, which application it is; table: `(G, entries)` int64.
+    """
+
+    source: np.ndarray
+    group: np.ndarray
+    place: np.ndarray
+    table: np.ndarray
+
+
+def tabulate(
+    layout: Plan, point: str, affine: Affine, scale: np.ndarray, offset: np.ndarray, codes: np.ndarray
+) -> Tabulated:
+    """Evaluates the region that ends in `point` for every code of its source, by the model's own ops in float64.
+
+    Args:
+        affine: the quantizer of the point.
+        scale, offset: flat decoders of the source's elements.
+        codes: the integers that a source element takes.
+    """
+    shape = layout.shape(point)
+    size = int(np.prod(shape))
+    elements = layout.regions[point].elements
+    quantizer = affine.expanded(len(shape))
+    leaves = np.stack([np.broadcast_to(getattr(quantizer, n), shape).ravel() for n in ("scale", "zero_point", "qmin", "qmax")])
+    columns = lambda _, need: np.stack([scale[need], offset[need]], axis=1)
+    label = layout.elements.signature(point, columns)
+    label = np.unique(np.stack([label, *leaves], axis=1), axis=0, return_inverse=True)[1].ravel()
+    pairs, place = np.unique(np.stack([np.where(elements == FILLER, -1, elements), label], axis=1), axis=0, return_inverse=True)
+    source, group = pairs[:, 0], pairs[:, 1]
+    first = np.full(label.max() + 1, -1)
+    first[label[::-1]] = np.arange(size)[::-1]
+    rows = [_rows(layout, point, first[at], scale, offset, codes, leaves) for at in _slices(len(first), len(codes))]
+    table, same = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
+    return Tabulated(source, same.ravel()[group], place.ravel(), table)
+
+
+def _slices(groups: int, entries: int) -> list[slice]:
+    step = max(1, CHUNK // max(entries, 1))
+    return [slice(i, i + step) for i in range(0, groups, step)]
+
+
+def _rows(layout: Plan, point: str, elements: np.ndarray, scale, offset, codes, leaves) -> np.ndarray:
+    def source(_: str, need: np.ndarray) -> np.ndarray:
+        safe = np.maximum(need, 0)
+        return scale[safe][:, None] * codes[None, :] + offset[safe][:, None]
+
+    real = in_float64(lambda: layout.elements.evaluate(point, elements, source)).astype(np.float64)
+    step, zero_point, qmin, qmax = (leaf[elements][:, None] for leaf in leaves)
+    steps = np.nan_to_num(real / step, nan=0.0, posinf=1e300, neginf=-1e300)
+    q = np.clip(np.round(steps) + zero_point, qmin, qmax).astype(np.int64)
+    return np.broadcast_to(q, (len(elements), len(codes)))
