@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fheq.affine import Affine as Affine
 from fheq.calibrate import CalibrationWarning as CalibrationWarning
 from fheq.calibrate import calibrate as calibrate
+from fheq.circuit import Circuit as Circuit
+from fheq.circuit import compile as compile
 from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant

@@ -5,12 +5,16 @@ What is left is linear, univariate, movement, or one of Add, Sub, Mul, Max, Min 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
 import numpy as np
 
 from fheq import primitives
-from fheq.edit import Draft
+from fheq.edit import VERSION, Draft
 from fheq.errors import UnsupportedError, describe
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, TensorType
 from fheq.primitives import CODES
 
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
@@ -26,6 +30,21 @@ def decompose(graph: Graph) -> Graph:
     for node in graph.nodes:
         draft.write(node)
     return draft.finish()
+
+
+def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
+    """A Gather or ArrayFeatureExtractor with computed indices as a product with one-hot rows; None for other nodes.
+
+    New known tensors come as Constant nodes.
+    """
+    if node.op not in ("Gather", "ArrayFeatureExtractor") or any(name not in types for name in node.inputs):
+        return None
+    draft = Draft(Graph((), (), (), known, types))
+    if not (_gather if node.op == "Gather" else _extract)(draft, node):
+        return None
+    new = [(name, value) for name, value in draft.constants.items() if name not in known]
+    constants = [Node(name, "Constant", (), (name,), MappingProxyType({"value": v}), "", VERSION) for name, v in new]
+    return constants + draft.nodes
 
 
 def _rewritten(draft: Draft, node: Node) -> bool:
@@ -92,16 +111,22 @@ def _logic(draft: Draft, node: Node) -> bool:
 
 
 def _where(draft: Draft, node: Node) -> bool:
-    """A choice by a computed condition c, as b + c * (a - b)."""
+    """A choice by a computed condition c: b + c * (a - b), or a product where a or b is zero."""
     condition, a, b = node.inputs
-    known = [draft.constants[name] for name in (a, b) if name in draft.constants]
-    kind = draft.types[node.outputs[0]].dtype
-    if not _computed(draft, (condition,)) or len(known) == 2 or kind.kind == "b":
+    known = {name: draft.constants[name] for name in (a, b) if name in draft.constants}
+    result, out = draft.types[node.outputs[0]], node.outputs[0]
+    if not _computed(draft, (condition,)) or (a in known and b in known) or result.dtype.kind == "b":
         return False
-    if any(not np.all(np.isfinite(value.astype(np.float64))) for value in known):
+    if any(not np.all(np.isfinite(value.astype(np.float64))) for value in known.values()):
         return False
-    chosen = draft.apply(node, "Mul", _cast(draft, node, condition, kind), draft.apply(node, "Sub", a, b))
-    draft.apply(node, "Add", b, chosen, out=node.outputs[0])
+    zero = next((name for name, value in known.items() if not np.any(value)), None)
+    other = b if zero == a else a
+    if zero is not None and np.broadcast_shapes(draft.types[condition].shape, draft.types[other].shape) == result.shape:
+        chosen = draft.apply(node, "Not", condition) if zero == a else condition
+        draft.apply(node, "Mul", _cast(draft, node, chosen, result.dtype), other, out=out)
+        return True
+    part = draft.apply(node, "Mul", _cast(draft, node, condition, result.dtype), draft.apply(node, "Sub", a, b))
+    draft.apply(node, "Add", b, part, out=out)
     return True
 
 
@@ -193,6 +218,19 @@ def _gather(draft: Draft, node: Node) -> bool:
     product = _reshaped(draft, node, product, spread, out=node.outputs[0] if done else "")
     if not done:
         draft.apply(node, "Transpose", product, out=node.outputs[0], perm=order)
+    return True
+
+
+def _extract(draft: Draft, node: Node) -> bool:
+    """ArrayFeatureExtractor with computed indices, as a Gather along the last axis."""
+    table, indices = node.inputs
+    columns = _reshaped(draft, node, indices, (-1,))
+    rank, out = len(draft.types[table].shape), node.outputs[0]
+    picked = draft.fresh(f"{out}/Gather") if rank == 1 else out
+    if not _gather(draft, replace(node, op="Gather", inputs=(table, columns), outputs=(picked,), attrs={"axis": -1})):
+        return False
+    if rank == 1:
+        _reshaped(draft, node, picked, (1, -1), out=out)
     return True
 
 

@@ -27,7 +27,7 @@ from fheq.ops.table import Kind, Op, find, lookup
 
 MAX_ELEMENTS = 2**28
 
-Expand = Callable[[Node, Mapping[str, TensorType]], "list[Node] | None"]
+Expand = Callable[[Node, Mapping[str, TensorType], Mapping[str, np.ndarray]], "list[Node] | None"]
 Quantizer = Callable[[Node, Mapping[str, np.ndarray]], "tuple[np.ndarray, Affine | None] | None"]
 Report = Callable[[FheqError], None]
 
@@ -38,7 +38,7 @@ class Inferred:
 
     Args:
         nodes: the nodes that stay, in topological order.
-        trace: all nodes, the folded ones included, expanded and with the axes of each Squeeze stated.
+        trace: all given nodes, the folded ones included, with the axes of each Squeeze stated.
     """
 
     nodes: tuple[Node, ...]
@@ -63,7 +63,7 @@ def infer(
 
     Args:
         nodes: in topological order.
-        expand: gives the body of a node without a row, or None.
+        expand: gives nodes in place of one without a row, or with a computed input that must be known; or None.
         quantizer: gives the value and the quantizer of a quantizer node on a known tensor, or None for other nodes.
         reuse: an earlier result; constants that depend on the same known tensors are taken from it.
         report: takes errors instead of raising them; nodes that depend on a failed one are then only looked up.
@@ -77,19 +77,20 @@ def infer(
     pins = dict(pinned or {})
     kept: list[Node] = []
     trace: list[Node] = []
-    queue = deque(nodes)
+    queue = deque((node, True) for node in nodes)
     while queue:
-        node = queue.popleft()
+        node, given = queue.popleft()
         try:
-            body = expand(node, types) if expand is not None and find(node) is None else None
+            body = expand(node, types, known) if expand is not None and not _fits_row(node, known) else None
             if body is not None:
-                queue.extendleft(reversed(body))
+                queue.extendleft((part, False) for part in reversed(body))
+                trace += [node] * given
                 continue
             op = lookup(node)
             if not _readable(node, types, kept, report):
                 continue
             node = _state_axes(node, types)
-            trace.append(node)
+            trace += [node] * given
             values = _known_outputs(node, op, known, types, pins, quantizer, reuse)
             if values is None:
                 types.update(output_types(node, known, types))
@@ -140,6 +141,12 @@ def type_of(value: np.ndarray) -> TensorType:
     return TensorType(tuple(value.shape), value.dtype)
 
 
+def _fits_row(node: Node, known: Mapping[str, np.ndarray]) -> bool:
+    """Whether the node has a row, and the inputs that it wants known are."""
+    op = find(node)
+    return op is not None and all(not op.is_static(i) or n in known for i, n in enumerate(node.inputs) if n)
+
+
 def _readable(node: Node, types: Mapping[str, TensorType], earlier: list[Node], report: Report | None) -> bool:
     """Whether every input has a type; only after an error that was reported may one lack it."""
     for name in node.inputs:
@@ -182,7 +189,7 @@ def _known_outputs(
             not op.is_static(i) or name in known for i, name in enumerate(node.inputs) if name
         )
         return _evaluate(node, known, types) if shapes_alone else None
-    if reuse is not None and all(known[name] is reuse.constants.get(name) for name in names):
+    if reuse is not None and names and all(known[name] is reuse.constants.get(name) for name in names):
         old = {name: reuse.constants[name] for name in node.outputs if name in reuse.constants}
         if old:
             pins.update({name: reuse.pinned[name] for name in old if name in reuse.pinned})

@@ -1,4 +1,4 @@
-"""Operators without a row, through the function that their schema gives."""
+"""Operators without a row, or in a form that their row does not take, as other operators."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from fheq.decompose import with_known_inputs
 from fheq.graph import Node, TensorType
+from fheq.ops.table import find
 from fheq.onnx.attributes import schema_of
 from fheq.onnx.parse import inline
 
 
-def expand(node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
-    """The body of the schema's function for a node, or None when there is none."""
+def expand(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
+    """Nodes in place of one: the body of its schema's function, or what avoids a computed index; None when there are none."""
+    if find(node) is not None:
+        return with_known_inputs(node, types, known)
     schema: Any = schema_of(node.op, node.version, node.domain)
     if schema is None:
         return None

@@ -1,0 +1,179 @@
+"""Compilation with concrete-python, and encrypted runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fheq.batching import join, split_all
+from fheq.errors import CompileError, DataError
+from fheq.evaluate import unwrap
+from fheq.program import IntProgram
+from fheq.progress import track
+from fheq.simulate import check_integers
+from fheq.tracing import Tracing
+
+DEFAULT_P_ERROR = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """A compiled program.
+
+    Args:
+        program: what was compiled.
+        p_error: probability that one table fails, as asked for (None when global_p_error was given).
+        global_p_error: probability that any table of a run fails, as asked for.
+        concrete: concrete-python's own `Circuit`, for what is not wrapped here.
+    """
+
+    program: IntProgram
+    p_error: float | None
+    global_p_error: float | None
+    concrete: Any
+
+    def __str__(self) -> str:
+        error = f"p_error={self.p_error:g}" if self.p_error is not None else f"global_p_error={self.global_p_error:g}"
+        return f"Circuit({error}, complexity={self.complexity:.4g}, bootstraps={self.bootstraps})"
+
+    @property
+    def complexity(self) -> float:
+        """concrete's estimate of the work of one run, in elementary operations."""
+        return float(self.concrete.complexity)
+
+    @property
+    def bootstraps(self) -> int:
+        """Programmable bootstraps of one run."""
+        return int(self.concrete.programmable_bootstrap_count)
+
+    def keygen(self, force: bool = False) -> None:
+        """Generates the keys, once unless forced."""
+        self.concrete.keygen(force)
+
+    def encrypt(self, *inputs: Any, quantized: bool = False) -> list[tuple[Any, ...]]:
+        """Encrypts a batch.
+
+        Args:
+            inputs: real arrays in the model's layout (integers of the program when `quantized`).
+
+        Returns:
+            One tuple of ciphertexts per sample.
+
+        Raises:
+            DataError: an array does not fit its input.
+        """
+        samples = self._samples(inputs, quantized)
+        return [_tuple(self.concrete.encrypt(*sample)) for sample in samples]
+
+    def run(self, encrypted: Sequence[tuple[Any, ...]], progress: bool | None = None) -> list[tuple[Any, ...]]:
+        """Runs the circuit on every encrypted sample."""
+        return [_tuple(self.concrete.run(*sample)) for sample in track(encrypted, "running encrypted", progress)]
+
+    def decrypt(self, encrypted: Sequence[tuple[Any, ...]], quantized: bool = False) -> Any:
+        """Decrypts results to real arrays in the model's layout (to integers when `quantized`)."""
+        return self._outputs([_tuple(self.concrete.decrypt(*sample)) for sample in encrypted], quantized)
+
+    def __call__(self, *inputs: Any, quantized: bool = False, progress: bool | None = None) -> Any:
+        """Encrypts, runs and decrypts a batch; makes keys if there are none."""
+        return self.decrypt(self.run(self.encrypt(*inputs, quantized=quantized), progress), quantized)
+
+    def evaluate(self, *inputs: Any, quantized: bool = False) -> Any:
+        """The circuit's clear evaluation by concrete, without encryption or noise."""
+        return self._outputs([_tuple(self.concrete.graph(*s)) for s in self._samples(inputs, quantized)], quantized)
+
+    def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
+        ports = [entry.port for entry in self.program.inputs]
+        if not quantized:
+            from fheq.batching import check_arrays
+
+            parts = check_arrays(ports, inputs)
+            inputs = [join(port, part) for port, part in zip(ports, parts)]
+            inputs = self.program.quantize(*inputs)
+        parts = split_all(ports, check_integers(self.program, tuple(inputs)))
+        if len(parts[0]) == 0:
+            raise DataError(f"input {ports[0].name!r} holds no samples")
+        return list(zip(*parts))
+
+    def _outputs(self, samples: list[tuple[Any, ...]], quantized: bool) -> Any:
+        columns = []
+        for entry, column in zip(self.program.outputs, zip(*samples)):
+            values = np.stack([np.asarray(v, np.int64).reshape(entry.port.type.shape) for v in column])
+            columns.append(join(entry.port, values))
+        return unwrap(columns if quantized else list(self.program.dequantize(*columns)))
+
+
+def compile(  # noqa: A001 - the public name
+    program: IntProgram,
+    p_error: float | None = None,
+    global_p_error: float | None = None,
+    *,
+    clear: Iterable[str] = (),
+) -> Circuit:
+    """Compiles a program to a circuit.
+
+    Args:
+        program: what `lower` gives.
+        p_error: probability that one table lookup fails; 1e-5 when neither probability is given.
+        global_p_error: probability that any table lookup of one run fails.
+        clear: names of inputs that are not encrypted.
+
+    Raises:
+        CompileError: no cryptographic parameters exist, or concrete-python refuses the program; the message says what to
+            change.
+        ValueError: a probability outside of (0, 1), both probabilities, or an unknown name in `clear`.
+    """
+    if p_error is not None and global_p_error is not None:
+        raise ValueError("give either p_error or global_p_error")
+    for name, value in (("p_error", p_error), ("global_p_error", global_p_error)):
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    clear = frozenset(clear)
+    unknown = clear - {entry.name for entry in program.inputs}
+    if unknown:
+        raise ValueError(f"clear names unknown inputs {sorted(unknown)}; there are {[e.name for e in program.inputs]}")
+    if p_error is None and global_p_error is None:
+        p_error = DEFAULT_P_ERROR
+    return Circuit(program, p_error, global_p_error, _compile(program, p_error, global_p_error, clear))
+
+
+def _compile(program: IntProgram, p_error: float | None, global_p_error: float | None, clear: frozenset[str]) -> Any:
+    from concrete import fhe
+
+    tracing = Tracing(program, clear)
+    statuses = {f"x{i}": "clear" if e.name in clear else "encrypted" for i, e in enumerate(program.inputs)}
+    compiler = fhe.Compiler(tracing.function(), statuses)
+    configuration = fhe.Configuration(
+        p_error=p_error,
+        global_p_error=global_p_error,
+        show_progress=False,
+        approximate_rounding_config=fhe.ApproximateRoundingConfig(
+            logical_clipping=False, approximate_clipping_start_precision=False
+        ),
+    )
+    sample = tuple(np.zeros(entry.port.type.shape, np.int64) for entry in program.inputs)
+    try:
+        graph = compiler.trace([sample], configuration)
+        measure = graph.measure_bounds
+        graph.measure_bounds = lambda inputset: tracing.bounds(measure(inputset))
+        return compiler.compile([sample], configuration)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise CompileError(_explain(program, error)) from error
+
+
+def _explain(program: IntProgram, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+    widest = max(program.lookups, key=lambda t: t.bits, default=None)
+    if widest is None:
+        return f"concrete-python cannot compile the program: {reason}"
+    bits = f"its widest table, of {widest.origin!r}, reads {widest.bits} bits"
+    return (
+        f"concrete-python cannot compile the program ({bits}): {reason}. "
+        "Lower n_bits or round accumulators, for instance rounding=Rounding(6, approximate=True)"
+    )
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
