@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fheq.affine import Affine as Affine
 from fheq.calibrate import CalibrationWarning as CalibrationWarning
 from fheq.calibrate import calibrate as calibrate
+from fheq.check import Problem as Problem
+from fheq.check import check as check
 from fheq.circuit import Circuit as Circuit
 from fheq.circuit import compile as compile
 from fheq.errors import FheqError as FheqError

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import enable_x64
 
 from fheq.affine import Affine
 from fheq.calibrate import Stats
@@ -46,32 +44,30 @@ def makes_accumulator(step: Step) -> bool:
 
 def worst_case(layout: Plan, qparams: QParams, step: Step) -> Bounds:
     """Bounds that hold for every input in range, of the step's shape, in float64 (exact integers)."""
-    with enable_x64():
-        low, high = _worst_case(layout, qparams, step)
-        return Bounds(np.asarray(jnp.round(low)), np.asarray(jnp.round(high)))
+    return Bounds(*(np.round(v) for v in _worst_case(layout, qparams, step)))
 
 
-def _worst_case(layout: Plan, qparams: QParams, step: Step):
+def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray, ...]:
     if isinstance(step, Linear):
         x = operand_decoder(layout, qparams, step.x, operand_axis(step))
         w = quantize_weight(layout, qparams, step).integers
-        up, down = jnp.maximum(w, 0), jnp.minimum(w, 0)
+        up, down = np.maximum(w, 0), np.minimum(w, 0)
         low = apply_form(step, x.low, up) + apply_form(step, x.high, down)
         return low, apply_form(step, x.high, up) + apply_form(step, x.low, down)
     if isinstance(step, Sum):
         x = operand_decoder(layout, qparams, step.x)
         valid = (step.x.elements >= 0).reshape(step.x.shape)
-        return tuple(jnp.sum(jnp.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
+        return tuple(np.sum(np.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     if isinstance(step, Add):
         m, n, _ = add_multipliers(a.scale, b.scale)
         n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
         return m * a.low + n_low, m * a.high + n_high
     assert isinstance(step, Product)
-    p, r = (jnp.round(d.offset / d.scale) for d in (a, b))
+    p, r = (np.round(d.offset / d.scale) for d in (a, b))
     corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
-    low, high = jnp.min(jnp.stack(corners), axis=0), jnp.max(jnp.stack(corners), axis=0)
-    return (jnp.sum(low, -1), jnp.sum(high, -1)) if step.contract else (low, high)
+    low, high = np.min(np.stack(corners), axis=0), np.max(np.stack(corners), axis=0)
+    return (np.sum(low, -1), np.sum(high, -1)) if step.contract else (low, high)
 
 
 def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
@@ -88,10 +84,7 @@ def observed_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, ma
     found = stats[step.out]
     low, high = np.asarray(found.minimum, np.float64), np.asarray(found.maximum, np.float64)
     more = margin * (high - low)
-    with enable_x64():
-        scale, offset = (
-            np.broadcast_to(np.asarray(v), layout.shape(step.out)) for v in accumulator_decoder(layout, qparams, step)
-        )
+    scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step))
     ends = []
     for real in (low - more, high + more):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
@@ -172,8 +165,7 @@ def accumulator_affine(layout: Plan, qparams: QParams, step: Step, bounds: Bound
     cell = 1 << lsbs
     slack = 2.0**width - 1 - (cell >> 1) - (bounds.high + offset)
     offset = offset + np.floor(slack / 2 / cell) * cell
-    with enable_x64():
-        decoded = [np.broadcast_to(np.asarray(v), layout.shape(step.out)) for v in accumulator_decoder(layout, qparams, step)]
+    decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step)]
     scale, constant = (_first_of_channel(v, axis) for v in decoded)
     scale = np.maximum(np.abs(scale), 1e-300)
     zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included

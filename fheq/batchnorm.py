@@ -55,7 +55,10 @@ def fold_batch_norms(graph: Graph) -> Graph:
 
 
 def _is_known(graph: Graph, node: Node) -> bool:
-    return node.op == "BatchNormalization" and not node.domain and all(n in graph.constants for n in node.inputs[1:5])
+    if node.op != "BatchNormalization" or node.domain or not all(n in graph.constants for n in node.inputs[1:5]):
+        return False
+    shape = graph.types[node.inputs[0]].shape
+    return len(shape) > 1 and all(graph.constants[n].shape == shape[1:2] for n in node.inputs[1:5])
 
 
 def _scale_and_shift(graph: Graph, node: Node) -> tuple[np.ndarray, np.ndarray]:

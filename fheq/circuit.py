@@ -84,6 +84,18 @@ class Circuit:
         """The circuit's clear evaluation by concrete, without encryption or noise."""
         return self._outputs([_tuple(self.concrete.graph(*s)) for s in self._samples(inputs, quantized)], quantized)
 
+    def simulate(self, *inputs: Any, quantized: bool = False) -> Any:
+        """concrete's simulation of the encrypted run, noise included; it needs no keys, and its results vary.
+
+        Args:
+            inputs: real arrays in the model's layout (integers of the program when `quantized`).
+
+        Returns:
+            Real outputs in the model's layout (integers when `quantized`).
+        """
+        self.concrete.enable_fhe_simulation()
+        return self._outputs([_tuple(self.concrete.simulate(*s)) for s in self._samples(inputs, quantized)], quantized)
+
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
         ports = [entry.port for entry in self.program.inputs]
         if not quantized:

@@ -16,6 +16,7 @@ from fheq.graph import Graph
 from fheq.integers import (
     accumulator_decoder,
     apply_form,
+    join_pieces,
     operand_axis,
     quantize_weight,
 )
@@ -91,11 +92,7 @@ def run_step(layout: Plan, qparams: QParams, step: Step, env: dict[str, Array]) 
     if isinstance(step, Maximum):
         return step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
     if isinstance(step, Join):
-        flat = jnp.asarray(step.fill, xs[0].dtype)
-        for i, x in enumerate(xs):
-            here = np.flatnonzero(step.which == i)
-            flat = flat.at[here].set(x.ravel()[step.element[here]])
-        return flat.reshape(step.shape)
+        return join_pieces(step, xs, step.fill)
     if isinstance(step, Linear):
         return _linear(layout, qparams, step, xs[0])
     if isinstance(step, Sum):

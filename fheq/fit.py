@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from jax.experimental import enable_x64
 
 from fheq.accumulators import fit_accumulators
 from fheq.affine import Affine
@@ -205,8 +204,7 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     if stated is not None:
         return _stated_weight(step, stated)
     bits = override.n_bits or spec.bits()["op_weights"]
-    with enable_x64():
-        weight = np.asarray(absorbed_weight(layout, qparams, step)[0])
+    weight = absorbed_weight(layout, qparams, step)[0]
     axis = step.weight_axis
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     if granularity is Granularity.PER_TENSOR:

@@ -194,7 +194,7 @@ def _known_outputs(
         if old:
             pins.update({name: reuse.pinned[name] for name in old if name in reuse.pinned})
             return old
-    special = quantizer(node, known) if quantizer is not None else None
+    special = _guarded(node, lambda: quantizer(node, known)) if quantizer is not None else None
     if special is not None:
         value, affine = special
         if affine is not None:

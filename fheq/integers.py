@@ -1,6 +1,7 @@
-"""The arithmetic of quantized steps, in JAX: what integers a step computes and what real values they stand for.
+"""The arithmetic of quantized steps: what integers a step computes and what real values they stand for.
 
-One implementation serves `fake_quant` (traced, float32), `fit` and `lower` (concrete, float64).
+One implementation serves `fake_quant` (in JAX, traced) and `fit` and `lower` (in numpy, float64): it uses the namespace that
+fits the quantizers' leaves.
 
 An integer tensor is decoded by `real = scale * q + offset`, elementwise. With clear weights the scales and offsets of the
 inputs fold into the weights and into a constant (arXiv 1712.05877, eq. 7, with the zero point of the weight inside the
@@ -14,13 +15,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import enable_x64
 
-from fheq.affine import Affine, straight_through
+from fheq.affine import LEAVES, Affine, straight_through
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 
 Array = Any
+
+
+def namespace(*affines: Affine) -> Any:
+    """jax.numpy when any leaf of the quantizers is a JAX array, else numpy."""
+    leaves = (getattr(a, name) for a in affines for name in LEAVES)
+    return jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np
+
+
+def array_namespace(*arrays: Array) -> Any:
+    """jax.numpy when any array is a JAX array, else numpy."""
+    return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
 
 
 class Decoder(NamedTuple):
@@ -34,9 +47,11 @@ class Decoder(NamedTuple):
 
 def decoder(affine: Affine, shape: tuple[int, ...]) -> Decoder:
     """The decoder of a quantized tensor."""
+    xp = namespace(affine)
     a = affine.expanded(len(shape))
+    dtype = jnp.result_type(float) if xp is jnp else np.float64
     leaves = (a.scale, -a.scale * a.zero_point, a.qmin, a.qmax)
-    return Decoder(*(jnp.broadcast_to(jnp.asarray(leaf, jnp.result_type(float)), shape) for leaf in leaves))
+    return Decoder(*(xp.broadcast_to(xp.asarray(leaf, dtype), shape) for leaf in leaves))
 
 
 def key_decoder(layout: Plan, qparams: QParams, key: str) -> Decoder:
@@ -49,13 +64,17 @@ def key_decoder(layout: Plan, qparams: QParams, key: str) -> Decoder:
         first = operand_decoder(layout, qparams, step.xs[0])
         return Decoder(*(leaf.reshape(*shape, -1)[..., 0] for leaf in first))
     assert isinstance(step, Join)
-    size = int(np.prod(shape))
-    flat = [jnp.ones(size), jnp.asarray(step.fill, jnp.result_type(float)), jnp.zeros(size), jnp.zeros(size)]
-    for i, piece in enumerate(step.pieces):
-        here = np.flatnonzero(step.which == i)
-        part = operand_decoder(layout, qparams, piece)
-        flat = [f.at[here].set(p.ravel()[step.element[here]]) for f, p in zip(flat, part)]
-    return Decoder(*(f.reshape(shape) for f in flat))
+    parts = [operand_decoder(layout, qparams, piece) for piece in step.pieces]
+    fillers = (1.0, step.fill, 0.0, 0.0)
+    return Decoder(*(join_pieces(step, list(column), filler) for column, filler in zip(zip(*parts), fillers)))
+
+
+def join_pieces(step: Join, pieces: list[Array], filler: Array) -> Array:
+    """The elements of a join from those of its pieces."""
+    xp = array_namespace(*pieces)
+    starts = np.concatenate([[0], np.cumsum([len(p.elements) for p in step.pieces])])
+    flat = xp.concatenate([p.ravel() for p in pieces])[starts[np.maximum(step.which, 0)] + step.element]
+    return xp.where(step.which < 0, filler, flat).reshape(step.shape)
 
 
 def step_of(layout: Plan, name: str) -> Step:
@@ -93,9 +112,10 @@ def operand_decoder(layout: Plan, qparams: QParams, operand: Operand, axis: int 
         slope, intercept = (np.asarray(v)[like] for v in (operand.slope, operand.intercept))
         scale, offset = scale * slope, offset * slope + intercept
     hole = operand.elements < 0
+    xp = array_namespace(scale)
     if np.any(hole):
-        filler = jnp.clip(jnp.round((operand.fill - offset) / jnp.where(scale == 0, 1, scale)), low, high)
-        low, high = jnp.where(hole, filler, low), jnp.where(hole, filler, high)
+        filler = xp.clip(xp.round((operand.fill - offset) / xp.where(scale == 0, 1, scale)), low, high)
+        low, high = xp.where(hole, filler, low), xp.where(hole, filler, high)
     return Decoder(*(leaf.reshape(operand.shape) for leaf in (scale, offset, low, high)))
 
 
@@ -109,21 +129,27 @@ def operand_axis(step: Step) -> int | None:
 
 def apply_form(step: Linear, x: Array, weight: Array) -> Array:
     """The linear form itself, without bias, reshaped to the step's shape."""
+    xp = array_namespace(x, weight)
     if step.form == "matmul":
-        y = jnp.matmul(x, weight)
-    elif step.form == "left":
-        y = jnp.matmul(weight, x)
-    else:
-        y = jax.lax.conv_general_dilated(
-            x,
-            weight,
-            step.options["strides"],
-            [(0, 0)] * (weight.ndim - 2),
-            rhs_dilation=step.options["dilations"],
-            feature_group_count=step.options["group"],
-            precision=jax.lax.Precision.HIGHEST,
-        )
-    return y.reshape(step.shape)
+        return xp.matmul(x, weight).reshape(step.shape)
+    if step.form == "left":
+        return xp.matmul(weight, x).reshape(step.shape)
+    if xp is jnp:
+        return _convolve(step, x, weight).reshape(step.shape)
+    with enable_x64():
+        return np.asarray(_convolve(step, jnp.asarray(x), jnp.asarray(weight))).reshape(step.shape)
+
+
+def _convolve(step: Linear, x: Array, weight: Array) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        weight,
+        step.options["strides"],
+        [(0, 0)] * (weight.ndim - 2),
+        rhs_dilation=step.options["dilations"],
+        feature_group_count=step.options["group"],
+        precision=jax.lax.Precision.HIGHEST,
+    )
 
 
 class Weights(NamedTuple):
@@ -146,14 +172,14 @@ def _along_inputs(step: Linear, v: Array) -> Array:
     if step.form == "left":
         return v
     group = step.options["group"]
-    rows = jnp.repeat(v.reshape(group, -1), step.weight.shape[0] // group, axis=0)
+    rows = array_namespace(v).repeat(v.reshape(group, -1), step.weight.shape[0] // group, axis=0)
     return rows.reshape(*rows.shape, *(1,) * (step.weight.ndim - 2))
 
 
 def _along_outputs(step: Linear, v: Array) -> Array:
     """A vector over output channels (or a scalar), broadcasting against the step's shape."""
-    if jnp.ndim(v) == 0 or v.shape[0] == 1:
-        return jnp.reshape(v, ())
+    if np.ndim(v) == 0 or v.shape[0] == 1:
+        return v.reshape(())
     return v.reshape(-1, *(1,) * (-step.channel - 1))
 
 
@@ -161,15 +187,15 @@ def _sum_inputs(step: Linear, weight: Array) -> Array:
     """Sum of a weight over everything but its output channels."""
     axis = step.weight_axis % weight.ndim
     if step.form in ("matmul", "left") and weight.ndim > 2:
-        return jnp.sum(weight, axis=-2 if step.form == "matmul" else -1)  # stacked matrices: (..., channels)
-    return jnp.sum(weight, axis=tuple(a for a in range(weight.ndim) if a != axis))
+        return weight.sum(axis=-2 if step.form == "matmul" else -1)  # stacked matrices: (..., channels)
+    return weight.sum(axis=tuple(a for a in range(weight.ndim) if a != axis))
 
 
 def input_ratio(step: Linear, scale: Array) -> tuple[Array, Array]:
     """The largest scale of the input's channels, and each channel's scale relative to it (signed)."""
     axis = operand_axis(step)
-    first = jnp.moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
-    unit = jnp.max(jnp.abs(first))
+    first = array_namespace(scale).moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
+    unit = abs(first).max()
     return unit, first / unit
 
 
@@ -185,18 +211,20 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
     weight, unit, ratio, x = absorbed_weight(layout, qparams, step)
     a = qparams.weights[step.weight_name].expanded(weight.ndim)
     steps = weight / a.scale
-    q = jnp.clip(straight_through(jnp.round(steps), steps) + a.zero_point, a.qmin, a.qmax) - a.zero_point
+    xp = array_namespace(steps, a.zero_point)
+    whole = straight_through(jnp.round(steps), steps) if xp is jnp else np.round(steps)
+    q = xp.clip(whole + a.zero_point, a.qmin, a.qmax) - a.zero_point
     axis = operand_axis(step)
-    offset = jnp.moveaxis(x.offset, axis, 0).reshape(x.offset.shape[axis], -1)[:, 0]
+    offset = xp.moveaxis(x.offset, axis, 0).reshape(x.offset.shape[axis], -1)[:, 0]
     flat = ratio == 0  # a channel that does not vary contributes its constant alone
-    share = jnp.where(flat, 0, offset / jnp.where(flat, 1, ratio))
+    share = xp.where(flat, 0, offset / xp.where(flat, 1, ratio))
     constant = _sum_inputs(step, q * a.scale * _along_inputs(step, share))
-    constant = constant + _sum_inputs(step, step.weight * _along_inputs(step, jnp.where(flat, offset, 0)))
-    if jnp.ndim(constant) > 1:
+    constant = constant + _sum_inputs(step, step.weight * _along_inputs(step, xp.where(flat, offset, 0)))
+    if np.ndim(constant) > 1:
         constant = constant[..., None, :] if step.form == "matmul" else constant[..., :, None]
     else:
         constant = _along_outputs(step, constant)
-    scale = _along_outputs(step, unit * jnp.ravel(a.scale)) if jnp.ndim(a.scale) else unit * a.scale
+    scale = _along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
     return Weights(q, ratio, scale, constant + step.bias)
 
 
@@ -205,13 +233,14 @@ def add_multipliers(a: Array, b: Array) -> tuple[Array, Array, Array]:
 
     Equal scales give 1, 1; unequal ones come from models that state their quantizers.
     """
-    small, ratio = jnp.minimum(a, b), jnp.maximum(a, b) / jnp.minimum(a, b)
-    parts = jnp.arange(1, 17).reshape(-1, *(1,) * jnp.ndim(ratio))
-    error = jnp.abs(jnp.round(ratio * parts) / (ratio * parts) - 1)
-    fine = jnp.where(error < 2.0**-9, parts, 32)
-    best = jnp.where(jnp.min(fine, axis=0) < 32, jnp.min(fine, axis=0), 1 + jnp.argmin(error, axis=0))
-    large = jnp.round(ratio * best)
-    return jnp.where(a <= b, best, large), jnp.where(a <= b, large, best), small / best
+    xp = array_namespace(a, b)
+    small, ratio = xp.minimum(a, b), xp.maximum(a, b) / xp.minimum(a, b)
+    parts = np.arange(1, 17).reshape(-1, *(1,) * np.ndim(ratio))
+    error = xp.abs(xp.round(ratio * parts) / (ratio * parts) - 1)
+    fine = xp.where(error < 2.0**-9, parts, 32)
+    best = xp.where(xp.min(fine, axis=0) < 32, xp.min(fine, axis=0), 1 + xp.argmin(error, axis=0))
+    large = xp.round(ratio * best)
+    return xp.where(a <= b, best, large), xp.where(a <= b, large, best), small / best
 
 
 def accumulator_decoder(layout: Plan, qparams: QParams, step: Step) -> tuple[Array, Array]:
@@ -224,12 +253,13 @@ def accumulator_decoder(layout: Plan, qparams: QParams, step: Step) -> tuple[Arr
         valid = (step.x.elements >= 0).reshape(step.x.shape)
         fill = np.sum(step.x.fill.reshape(step.x.shape), axis=-1)
         at = np.argmax(valid, axis=-1)[..., None]
-        scale = step.coefficient * jnp.take_along_axis(x.scale, at, -1)[..., 0]
-        return scale, step.coefficient * (jnp.sum(jnp.where(valid, x.offset, 0), axis=-1) + fill)
+        xp = array_namespace(x.scale)
+        scale = step.coefficient * xp.take_along_axis(x.scale, at, -1)[..., 0]
+        return scale, step.coefficient * (xp.sum(xp.where(valid, x.offset, 0), axis=-1) + fill)
     if isinstance(step, Add):
         a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
         return add_multipliers(a.scale, b.scale)[2], a.offset + step.sign * b.offset
     assert isinstance(step, Product)
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     scale = a.scale * b.scale
-    return (scale[..., 0], jnp.zeros(step.shape)) if step.contract else (scale, jnp.zeros(step.shape))
+    return (scale[..., 0], np.zeros(step.shape)) if step.contract else (scale, np.zeros(step.shape))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import numpy as np
-from jax.experimental import enable_x64
 
 from fheq.accumulators import channel_bounds, makes_accumulator, worst_case
 from fheq.affine import Affine, validate
@@ -63,7 +63,9 @@ def unsigned(qparams: QParams) -> QParams:
         scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
         return replace(a, scale=scale, zero_point=zero_point - qmin, qmin=qmin * 0, qmax=qmax - qmin, signed=False)
 
-    return replace(qparams, tensors={name: shifted(a) for name, a in qparams.tensors.items()})
+    host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
+    tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
+    return QParams(tensors, host(qparams.weights), host(qparams.accumulators))
 
 
 class _Lowering:
@@ -95,9 +97,8 @@ class _Lowering:
         """Registers a quantized source (an input, a join or a maximum)."""
         self.held[key] = value
         if key not in self.layout.points:
-            with enable_x64():
-                d = key_decoder(self.layout, self.qparams, key)
-                self.decoders[key] = (np.asarray(d.scale).ravel(), np.asarray(d.offset).ravel())
+            d = key_decoder(self.layout, self.qparams, key)
+            self.decoders[key] = (d.scale.ravel(), d.offset.ravel())
 
     # Reading
 
@@ -110,8 +111,7 @@ class _Lowering:
     def read(self, operand: Operand, axis: int | None = None) -> str:
         """The program value of an operand."""
         value = self.quantized(operand.key)
-        with enable_x64():
-            fill = np.asarray(operand_decoder(self.layout, self.qparams, operand, axis).low)
+        fill = operand_decoder(self.layout, self.qparams, operand, axis).low
         fill = np.where(operand.elements < 0, np.round(fill.ravel()), 0).astype(np.int64)
         return self.emit.gather((value,), operand.elements, fill, operand.shape)
 
@@ -160,10 +160,7 @@ class _Lowering:
     def finish(self, step: Step, value: str) -> None:
         """Adds the offset that brings an accumulator's range to start at 0."""
         affine = self.qparams.accumulators[step.out].expanded(len(step.shape))
-        with enable_x64():
-            scale, offset = (
-                np.broadcast_to(np.asarray(v), step.shape) for v in accumulator_decoder(self.layout, self.qparams, step)
-            )
+        scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(self.layout, self.qparams, step))
         worst = worst_case(self.layout, self.qparams, step)
         floor = affine.scale * (affine.qmin - affine.zero_point)  # real value at the lower end
         shift = -np.round((floor - offset) / np.where(scale == 0, 1, scale))
@@ -183,25 +180,22 @@ class _Lowering:
 
     def linear(self, step: Linear) -> str:
         x = self.read(step.x, operand_axis(step))
-        with enable_x64():
-            weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
+        weight = np.round(quantize_weight(self.layout, self.qparams, step).integers).astype(np.int64)
         if step.form == "conv":
             return self.emit.convolution(x, weight, step.options)
         return self.emit.matmul(x, weight, step.form == "left")
 
     def add(self, step: Add) -> str:
-        with enable_x64():
-            a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
-            m, n, _ = (np.asarray(v) for v in add_multipliers(a.scale, b.scale))
+        a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
+        m, n, _ = add_multipliers(a.scale, b.scale)
         left = self.emit.scale(self.read(step.a), m.astype(np.int64))
         right = self.emit.scale(self.read(step.b), n.astype(np.int64))
         return self.emit.plus(left, right, step.sign)
 
     def product(self, step: Product) -> str:
         """`a b = floor((a + b)^2 / 4) - floor((a - b)^2 / 4)`: two tables on sums, exact for integers."""
-        with enable_x64():
-            a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
-            p, r = (np.asarray(np.round(d.offset / d.scale)).astype(np.int64) for d in (a, b))
+        a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
+        p, r = (np.round(d.offset / d.scale).astype(np.int64) for d in (a, b))
         x, y = self.read(step.a), self.read(step.b)
         top = self.emit.values[y].high
         name = step.node.name or step.out
@@ -236,10 +230,8 @@ class _Lowering:
         if port.name not in self.layout.regions:
             raise QuantizationError(f"output {port.name!r} does not depend on the inputs: drop it from the model")
         if operand is not None:
-            with enable_x64():
-                d = operand_decoder(self.layout, self.qparams, operand)
-                scale, offset = np.asarray(d.scale).ravel(), np.asarray(d.offset).ravel()
-            return self.entry(port, self.read(operand), scale, offset)
+            d = operand_decoder(self.layout, self.qparams, operand)
+            return self.entry(port, self.read(operand), d.scale.ravel(), d.offset.ravel())
         region = self.layout.regions[port.name]
         scale, offset = self.decoders[region.source]
         source = self.accs.get(region.source) or self.held[region.source]

@@ -21,6 +21,7 @@ _SIDE = (_HIGH - _LOW) * _PARTS
 BINS = 2 * _SIDE + 1
 
 
+
 class TensorStats(NamedTuple):
     """Statistics of one tensor, per channel; `C` is 1 for a tensor without a channel axis.
 
@@ -118,34 +119,12 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class MinMax:
-    """The observed extremes, widened where a fraction of the range costs little: by `2^(bits - 8) * margin` of it, at most
-    `margin`, at ends that do not look like hard limits (many values at the extreme)."""
-
-    margin: float = 0.1
+    """The observed extremes."""
 
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Observer`."""
-        low, high = np.asarray(stats.minimum, np.float64), np.asarray(stats.maximum, np.float64)
-        more = self.margin * min(1.0, 2.0 ** (bits - 8)) * (high - low)
-        at = bin_indices(stats)
-        rows = np.arange(len(low))
-        crowd = np.maximum(2, np.asarray(stats.count) // 100)
-        hard_low = np.asarray(stats.histogram)[rows, at(low)] > crowd
-        hard_high = np.asarray(stats.histogram)[rows, at(high)] > crowd
-        return np.where(hard_low, low, low - more), np.where(hard_high, high, high + more)
-
-
-def bin_indices(stats: TensorStats):
-    """`bin_of` for host arrays."""
-    del stats
-
-    def at(x: np.ndarray) -> np.ndarray:
-        mantissa, exponent = np.frexp(np.abs(x))
-        place = np.clip((exponent - _LOW) * _PARTS + ((mantissa - 0.5) * (2 * _PARTS)).astype(int), 0, _SIDE)
-        magnitude = np.where((exponent < _LOW) | (x == 0), 0, np.minimum(place + 1, _SIDE))
-        return _SIDE + np.where(x < 0, -magnitude, magnitude)
-
-    return at
+        del bits
+        return np.asarray(stats.minimum, np.float64), np.asarray(stats.maximum, np.float64)
 
 
 @dataclass(frozen=True)
@@ -168,41 +147,107 @@ class Percentile:
 
 @dataclass(frozen=True)
 class MeanSquaredError:
-    """The clip that minimises the mean squared error of rounding and clipping (Banner et al., arXiv 1810.05723), searched on
-    the histogram, one end after the other."""
+    """The range that minimises the mean squared error of rounding and clipping (Banner et al., arXiv 1810.05723).
 
-    candidates: int = 60
+    It is searched on the histogram, one end after the other. Unseen data go beyond what was observed (see `Tail`); that
+    expectation is part of the error, so that with many bits, where clipping would dominate, the range is wider than what was
+    observed.
+    """
+
+    smallest: float = 0.15
+    largest: float = 2.0
+    candidates: int = 112
     sweeps: int = 2
 
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Observer`."""
-        low, high = MinMax().range(stats, bits)
-        fractions = np.linspace(1.0, 0.15, self.candidates)
-        pivot = np.clip(0.0, low, high)
+        least, most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
+        low, high = least, most
+        fractions = np.linspace(self.smallest, self.largest, self.candidates)[:, None]
+        middle = np.where((least > 0) | (most < 0), (least + most) / 2, 0.0)
+        ends = tails(stats)
         for _ in range(self.sweeps):
-            tops = pivot + (high - pivot) * fractions[:, None]
-            high = _best(stats, np.broadcast_to(low, tops.shape), tops, bits)[1]
-            bottoms = pivot + (low - pivot) * fractions[:, None]
-            low = _best(stats, bottoms, np.broadcast_to(high, bottoms.shape), bits)[0]
+            tops = middle + (most - middle) * fractions
+            high = _best(stats, np.broadcast_to(low, tops.shape), tops, bits, ends)[1]
+            bottoms = middle + (least - middle) * fractions
+            low = _best(stats, bottoms, np.broadcast_to(high, bottoms.shape), bits, ends)[0]
         return low, high
 
 
-def clip_error(stats: TensorStats, low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
-    """Sum of squared errors of `bits`-bit quantization to [low, high], each `(candidates, C)`."""
+class Tail(NamedTuple):
+    """What is known of the values beyond one end of the observed range, per channel `(C,)`.
+
+    deviation: standard deviation; reach: the observed extreme, in deviations from the mean; excess: mean excess of unseen
+    values beyond the extreme, 0 at a hard limit.
+    """
+
+    deviation: np.ndarray
+    reach: np.ndarray
+    excess: np.ndarray
+
+    def unseen(self, room: np.ndarray) -> np.ndarray:
+        """Expected sum of squared excesses over as many new values as were seen, for an end `room` beyond the extreme.
+
+        Channels, measured in their deviations, are taken as alike: what the others reached, this one may reach; one new value
+        in all goes beyond the furthest, exponentially.
+        """
+        count = len(self.reach)
+        at = self.reach + np.maximum(room, 0) / self.deviation
+        others = np.sum(np.maximum(self.reach[None, :] - at[:, None], 0) ** 2, axis=1) / max(count - 1, 1)
+        beyond = np.maximum(at - np.max(self.reach), 0) * self.deviation
+        furthest = 2 * self.excess**2 / count * np.exp(-beyond / np.maximum(self.excess, 1e-30))
+        return np.where(self.excess > 0, others * self.deviation**2 + furthest, 0.0)
+
+
+def tails(stats: TensorStats) -> tuple[Tail, Tail]:
+    """The tails below the minimum and above the maximum.
+
+    The mean excess over the 80% and the 95% quantile is extrapolated to the extreme: equal for exponential tails, vanishing
+    for bounded ones. Channels, measured in their deviations, are averaged.
+    """
+    count = np.maximum(np.asarray(stats.count, np.float64), 1)
+    mean = stats.total / count
+    deviation = np.sqrt(np.maximum(stats.squares / count - mean**2, 1e-60))
+    value = np.clip(centres()[None, :], np.asarray(stats.minimum)[:, None], np.asarray(stats.maximum)[:, None])
+    histogram = np.asarray(stats.histogram, np.float64)
+    sides = []
+    for sign, extreme in ((-1, stats.minimum), (1, stats.maximum)):
+        x, mass = (value, histogram) if sign > 0 else (-value[:, ::-1], histogram[:, ::-1])
+        inner, outer = (_mean_excess(x, mass, count, share) for share in (0.2, 0.05))
+        excess = outer * np.minimum(outer / np.maximum(inner, 1e-30), 1) ** 2
+        soft = outer > 1e-6 * deviation
+        shared = np.mean((excess / deviation)[soft]) if np.any(soft) else 0.0
+        sides.append(Tail(deviation, sign * (extreme - mean) / deviation, np.where(soft, shared * deviation, 0.0)))
+    return sides[0], sides[1]
+
+
+def _mean_excess(value: np.ndarray, mass: np.ndarray, count: np.ndarray, share: float) -> np.ndarray:
+    above = np.cumsum(mass[:, ::-1], axis=1)[:, ::-1]  # values in this bin or higher
+    first = np.argmax(above <= share * count[:, None], axis=1)
+    start = value[np.arange(len(value)), np.maximum(first - 1, 0)]
+    beyond = np.arange(value.shape[1])[None, :] >= first[:, None]
+    weight = np.where(beyond, mass, 0)
+    return np.sum(weight * (value - start[:, None]), axis=1) / np.maximum(weight.sum(axis=1), 1)
+
+
+def clip_error(stats: TensorStats, low: np.ndarray, high: np.ndarray, bits: int, ends: tuple[Tail, Tail]) -> np.ndarray:
+    """Expected sum of squared errors of `bits`-bit quantization to [low, high], each `(candidates, C)`."""
     value = centres()
     histogram = np.asarray(stats.histogram, np.float64)
-    value = np.clip(value[None, :], np.asarray(stats.minimum)[:, None], np.asarray(stats.maximum)[:, None])
+    least, most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
+    value = np.clip(value[None, :], least[:, None], most[:, None])
     step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
     errors = []
     for lo, hi, s in zip(low, high, step):
         above = np.maximum(value - hi[:, None], 0)
         under = np.maximum(lo[:, None] - value, 0)
         inside = (value >= lo[:, None]) & (value <= hi[:, None]) & (value != 0)
-        errors.append(np.sum(histogram * (above**2 + under**2 + inside * (s[:, None] ** 2 / 12)), axis=1))
+        error = np.sum(histogram * (above**2 + under**2 + inside * (s[:, None] ** 2 / 12)), axis=1)
+        errors.append(error + ends[0].unseen(least - lo) + ends[1].unseen(hi - most))
     return np.stack(errors)
 
 
-def _best(stats: TensorStats, low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    best = np.argmin(clip_error(stats, low, high, bits), axis=0)
+def _best(stats: TensorStats, low: np.ndarray, high: np.ndarray, bits: int, ends: tuple[Tail, Tail]) -> tuple[np.ndarray, np.ndarray]:
+    best = np.argmin(clip_error(stats, low, high, bits, ends), axis=0)
     columns = np.arange(low.shape[1])
     return low[best, columns], high[best, columns]

@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from fheq.affine import Affine, dequantize
+from fheq.edit import Draft
 from fheq.errors import ModelError, UnsupportedError, describe
-from fheq.fold import fold, prune
+from fheq.fold import fold
 from fheq.graph import Graph, Node
 from fheq.ops.quantizers import QUANT_DOMAINS, ROUNDINGS
 from fheq.ops.table import Kind, Op, register
@@ -68,29 +69,21 @@ def normalise_quantizers(graph: Graph) -> Graph:
     """
     graph = fold(graph, constant_quantizer)
     producers = graph.producers()
-    nodes: list[Node] = []
-    constants, pinned = dict(graph.constants), dict(graph.pinned)
+    draft = Draft(graph)
     for node in graph.nodes:
         source = node.inputs[0] if node.inputs else ""
         first = producers.get(source)
         if _is(node, "Quant"):
-            grid = quant_grid(node, constants, len(graph.types[source].shape))
+            rank = len(graph.types[source].shape)
+            _write_fake_quant(draft, node, source, quant_grid(node, graph.constants, rank))
         elif _is(node, "BipolarQuant"):
-            nodes += _bipolar(node, constants, pinned)
-            continue
-        elif node.op == "DequantizeLinear" and not node.domain and first is not None and _pair(first, node, constants):
-            source = first.inputs[0]
-            grid = linear_grid(first, constants, graph.types[node.inputs[0]].dtype, len(graph.types[source].shape))
+            _write_bipolar(draft, node)
+        elif node.op == "DequantizeLinear" and not node.domain and first is not None and _pair(first, node, graph.constants):
+            integers, rank = graph.types[source].dtype, len(graph.types[source].shape)
+            _write_fake_quant(draft, node, first.inputs[0], linear_grid(first, graph.constants, integers, rank))
         else:
-            nodes.append(node)
-            continue
-        if grid.affine is None:
-            raise UnsupportedError(
-                f"{describe(node)}: a scale per block or per element of a computed tensor is not supported"
-            )
-        pinned[node.outputs[0]] = grid.affine
-        nodes.append(_fake_quant(node, source, grid, graph.types[source].dtype, constants))
-    return prune(_without_bias_pins(graph.replace(nodes=tuple(nodes), constants=constants, pinned=pinned)))
+            draft.write(node)
+    return _without_bias_pins(draft.finish())
 
 
 def constant_quantizer(node: Node, known: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Affine | None] | None:
@@ -186,36 +179,32 @@ def _widened(grid: Grid, x: np.ndarray) -> Grid:
     return replace(grid, qmin=qmin, qmax=qmax, affine=affine)
 
 
-def _fake_quant(node: Node, source: str, grid: Grid, dtype: np.dtype, constants: dict[str, np.ndarray]) -> Node:
-    """One FakeQuant node in place of a quantizer; its parameters are added to the constants."""
-    names = []
-    for label, value in (("scale", grid.scale), ("zero_point", grid.zero_point), ("qmin", grid.qmin), ("qmax", grid.qmax)):
-        name = f"{node.outputs[0]}/{label}"
-        while name in constants:
-            name += "_"
-        shaped = np.asarray(value).reshape(()) if np.size(value) == 1 else np.asarray(value)
-        constants[name] = shaped.astype(dtype)
-        names.append(name)
+def _write_fake_quant(draft: Draft, node: Node, source: str, grid: Grid) -> None:
+    """One FakeQuant node in place of a quantizer."""
+    if grid.affine is None:
+        raise UnsupportedError(f"{describe(node)}: a scale per block or per element of a computed tensor is not supported")
+    output, dtype = node.outputs[0], draft.types[source].dtype
+    parts = (("scale", grid.scale), ("zero_point", grid.zero_point), ("qmin", grid.qmin), ("qmax", grid.qmax))
+    shaped = [(label, np.reshape(value, ()) if np.size(value) == 1 else value) for label, value in parts]
+    names = [draft.constant(f"{output}/{label}", value, dtype) for label, value in shaped]
     attrs = MappingProxyType({"rounding_mode": grid.rounding})
-    return Node(node.name, "FakeQuant", (source, *names), node.outputs[:1], attrs, "fheq", 1)
+    draft.write(Node(node.name, "FakeQuant", (source, *names), node.outputs[:1], attrs, "fheq", 1))
+    draft.pinned[output] = grid.affine
 
 
-def _bipolar(node: Node, constants: dict[str, np.ndarray], pinned: dict[str, Affine]) -> list[Node]:
+def _write_bipolar(draft: Draft, node: Node) -> None:
     """A BipolarQuant of a computed tensor as a comparison and a choice between two known values."""
     source, output = node.inputs[0], node.outputs[0]
-    scale = _parameter(node, 1, constants)
-    dtype = constants[node.inputs[1]].dtype
-    names = [f"{output}/{label}" for label in ("zero", "high", "low", "positive")]
-    for name, value in zip(names, (np.zeros(()), scale, -scale)):
-        constants[name] = np.asarray(value, dtype)
-    affine = bipolar_affine(node, scale, max(scale.ndim, 1))
+    scale, dtype = _parameter(node, 1, draft.constants), draft.types[source].dtype
+    affine = bipolar_affine(node, scale, len(draft.types[source].shape))
     if affine is None:
         raise UnsupportedError(f"{describe(node)}: a scale per block or per element is not supported")
-    pinned[output] = affine
-    return [
-        Node(node.name, "GreaterOrEqual", (source, names[0]), (names[3],), MappingProxyType({}), "", 16),
-        Node(node.name, "Where", (names[3], names[1], names[2]), (output,), MappingProxyType({}), "", 16),
-    ]
+    zero, high, low = (
+        draft.constant(f"{output}/{label}", value, dtype)
+        for label, value in (("zero", np.zeros(())), ("high", scale), ("low", -scale))
+    )
+    draft.apply(node, "Where", draft.apply(node, "GreaterOrEqual", source, zero), high, low, out=output)
+    draft.pinned[output] = affine
 
 
 def _pair(first: Node, second: Node, constants: Mapping[str, np.ndarray]) -> bool:

@@ -29,6 +29,6 @@ class QParams:
     accumulators: dict[str, Affine]
 
     def __str__(self) -> str:
-        from fheq.tables_text import qparams_table
+        from fheq.console import qparams_table
 
         return qparams_table(self)

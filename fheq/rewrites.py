@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from fheq.batchnorm import fold_batch_norms
 from fheq.decompose import decompose as decompose
+from fheq.edit import Draft
 from fheq.fold import prune
 from fheq.graph import Graph, Node, TensorType
 from fheq.ops.table import Kind, lookup
@@ -49,22 +48,20 @@ def remove_identities(graph: Graph) -> Graph:
 
 def untie_constants(graph: Graph) -> Graph:
     """Gives each LINEAR node its own copy of the known float tensors that it shares with another one."""
-    constants, types, pinned = dict(graph.constants), dict(graph.types), dict(graph.pinned)
+    draft = Draft(graph)
     taken: set[str] = set()
-    nodes = []
     for node in graph.nodes:
         changes: dict[str, str] = {}
         for name in dict.fromkeys(node.inputs) if lookup(node).kind is Kind.LINEAR else ():
-            if name not in constants or not _is_float(constants[name]):
+            if name not in graph.constants or graph.constants[name].dtype.kind in "biuO":
                 continue
             if name in taken:
-                changes[name] = _free(f"{name}@{node.name or node.outputs[0]}", types)
-                constants[changes[name]], types[changes[name]] = constants[name], types[name]
-                if name in pinned:
-                    pinned[changes[name]] = pinned[name]
+                changes[name] = draft.constant(f"{name}@{node.name or node.outputs[0]}", graph.constants[name])
+                if name in graph.pinned:
+                    draft.pinned[changes[name]] = graph.pinned[name]
             taken.add(name)
-        nodes.append(replace(node, inputs=tuple(changes.get(n, n) for n in node.inputs)) if changes else node)
-    return graph.replace(nodes=tuple(nodes), constants=constants, types=types, pinned=pinned)
+        draft.write(_renamed(node, changes))
+    return draft.finish()
 
 
 DEFAULT_REWRITES: tuple[Rewrite, ...] = (
@@ -72,7 +69,6 @@ DEFAULT_REWRITES: tuple[Rewrite, ...] = (
     remove_identities,
     untie_constants,
     fold_batch_norms,
-    prune,
 )
 
 
@@ -87,14 +83,3 @@ def _is_identity(node: Node, types: Mapping[str, TensorType]) -> bool:
 def _renamed(node: Node, names: Mapping[str, str]) -> Node:
     inputs, outputs = (tuple(names.get(n, n) for n in part) for part in (node.inputs, node.outputs))
     return node if (inputs, outputs) == (node.inputs, node.outputs) else replace(node, inputs=inputs, outputs=outputs)
-
-
-def _is_float(value: np.ndarray) -> bool:
-    return value.dtype.kind not in "biuO"
-
-
-def _free(base: str, taken: Mapping[str, TensorType]) -> str:
-    name, count = base, 1
-    while name in taken:
-        name, count = f"{base}_{count}", count + 1
-    return name

@@ -8,7 +8,7 @@ from enum import Enum
 from numbers import Integral
 
 from fheq.errors import QuantizationError
-from fheq.observers import MeanSquaredError, MinMax, Observer
+from fheq.observers import MeanSquaredError, Observer
 
 DEFAULT_MODEL_BITS = 5
 MAX_TABLE_BITS = 16
@@ -131,7 +131,7 @@ class Spec:
     weights: Granularity = Granularity.PER_CHANNEL
     symmetry: Symmetry = Symmetry.AUTOMATIC
     observer: Observer = field(default_factory=MeanSquaredError)
-    input_observer: Observer = field(default_factory=MinMax)
+    input_observer: Observer = field(default_factory=MeanSquaredError)
     rounding: Rounding | None = None
     accumulators: AccumulatorRange = AccumulatorRange.OBSERVED
     margin: float = 0.05

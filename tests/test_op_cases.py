@@ -9,24 +9,30 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from jax.experimental import enable_x64
 from onnx import defs, helper, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 from onnx.reference import ReferenceEvaluator
 
 import fheq
 from fheq.graph import Node
-from fheq.ops import Op, find, rows
+from fheq.interpret import interpret
+from fheq.ops import Kind, Op, find, rows
+from fheq.ops.quantizers import QUANT_DOMAINS
 
 OLDEST = 7
 NEWEST = defs.onnx_opset_version()
 
 # Cases of ONNX that are not run: a pattern of their names, and the reason.
 EXCLUDED = {
-    r"FLOAT8|FLOAT4|e8m0|e4m3|e5m2|float4": "floats of 8 bits or less are not supported",
+    r"float8|float4|e8m0|e4m3|e5m2": "floats of 8 bits or less are not supported",
+    r"cast.*_to_u?int2|^test_quantizelinear_u?int2": "integers of 2 bits are not supported",
+    r"BFLOAT16_to": "a tensor of bfloat16 must be an initializer, and these hold NaN, which is refused",
     r"training": "training mode is refused: it is random, or learns",
     r"equal_string": "strings are not supported",
     r"identity_sequence|identity_opt": "sequences and optionals are not supported",
@@ -75,7 +81,7 @@ def onnx_cases() -> tuple[Case, ...]:
         nodes = case.model.graph.node
         if len(nodes) != 1 or (nodes[0].domain, nodes[0].op_type) not in names:
             continue
-        if any(re.search(pattern, case.name) for pattern in EXCLUDED):
+        if any(re.search(pattern, case.name, re.IGNORECASE) for pattern in EXCLUDED):
             continue
         version = {entry.domain: entry.version for entry in case.model.opset_import}.get("", NEWEST)
         model = _at_opset(case.model, max(version, OLDEST))
@@ -85,6 +91,7 @@ def onnx_cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+@cache
 def versions_of(name: str) -> list[int]:
     """The opsets from 7 on at which the schema of an ai.onnx operator changes, its first one included."""
     schemas = (s for s in defs.get_all_schemas_with_history() if s.name == name and not s.domain and not s.deprecated)
@@ -110,16 +117,17 @@ def expected(model: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> list[np.nd
 
 def older_cases() -> Iterator[Case]:
     """For each schema version without a case: the first case of the operator that is also valid there."""
-    seen: dict[str, set[int]] = {}
+    groups: dict[str, list[Case]] = {row.name: [] for row in rows() if not row.domain}
     for case in onnx_cases():
-        seen.setdefault(case.node.op, set()).add(schema_version(case.node) if not case.node.domain else 0)
-    for name in sorted({row.name for row in rows() if not row.domain}):
-        for version in sorted(set(versions_of(name)) - seen.get(name, set())):
-            for case in onnx_cases():
-                model = _at_opset(case.model, version)
-                if case.node.op == name and _is_valid(model):
-                    yield Case(f"{case.name}-opset{version}", model, case.inputs, None)
-                    break
+        if not case.node.domain:
+            groups[case.node.op].append(case)
+    for name, cases in groups.items():
+        covered = {schema_version(case.node) for case in cases}
+        for version in (v for v in versions_of(name) if v not in covered):
+            models = (_at_opset(case.model, version) for case in cases)
+            found = next(((case, model) for case, model in zip(cases, models) if _is_valid(model)), None)
+            if found is not None:
+                yield Case(f"{found[0].name}-opset{version}", found[1], found[0].inputs, None)
 
 
 def _is_valid(model: onnx.ModelProto) -> bool:
@@ -131,9 +139,7 @@ def _is_valid(model: onnx.ModelProto) -> bool:
     return True
 
 
-def own(
-    op: str, version: int, *inputs: Any, outputs: int = 1, domain: str = "", result: Any = None, **attrs: Any
-) -> Case:
+def own(op: str, version: int, *inputs: Any, outputs: int = 1, domain: str = "", result: Any = None, **attrs: Any) -> Case:
     """A case of ours; None as an input means that it is absent."""
     arrays = [None if x is None else np.asarray(x) for x in inputs]
     names = ["" if x is None else f"x{i}" for i, x in enumerate(arrays)]
@@ -145,10 +151,13 @@ def own(
         [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for n, x in given],
         [helper.make_empty_tensor_value_info(name) for name in node.output],
     )
-    imports = [helper.make_opsetid("", NEWEST if domain else version), *([helper.make_opsetid(domain, version)] if domain else [])]
+    imports = [
+        helper.make_opsetid("", NEWEST if domain else version),
+        *([helper.make_opsetid(domain, version)] if domain else []),
+    ]
     model = onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=imports, ir_version=10))
     name = f"own-{op}-opset{version}"
-    return Case(name, model, [x for _, x in given], None if result is None else [np.asarray(result)], 1e-5, 1e-6)
+    return Case(name, model, [x for _, x in given], None if result is None else [np.asarray(result)], 1e-5, 1e-5)
 
 
 def _real(*shape: int) -> np.ndarray:
@@ -186,13 +195,14 @@ def own_cases() -> Iterator[Case]:
     yield own("Upsample", 7, image, scales=[1.0, 1.0, 1.5, 2.0], mode="linear")
     yield own("Resize", 10, image, np.array([1, 1, 0.6, 1.7], np.float32))
     yield own("Resize", 10, image, np.array([1, 1, 2, 3], np.float32), mode="linear")
+    even = _real(2, 4, 8, 6)  # the runtimes disagree about align_corners when a length times its scale is no integer
     for mode in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
         scales = np.array([1, 1, 0.5, 3], np.float32)
         sizes = np.array([2, 4, 3, 11])
         for kind in ("nearest", "linear", "cubic"):
             options = {"mode": kind, "coordinate_transformation_mode": mode}
-            yield own("Resize", 11, image, np.zeros(0, np.float32), scales, **options)
-            yield own("Resize", 13, image, None, None, sizes, **options)
+            yield own("Resize", 11, even, np.zeros(0, np.float32), scales, **options)
+            yield own("Resize", 13, even, None, None, sizes, **options)
     for nearest in ("round_prefer_ceil", "floor", "ceil"):
         yield own("Resize", 19, image, None, np.array([1, 1, 1.5, 0.7], np.float32), nearest_mode=nearest)
     for version in (7, 11):
@@ -262,8 +272,8 @@ def _quantizer_cases() -> Iterator[Case]:
             yield own("Quant", 1, x, step, zero, bits, domain=domain, signed=signed, narrow=narrow, result=result)
         for mode, function in (("CEIL", np.ceil), ("floor", np.floor), ("ROUND_TO_ZERO", np.trunc), ("round", np.round)):
             options = {"signed": 1, "narrow": 0, "rounding_mode": mode}
-            result = (np.clip(function(x / step + 1), -4, 3) - 1) * step
-            yield own("Quant", 1, x, step, zero + 1, bits, domain=domain, result=result, **options)
+            result = (np.clip(function(x / step + 2), -4, 3) - 2) * step
+            yield own("Quant", 1, x, step, zero + 2, bits, domain=domain, result=result, **options)
         yield own("BipolarQuant", 1, x, step, domain=domain, result=np.where(x >= 0, step, -step))
         result = np.floor(np.round(x / step) / 4) * step
         yield own("Trunc", 1, x, step, zero, bits + 1, bits - 1, domain=domain, rounding_mode="FLOOR", result=result)
@@ -273,20 +283,29 @@ ALL = (*onnx_cases(), *older_cases(), *(replace(case, name=f"{case.name}-{i}") f
 CASES = {case.name: case for case in ALL}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Each case compiles a program of its own and runs it once."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def with_known_inputs(case: Case) -> tuple[onnx.ModelProto, list[np.ndarray]]:
     """The model with inputs made initializers where they cannot be data, and the inputs that remain.
 
-    Those are the inputs that a row needs to know, empty tensors, and types that numpy lacks.
+    Those are the inputs that a row needs to know, parameters of quantizers, empty tensors, and types that numpy lacks.
     """
     row = find(case.node)
     assert row is not None
-    static = {name for i, name in enumerate(case.node.inputs) if row.is_static(i)}
+    known = {n for i, n in enumerate(case.node.inputs) if row.is_static(i) or (i > 0 and row.domain in QUANT_DOMAINS)}
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
     del model.graph.input[:]
     remaining = []
     for value, array in zip(case.model.graph.input, case.inputs):
-        if value.name in static or array.size == 0 or array.dtype.kind not in "biuf":
+        if value.name in known or array.size == 0 or array.dtype.kind not in "biuf":
             model.graph.initializer.append(numpy_helper.from_array(array, value.name))
         else:
             model.graph.input.append(value)
@@ -307,6 +326,27 @@ def test_case(name: str) -> None:
         if got.dtype.kind == "V":
             got, want = got.astype(np.float32), want.astype(np.float32)
         np.testing.assert_allclose(got, want, rtol=case.rtol, atol=case.atol)
+
+
+MOVEMENTS = [row for row in rows() if row.kind is Kind.MOVEMENT]
+
+
+@pytest.mark.parametrize("row", MOVEMENTS, ids=lambda row: f"{row.name}-{row.since}")
+def test_movements_move_indices(row: Op) -> None:
+    """A movement of the numbers of the elements (0 is the filler) says where each element goes."""
+    case = next(c for c in CASES.values() if find(c.node) == row and "constant" not in c.name)
+    model, inputs = with_known_inputs(case)
+    graph = fheq.import_onnx(model)
+    elements = np.concatenate([[0], *(x.ravel() for x in inputs)])
+    ends = np.cumsum([1, *(x.size for x in inputs)])
+    numbers = [np.arange(start, start + x.size).reshape(x.shape) for start, x in zip(ends, inputs)]
+    names = [port.name for port in graph.inputs]
+    with enable_x64():
+        moved = interpret(graph, dict(zip(names, numbers)))
+        wanted = interpret(graph, dict(zip(names, inputs)))
+    for name, result in moved.items():
+        assert result.dtype == np.int64
+        np.testing.assert_array_equal(elements[np.asarray(result)], wanted[name])
 
 
 def _key(row: Op) -> tuple[str, str, int]:
@@ -338,4 +378,4 @@ def test_rows_start_where_their_schema_does() -> None:
 def test_exclusions_match() -> None:
     """The exclusions still exclude something."""
     names = [case.name for case in load_model_tests(kind="node")]
-    assert [p for p in EXCLUDED if not any(re.search(p, name) for name in names)] == []
+    assert [p for p in EXCLUDED if not any(re.search(p, name, re.IGNORECASE) for name in names)] == []

@@ -10,19 +10,26 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fheq.decompose import with_known_inputs
+from fheq.errors import describe
 from fheq.graph import Node, TensorType
-from fheq.ops.table import find
 from fheq.onnx.attributes import schema_of
+from fheq.onnx.loading import reading
 from fheq.onnx.parse import inline
+from fheq.ops.table import find
 
 
 def expand(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """Nodes in place of one: the body of its schema's function, or what avoids a computed index; None when there are none."""
+    """Nodes in place of one: the body of its schema's function, or what avoids a computed index; None for neither."""
     if find(node) is not None:
         return with_known_inputs(node, types, known)
     schema: Any = schema_of(node.op, node.version, node.domain)
     if schema is None:
         return None
+    with reading(f"the function for {describe(node)}"):
+        return _from_schema(schema, node, types)
+
+
+def _from_schema(schema: Any, node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
     found = b""
     if schema.has_function:
         version = max((v for v in schema.function_opset_versions if v <= node.version), default=None)

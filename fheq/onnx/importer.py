@@ -58,11 +58,11 @@ def _import(proto: onnx.ModelProto, dims: Mapping[str, int] | None, report: Repo
     collect = None if report is None else note
     with reading("the model"):
         parsed = parse(proto, collect)
-        graph = _typed(parsed, dims, collect, reported)
-        if graph is None:
-            return Graph((), (), (), {}, {})
-        _refuse_infinite_weights(graph)
-        return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
+    graph = _typed(parsed, dims, collect, reported)
+    if graph is None:
+        return Graph((), (), (), {}, {})
+    _refuse_infinite_weights(graph)
+    return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
 
 
 def _typed(parsed: Parsed, dims: Mapping[str, int] | None, report: Report | None, reported: list[FheqError]) -> Graph | None:

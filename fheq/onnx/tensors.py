@@ -90,8 +90,9 @@ def refuse_nan(array: np.ndarray, what: str) -> np.ndarray:
     Raises:
         ModelError: it does.
     """
-    if array.dtype.kind not in "biuO" and np.any(np.isnan(array.astype(np.float64, copy=False))):
-        raise ModelError(f"{what} contains NaN; train or export the model again")
+    with np.errstate(invalid="ignore"):
+        if array.dtype.kind not in "biuO" and np.any(np.isnan(array.astype(np.float64, copy=False))):
+            raise ModelError(f"{what} contains NaN; train or export the model again")
     return array
 
 

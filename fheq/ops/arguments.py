@@ -15,7 +15,7 @@ from fheq.graph import Node
 MAX_ELEMENTS = 2**28
 """Largest tensor that an operator may make from sizes written in a model."""
 
-# ONNX TensorProto.DataType. Absent: strings, complex numbers and floats of 8 bits or less.
+# ONNX TensorProto.DataType. Absent: strings, complex numbers, floats of 8 bits or less and integers of 2 bits.
 DTYPES: dict[int, Any] = {
     1: np.float32,
     2: np.uint8,
@@ -32,20 +32,31 @@ DTYPES: dict[int, Any] = {
     16: jnp.bfloat16,
     21: jnp.uint4,
     22: jnp.int4,
-    25: jnp.uint2,
-    26: jnp.int2,
 }
 
 
 def dtype_of(node: Node, code: int) -> np.dtype:
     """The numpy dtype of a TensorProto.DataType."""
     if code not in DTYPES:
-        raise UnsupportedError(f"{describe(node)}: element type {code} is not supported; use an integer or float32 tensor")
+        raise UnsupportedError(
+            f"{describe(node)}: element type {code} is not supported; use float32, or 4 to 64 bit integers"
+        )
     return np.dtype(DTYPES[code])
+
+
+def checked(node: Node, dtype: Any) -> np.dtype:
+    """The type of a result that follows that of an input, if it is supported."""
+    if np.dtype(dtype) not in {np.dtype(known) for known in DTYPES.values()}:
+        raise UnsupportedError(
+            f"{describe(node)}: element type {dtype} is not supported; use float32, or 4 to 64 bit integers"
+        )
+    return np.dtype(dtype)
 
 
 def integers(values: Any) -> tuple[int, ...]:
     """A tuple of Python integers from a list attribute or a known tensor."""
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"{values} is not finite")
     return tuple(int(value) for value in np.ravel(values))
 
 

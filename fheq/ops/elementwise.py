@@ -13,7 +13,7 @@ import numpy as np
 
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.arguments import dtype_of
+from fheq.ops.arguments import checked, dtype_of
 from fheq.ops.table import Evaluate, Kind, Op, register
 
 Array = Any
@@ -160,7 +160,7 @@ _AFFINE: tuple[tuple[str, tuple[int, ...], Callable[..., Array]], ...] = (
 # Operators with attributes: name, first opset, function of the node and its inputs.
 _WITH_ATTRIBUTES: tuple[tuple[str, int, Evaluate], ...] = (
     ("Cast", 7, lambda node, x: _converted(x, dtype_of(node, node.attrs["to"]))),
-    ("CastLike", 15, lambda node, x, like: _converted(x, like.dtype)),
+    ("CastLike", 15, lambda node, x, like: _converted(x, checked(node, like.dtype))),
     ("Celu", 12, lambda node, x: _exponential_below_zero(x, node.attrs["alpha"], node.attrs["alpha"])),
     ("Clip", 7, lambda node, x: _clip(x, node.attrs["min"], node.attrs["max"])),
     ("Elu", 7, lambda node, x: _exponential_below_zero(x, node.attrs["alpha"])),

@@ -10,7 +10,7 @@ import numpy as np
 
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.arguments import axis_of, dtype_of
+from fheq.ops.arguments import axis_of, checked, dtype_of
 from fheq.ops.table import Kind, Op, register
 
 Array = Any
@@ -34,7 +34,7 @@ def _spread(node: Node, x: Array, parameter: Array) -> Array:
 def _quantize_linear(node: Node, x: Array, scale: Array, zero_point: Array | None = None) -> Array:
     """ONNX QuantizeLinear to integers."""
     code = node.attrs.get("output_dtype", 0)
-    dtype = dtype_of(node, code) if code else np.dtype(np.uint8 if zero_point is None else zero_point.dtype)
+    dtype = dtype_of(node, code) if code else checked(node, np.uint8 if zero_point is None else zero_point.dtype)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise UnsupportedError(f"{describe(node)}: QuantizeLinear to {dtype}; use an integer type")
     precision = node.attrs.get("precision", 0)

@@ -19,9 +19,6 @@ from fheq.ops.table import Kind, Op, register
 
 Array = Any
 
-# Upsample, and Resize at opset 10, have no such attributes.
-_OLD_DEFAULTS = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-
 _NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "floor": np.floor,
     "ceil": np.ceil,
@@ -30,9 +27,12 @@ _NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _positions(mode: str, size: int, length: int, scale: float, roi: tuple[float, float] | None) -> np.ndarray:
+def _positions(
+    mode: str, size: int, length: int, scale: float, roi: tuple[float, float] | None, nearest: bool
+) -> np.ndarray:
     """Where in an axis of `size` elements the `length` elements of the result are taken (ONNX Resize gives the formulas)."""
-    i = np.arange(length, dtype=np.float64)
+    # nearest: in float32, where the quotient by a scale such as 0.6 is the whole number that was meant
+    i: np.ndarray = np.arange(length, dtype=np.float32 if nearest else np.float64)
     exact = scale * size
     if mode == "half_pixel":
         return (i + 0.5) / scale - 0.5
@@ -77,23 +77,24 @@ def _weights(node: Node, positions: np.ndarray, size: int, scale: float) -> np.n
 
 def _resize_axis(node: Node, x: Array, axis: int, length: int, scale: float, roi: tuple[float, float] | None) -> Array:
     size = x.shape[axis]
-    attrs = {**_OLD_DEFAULTS, **node.attrs}
-    mode = attrs["coordinate_transformation_mode"]
-    if mode != "tf_crop_and_resize" and length == size and scale == 1:
+    mode = node.attrs["mode"]
+    coordinates = node.attrs.get("coordinate_transformation_mode", "asymmetric")
+    if coordinates != "tf_crop_and_resize" and length == size and scale == 1:
         return x
-    positions = _positions(mode, size, length, scale, roi)
-    if attrs["mode"] == "nearest":
-        nearest = np.clip(_NEAREST[attrs["nearest_mode"]](positions), 0, size - 1).astype(np.int64)
-        y = jnp.take(x, nearest, axis=axis, mode="clip")
-    elif attrs["mode"] not in ("linear", "bilinear", "cubic") or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UnsupportedError(f"{describe(node)}: mode {attrs['mode']!r} on {x.dtype}; use nearest")
+    positions = _positions(coordinates, size, length, scale, roi, mode == "nearest")
+    if mode == "nearest":
+        # before opset 11: the element before when the axis grows, the one after when it shrinks
+        choose = _NEAREST[node.attrs.get("nearest_mode", "floor" if scale >= 1 else "ceil")]
+        y = jnp.take(x, np.clip(choose(positions), 0, size - 1).astype(np.int64), axis=axis, mode="clip")
+    elif mode not in ("linear", "bilinear", "cubic") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UnsupportedError(f"{describe(node)}: mode {mode!r} on {x.dtype}; use nearest")
     else:
         matrix = _weights(node, positions, size, scale).astype(x.dtype)
         y = jnp.moveaxis(jnp.matmul(jnp.moveaxis(x, axis, -1), matrix.T, precision=jax.lax.Precision.HIGHEST), -1, axis)
-    if mode != "tf_crop_and_resize":
+    if coordinates != "tf_crop_and_resize":
         return y
     outside = ((positions < 0) | (positions > size - 1)).reshape((-1,) + (1,) * (x.ndim - axis - 1))
-    return jnp.where(outside, jnp.asarray(attrs["extrapolation_value"], x.dtype), y)
+    return jnp.where(outside, jnp.asarray(node.attrs["extrapolation_value"], x.dtype), y)
 
 
 def _lengths(node: Node, shape: list[int], sizes: tuple[int, ...]) -> tuple[list[int], list[float]]:
@@ -114,6 +115,8 @@ def _resize(node: Node, x: Array, roi: Any, scales: Any, sizes: Any) -> Array:
         lengths, factors = _lengths(node, shape, integers(sizes))
     else:
         single = np.ravel(np.asarray(scales, np.float32))
+        if not np.all(np.isfinite(single)):
+            raise ValueError(f"scales {single} are not finite")
         factors = [float(scale) for scale in single]
         lengths = [int(size * scale) for size, scale in zip(shape, single, strict=True)]
     bounded((dict(enumerate(x.shape)) | dict(zip(axes, lengths))).values())

@@ -48,7 +48,10 @@ def _range(node: Node, start: np.ndarray, limit: np.ndarray, delta: np.ndarray) 
     """ONNX Range."""
     dtype = np.asarray(start).dtype
     low, high, step = (np.asarray(value).item() for value in (start, limit, delta))
-    (count,) = bounded([max(math.ceil((high - low) / step), 0)])
+    steps = (high - low) / step
+    if not math.isfinite(steps):
+        raise ValueError(f"a range from {low} to {high} by {step} has no length")
+    (count,) = bounded([max(math.ceil(steps), 0)])
     return np.asarray(low + np.arange(count) * step).astype(dtype)
 
 

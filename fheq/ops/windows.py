@@ -90,6 +90,8 @@ def covered(window: Window, sizes: tuple[int, ...], include_pads: bool) -> np.nd
     axes = zip(sizes, window.kernel, window.strides, window.dilations, window.pads, window.overhang)
     for size, kernel, stride, dilation, (begin, end), over in axes:
         steps = (begin + size + end + over - (kernel - 1) * dilation - 1) // stride + 1
+        bounded((steps, kernel))
+        bounded((*count.shape, steps))
         positions = np.arange(steps)[:, None] * stride + np.arange(kernel) * dilation - begin
         low, high = (-begin, size + end) if include_pads else (0, size)
         inside = np.sum((positions >= low) & (positions < high), axis=1)

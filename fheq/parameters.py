@@ -1,0 +1,334 @@
+"""Search for the cheapest TFHE parameters of a circuit, as concrete's multi-parameter optimizer makes it.
+
+Every partition p has a bootstrap (k, N, n, levels); every pair of partitions that meet has a key switch from the large key of
+one to the small key of the other, or a conversion between large keys. The sum of all costs is minimized subject to
+
+    sum_p fresh_p V_fresh + sum_p boot_p V_boot + sum_pq conv_pq V_conv + V_keyswitch + V_modulus_switch <= bound
+
+for every table and output. Source: `compilers/concrete-optimizer/concrete-optimizer/src/optimization/dag/multi_parameters/
+optimize/mod.rs`, a descent over partitions; here it starts from the best common parameters. Small keys are searched in steps
+of 16 and then around the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+
+from fheq import noise
+
+Pair = tuple[int, int]
+STEP = 16
+SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
+DESCENTS = 6
+PROMISING = 4
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Noise at a table's input or at an output.
+
+    Args:
+        fresh, boot: squared 2-norms of the noise of inputs and bootstraps, by partition.
+        conv: the same of conversions, by pair.
+        switch: the pair of the table's key switch; None at an output.
+        bits: width of the message.
+        count: how many elements must be right.
+    """
+
+    fresh: tuple[float, ...]
+    boot: tuple[float, ...]
+    conv: tuple[tuple[Pair, float], ...]
+    switch: Pair | None
+    bits: int
+    count: int = field(default=1, compare=False)
+
+    def dominates(self, other: Constraint) -> bool:
+        """Whether the other holds wherever this one does."""
+        conv, theirs = dict(self.conv), dict(other.conv)
+        return (
+            self.switch == other.switch
+            and self.bits >= other.bits
+            and all(a >= b for a, b in zip(self.fresh + self.boot, other.fresh + other.boot))
+            and all(conv.get(pair, 0.0) >= v for pair, v in theirs.items())
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Operations to pay for and noise to bound; conversions and key switches by pair, with their numbers."""
+
+    boots: tuple[int, ...]
+    switches: tuple[tuple[Pair, int], ...]
+    conversions: tuple[tuple[Pair, int], ...]
+    constraints: tuple[Constraint, ...]
+
+    def undominated(self) -> Problem:
+        """The same with the constraints that matter alone."""
+        kept: list[Constraint] = []
+        for c in sorted(set(self.constraints), key=lambda c: (-c.bits, -sum(c.boot), -sum(c.fresh))):
+            if not any(k.dominates(c) for k in kept):
+                kept.append(c)
+        return replace(self, constraints=tuple(kept))
+
+    def merged(self) -> Problem:
+        """The same with one partition."""
+        constraints = tuple(
+            Constraint((sum(c.fresh),), (sum(c.boot),), (), (0, 0) if c.switch else None, c.bits) for c in self.constraints
+        )
+        return Problem((sum(self.boots),), (((0, 0), sum(n for _, n in self.switches)),), (), constraints).undominated()
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Candidates, one per element: for every partition the index of (k, log2 N) in `noise.glwe_table`, n and the index of the
+    bootstrap's level; for every conversion the index of its level."""
+
+    glwe: tuple[np.ndarray, ...]
+    small: tuple[np.ndarray, ...]
+    level: tuple[np.ndarray, ...]
+    conversion: Mapping[Pair, np.ndarray]
+
+    def __getitem__(self, where) -> Points:
+        pick = lambda arrays: tuple(a[where] for a in arrays)
+        conversion = {pair: v[where] for pair, v in self.conversion.items()}
+        return Points(pick(self.glwe), pick(self.small), pick(self.level), conversion)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a search found; costs are infinite where nothing is secure and precise enough.
+
+    Args:
+        point: the parameters, one element per array; None if there are none.
+        boot, switch, conversion: cost of one operation, by partition or pair.
+        levels, switch_variance: of key switches, by pair.
+    """
+
+    point: Points | None
+    boot: tuple[float, ...]
+    switch: Mapping[Pair, float]
+    conversion: Mapping[Pair, float]
+    switch_variance: Mapping[Pair, float]
+    total: float
+
+
+def search(problem: Problem, kappa: float) -> Solution:
+    """The cheapest parameters found.
+
+    Args:
+        kappa: deviations of noise that a message's cell must hold.
+    """
+    return _search(problem.undominated(), kappa)
+
+
+@lru_cache(maxsize=1024)
+def _search(problem: Problem, kappa: float) -> Solution:
+    if not problem.switches:
+        return _without_tables(problem, kappa)
+    common = _Search(problem.merged(), kappa)
+    point = common.step(0, None, np.inf)[0]
+    count = len(problem.boots)
+    if point is None:
+        return Solution(None, (np.inf,) * count, {}, {}, {}, np.inf)
+    if count == 1:
+        return common.solution(point)
+    full = _Search(problem, kappa)
+    start = Points(
+        point.glwe * count, point.small * count, point.level * count, {pair: np.zeros(1, int) for pair, _ in problem.conversions}
+    )
+    return full.solution(full.descend(start))
+
+
+def _without_tables(problem: Problem, kappa: float) -> Solution:
+    """The smallest key of plain ciphertexts; concrete counts its dimension as the cost."""
+    dimension = noise.FREE_DIMENSIONS
+    secure = noise.secure_variance(dimension)
+    holds = [sum(c.fresh) * secure <= noise.variance_bound(c.bits, kappa) for c in problem.constraints]
+    fits = np.logical_and.reduce(holds)
+    total = float(dimension[fits.argmax()]) if np.any(fits) else np.inf
+    return Solution(None, (0.0,), {}, {}, {}, total)
+
+
+class _Search:
+    """A problem with its tables: variances and costs of every operation."""
+
+    def __init__(self, problem: Problem, kappa: float):
+        self.problem = problem
+        self.bounds = [noise.variance_bound(c.bits, kappa) for c in problem.constraints]
+        self.glwe = noise.glwe_table()
+        self.small = noise.small_keyswitch_table()
+        self.large = noise.large_keyswitch_table()
+        self.levels = noise.keyswitch_levels()
+
+    # Cost of candidates
+
+    def boot_cost(self, points: Points, p: int) -> np.ndarray:
+        return points.small[p] * self.glwe.cost[points.glwe[p], points.level[p]]
+
+    def conversion(self, points: Points, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        """Variance and cost of a conversion between large keys; nothing if they are of one kind."""
+        source, target = (points.glwe[p] for p in pair)
+        level = points.conversion[pair]
+        variance = self.glwe.dimension[source] * self.large[target, level]
+        cost = noise.keyswitch_cost(self.glwe.dimension[source], self.glwe.dimension[target], self.levels[level])
+        return np.where(source == target, 0.0, variance), np.where(source == target, 0.0, cost)
+
+    def lefts(self, points: Points, bounds: Sequence[float]) -> list[np.ndarray]:
+        """What each constraint leaves to its key switch."""
+        boots = [
+            n * self.glwe.variance[g, level] for g, n, level in zip(points.glwe, points.small, points.level)
+        ]
+        switched = [noise.modulus_switch_variance(n, self.glwe.log2_size[g]) for g, n in zip(points.glwe, points.small)]
+        conversions = {pair: self.conversion(points, pair)[0] for pair, _ in self.problem.conversions}
+        lefts = []
+        for c, bound in zip(self.problem.constraints, bounds):
+            left = np.full(len(points.glwe[0]), bound)
+            for p, (fresh, boot) in enumerate(zip(c.fresh, c.boot)):
+                if fresh:
+                    left = left - fresh * self.glwe.fresh[points.glwe[p]]
+                if boot:
+                    left = left - boot * boots[p]
+            for pair, weight in c.conv:
+                left = left - weight * conversions[pair]
+            lefts.append(left if c.switch is None else left - switched[c.switch[1]])
+        return lefts
+
+    def limits(self, points: Points) -> tuple[np.ndarray, dict[Pair, np.ndarray]]:
+        """Which candidates hold every constraint without key switch, and what is left to each key switch."""
+        holds = np.ones(len(points.glwe[0]), bool)
+        limits: dict[Pair, np.ndarray] = {}
+        for c, left in zip(self.problem.constraints, self.lefts(points, self.bounds)):
+            holds &= left > 0
+            if c.switch is not None:
+                limits[c.switch] = np.minimum(limits.get(c.switch, np.inf), left)
+        return holds, limits
+
+    def switch(self, points: Points, pair: Pair, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cost and variance of the key switch with the fewest levels whose variance is within a limit."""
+        source, n = self.glwe.dimension[points.glwe[pair[0]]], points.small[pair[1]]
+        variance = source[:, None] * self.small[n - noise.LWE_DIMENSIONS[0]]
+        fits = variance <= limit[:, None]
+        level = fits.argmax(axis=1)
+        found = fits[np.arange(len(n)), level]
+        cost = noise.keyswitch_cost(source, n, self.levels[level])
+        return np.where(found, cost, np.inf), variance[np.arange(len(n)), level]
+
+    def total(self, points: Points, below: float = np.inf) -> np.ndarray:
+        """Cost of every candidate, infinite if it breaks a constraint or costs more than `below`."""
+        cost = np.zeros(len(points.glwe[0]))
+        for p, number in enumerate(self.problem.boots):
+            cost = cost + number * self.boot_cost(points, p)
+        for pair, number in self.problem.conversions:
+            cost = cost + number * self.conversion(points, pair)[1]
+        holds, limits = self.limits(points)
+        out = np.full(len(cost), np.inf)
+        where = np.flatnonzero(holds & (cost < below))
+        kept, cost = points[where], cost[where]
+        for pair, number in self.problem.switches:
+            cost = cost + number * self.switch(kept, pair, limits[pair][where])[0]
+        out[where] = cost
+        return out
+
+    # Descent
+
+    def descend(self, point: Points) -> Points:
+        """Improves one partition, then one conversion, at a time."""
+        best = float(self.total(point)[0])
+        for _ in range(DESCENTS):
+            before = best
+            for p in reversed(range(len(self.problem.boots))):
+                found, total = self.step(p, point, best)
+                if found is not None:
+                    point, best = found, total
+                for pair, _ in self.problem.conversions:
+                    point, best = self.polish(pair, point, best)
+            if not best < before * (1 - 1e-6):
+                break
+        return point
+
+    def step(self, p: int, point: Points | None, best: float) -> tuple[Points | None, float]:
+        """The best parameters of one partition that cost less than `best`, the others' being given."""
+        g, n = np.meshgrid(np.arange(len(self.glwe.k)), noise.LWE_DIMENSIONS[::STEP], indexing="ij")
+        points = self.candidates(p, point, g.ravel(), n.ravel(), best)
+        total = self.total(points, best)
+        if not np.any(np.isfinite(total)):
+            return None, best
+        order = np.argsort(total)
+        _, first = np.unique(points.glwe[p][order], return_index=True)
+        promising = order[np.sort(first)[:PROMISING]]
+        promising = promising[np.isfinite(total[promising])]
+        around = np.arange(-STEP + 1, STEP)
+        n = np.clip(points.small[p][promising, None] + around, noise.LWE_DIMENSIONS[0], noise.LWE_DIMENSIONS[-1])
+        g = np.repeat(points.glwe[p][promising], len(around))
+        best = float(total[promising[0]]) * (1 + 1e-12)
+        points = self.candidates(p, point, g, n.ravel(), best)
+        total = self.total(points, best)
+        at = int(np.argmin(total))
+        return points[at : at + 1], float(total[at])
+
+    def candidates(self, p: int, point: Points | None, g: np.ndarray, n: np.ndarray, best: float) -> Points:
+        """All bootstrap levels and shares of conversions for the given (k, N) and n; hopeless ones are left out."""
+        room = min((b / c.boot[p] for b, c in zip(self.bounds, self.problem.constraints) if c.boot[p]), default=np.inf)
+        bound = min((b for b, c in zip(self.bounds, self.problem.constraints) if c.switch and c.switch[1] == p), default=np.inf)
+        budget = best
+        if point is not None:
+            others = [q for q in range(len(self.problem.boots)) if q != p]
+            budget = best - sum(self.problem.boots[q] * float(self.boot_cost(point, q)[0]) for q in others)
+        fits = noise.modulus_switch_variance(n, self.glwe.log2_size[g]) < bound
+        g, n = g[fits], n[fits]
+        hopeful = (n[:, None] * self.glwe.variance[g] < room) & (n[:, None] * self.glwe.cost[g] * self.problem.boots[p] < budget)
+        row, level = np.nonzero(hopeful)
+        g, n = g[row], n[row]
+        if point is None:
+            return Points((g,), (n,), (level,), {})
+        repeat = lambda arrays, mine: tuple(mine if q == p else np.repeat(a, len(g)) for q, a in enumerate(arrays))
+        points = Points(repeat(point.glwe, g), repeat(point.small, n), repeat(point.level, level), {})
+        return self.shared(points) if self.problem.conversions else points
+
+    def shared(self, points: Points) -> Points:
+        """The candidates once for each share of the noise bounds that conversions may use up."""
+        parts: dict[Pair, list[np.ndarray]] = {}
+        for pair, _ in self.problem.conversions:
+            weights = [(b, dict(c.conv)[pair]) for b, c in zip(self.bounds, self.problem.constraints) if pair in dict(c.conv)]
+            room = min((b / w for b, w in weights), default=np.inf)
+            variance = self.glwe.dimension[points.glwe[pair[0]]][:, None] * self.large[points.glwe[pair[1]]]
+            parts[pair] = [np.argmax(variance <= share * room, axis=1) for share in SHARES]
+        tile = lambda arrays: tuple(np.tile(a, len(SHARES)) for a in arrays)
+        conversion = {pair: np.concatenate(levels) for pair, levels in parts.items()}
+        return Points(tile(points.glwe), tile(points.small), tile(points.level), conversion)
+
+    def polish(self, pair: Pair, point: Points, best: float) -> tuple[Points, float]:
+        """The best level of one conversion."""
+        count = len(self.levels)
+        repeated = point[np.zeros(count, int)]
+        points = replace(repeated, conversion={**repeated.conversion, pair: np.arange(count)})
+        total = self.total(points)
+        at = int(np.argmin(total))
+        return (points[at : at + 1], float(total[at])) if total[at] < best else (point, best)
+
+    def solution(self, point: Points) -> Solution:
+        """Everything about the parameters found."""
+        limits = self.limits(point)[1]
+        switch = {pair: self.switch(point, pair, limits[pair]) for pair, _ in self.problem.switches}
+        return Solution(
+            point,
+            tuple(float(self.boot_cost(point, p)[0]) for p in range(len(self.problem.boots))),
+            {pair: float(cost[0]) for pair, (cost, _) in switch.items()},
+            {pair: float(self.conversion(point, pair)[1][0]) for pair, _ in self.problem.conversions},
+            {pair: float(variance[0]) for pair, (_, variance) in switch.items()},
+            float(self.total(point)[0]),
+        )
+
+
+def variances(problem: Problem, solution: Solution) -> list[float]:
+    """Noise at each of a problem's constraints, dominated ones included."""
+    assert solution.point is not None
+    lefts = _Search(problem, 1.0).lefts(solution.point, [0.0] * len(problem.constraints))
+    return [
+        solution.switch_variance.get(c.switch, 0.0) - float(left[0]) if c.switch is not None else -float(left[0])
+        for c, left in zip(problem.constraints, lefts)
+    ]

@@ -1,0 +1,62 @@
+"""Quantizers as JSON, and a compiled program as a directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fheq.affine import LEAVES, Affine
+from fheq.circuit import Circuit
+from fheq.program import Entry, IntProgram
+from fheq.qparams import QParams
+
+FORMAT = 1
+
+
+def affine_as_dict(affine: Affine) -> dict[str, Any]:
+    """A quantizer as plain data: `real = scale * (q - zero_point)`, leaves as numbers or lists."""
+    leaves = {leaf: np.asarray(getattr(affine, leaf), np.float64).tolist() for leaf in LEAVES}
+    return {**leaves, "axis": affine.axis, "signed": affine.signed, "rounding": affine.rounding}
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    port = entry.port
+    shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
+    return {"name": entry.name, **shape, "quantizer": affine_as_dict(entry.affine)}
+
+
+def program_as_dict(program: IntProgram) -> dict[str, Any]:
+    """What a client needs: names, shapes (a batch axis being 1) and quantizers of inputs and outputs."""
+    return {
+        "format": FORMAT,
+        "inputs": [_entry(entry) for entry in program.inputs],
+        "outputs": [_entry(entry) for entry in program.outputs],
+    }
+
+
+def qparams_as_dict(qparams: QParams) -> dict[str, Any]:
+    """Every quantizer by name."""
+    parts = {"tensors": qparams.tensors, "weights": qparams.weights, "accumulators": qparams.accumulators}
+    return {key: {name: affine_as_dict(affine) for name, affine in part.items()} for key, part in parts.items()}
+
+
+def save_quantizers(path: str | Path, program: IntProgram, qparams: QParams) -> Path:
+    """Writes the quantizers of inputs, outputs and everything inside as one JSON file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**program_as_dict(program), "qparams": qparams_as_dict(qparams)}, indent=1) + "\n")
+    return path
+
+
+def save_circuit(directory: str | Path, circuit: Circuit) -> Path:
+    """Writes server.zip and client.zip (concrete's own) and quantizers.json (what the client adds to them)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    circuit.concrete.server.save(directory / "server.zip")
+    circuit.concrete.client.save(directory / "client.zip")
+    text = json.dumps(program_as_dict(circuit.program), indent=1)
+    (directory / "quantizers.json").write_text(text + "\n")
+    return directory

@@ -1,0 +1,120 @@
+"""`fheq.check`: every problem of a model, with its node, cause and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import build_models
+import numpy as np
+import onnx
+import pytest
+from build_models import model, node
+
+import fheq
+from fheq.check import problem
+from fheq.errors import FheqError, ModelError, UnsupportedError
+
+
+@pytest.mark.parametrize("build", [build_models.mlp, build_models.cnn])
+def test_good_models_have_no_problems(build: Any, tmp_path):
+    proto = build()
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path)
+    for form in (proto, proto.SerializeToString(), path, str(path), fheq.import_onnx(proto)):
+        assert fheq.check(form) == []
+
+
+NAN = np.array([1.0, np.nan], np.float32)
+CASES = {
+    "unknown op": (
+        model([node("Det", ["x"], ["y"])], {"x": ["N", 2, 2]}, ["y"]),
+        [("node 'make_y' (Det, output 'y')", "no row", "rewrite")],
+    ),
+    "op without an integer form": (
+        model([node("ArgMax", ["x"], ["y"], axis=1)], {"x": ["N", 3]}, ["y"]),
+        [("node 'make_y' (ArgMax, output 'y')", "no integer form", "rewrite")],
+    ),
+    "two of them": (
+        model(
+            [node("ArgMax", ["x"], ["i"], axis=1), node("Relu", ["x"], ["r"]), node("ArgMin", ["r"], ["j"], axis=1)],
+            {"x": ["N", 3]},
+            ["i", "j"],
+            kinds={"i": onnx.TensorProto.INT64, "j": onnx.TensorProto.INT64},
+        ),
+        [
+            ("node 'make_i' (ArgMax, output 'i')", "no integer form", "rewrite"),
+            ("node 'make_j' (ArgMin, output 'j')", "no integer form", "rewrite"),
+        ],
+    ),
+    "NaN in a weight": (
+        model([node("MatMul", ["x", "w"], ["y"])], {"x": ["N", 2]}, ["y"], {"w": np.stack([NAN, NAN])}),
+        [("the model", "initializer 'w' contains NaN", "train")],
+    ),
+    "NaN in a bias": (
+        model([node("Relu", ["x"], ["r"]), node("Add", ["r", "b"], ["y"])], {"x": ["N", 2]}, ["y"], {"b": NAN}),
+        [("the model", "initializer 'b' contains NaN", "train")],
+    ),
+    "output of constants": (
+        model([node("Relu", ["x"], ["y"]), node("Relu", ["k"], ["z"])], {"x": ["N", 2]}, ["y", "z"], {"k": np.ones(2)}),
+        [("the model", "'z' does not depend on the inputs", "drop it")],
+    ),
+    "open shape": (
+        model([node("Relu", ["x"], ["y"])], {"x": ["N", "width"]}, ["y"]),
+        [("the model", "width", "dims")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_problems(case: str):
+    proto, expected = CASES[case]
+    found = fheq.check(proto)
+    assert len(found) == len(expected), [str(p) for p in found]
+    for p, (where, cause, remedy) in zip(found, expected):
+        assert p.node == where
+        assert cause in p.cause
+        assert remedy in p.remedy
+        assert str(p) == f"{p.node}: {p.cause}; {p.remedy}"
+
+
+def test_nan_in_a_graph_names_the_reader():
+    graph = fheq.import_onnx(build_models.mlp())
+    (found,) = fheq.check(graph.replace(constants={**graph.constants, "b2": NAN}))
+    assert found.node == "node 'make_y' (Add, output 'y')"
+    assert "NaN" in found.cause
+
+
+def test_open_dims_can_be_given():
+    assert fheq.check(CASES["open shape"][0], dims={"width": 3}) == []
+
+
+@pytest.mark.parametrize("what", [b"", b"no model", "no/such/file.onnx", build_models.mlp().SerializeToString()[:-40]])
+def test_unreadable_models(what: Any):
+    found = fheq.check(what)
+    assert found
+    assert all(p.cause and p.remedy for p in found)
+
+
+def test_problems_are_plain_frozen_data():
+    p = fheq.Problem("n", "c", "r")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        p.cause = "other"  # type: ignore[misc]
+    assert {p, fheq.Problem("n", "c", "r")} == {p}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UnsupportedError("node 'a' (Op, output 'b'): bad; do this"), ("node 'a' (Op, output 'b')", "bad", "do this")),
+        (
+            UnsupportedError("node (unnamed) (d.Op, output 'b') has bad"),
+            ("node (unnamed) (d.Op, output 'b')", "has bad", "rewrite"),
+        ),
+        (ModelError("the model: bad"), ("the model", "bad", "export it again")),
+    ],
+)
+def test_errors_taken_apart(error: FheqError, expected: tuple[str, str, str]):
+    found = problem(error)
+    assert (found.node, found.cause) == expected[:2]
+    assert expected[2] in found.remedy
