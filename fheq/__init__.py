@@ -15,6 +15,8 @@ from fheq.check import Problem as Problem
 from fheq.check import check as check
 from fheq.circuit import Circuit as Circuit
 from fheq.circuit import compile as compile
+from fheq.cost import Report as Report
+from fheq.cost import cost as cost
 from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant

@@ -135,13 +135,19 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
     return replace(qparams, accumulators=accumulators)
 
 
+def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
+    """How the accumulator of a step is rounded; not at all when no table reads it."""
+    if step.out not in layout.points.values():
+        return None
+    return spec.override(step.out, step.node.name).rounding or spec.rounding
+
+
 def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step) -> Affine:
     axis = channel_axis(layout, step.out)
     worst = channel_bounds(worst_case(layout, qparams, step), axis)
-    rounding = spec.override(step.out, step.node.name).rounding or spec.rounding
-    read_by_table = step.out in layout.points.values()
+    rounding = rounding_of(layout, spec, step)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
-    if not read_by_table:
+    if step.out not in layout.points.values():
         return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
     limit = table_bits(len(worst.low))
     if rounding is not None:

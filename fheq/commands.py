@@ -248,7 +248,7 @@ def _print_tables(program: IntProgram) -> None:
         wide = str(accumulator.bits) if accumulator else str(table.bits)
         count = int(np.prod(program.values[table.out].shape))
         rows.append([shorten(table.origin), wide, str(table.bits), f"{count:,}", str(len(table.table))])
-    show_table("Tables", ("result", "accumulator bits", "table bits", "applied", "distinct"), rows)
+    show_table("Tables", ("result", "acc. bits", "table bits", "applied", "distinct"), rows)
 
 
 def _brief(values: np.ndarray) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulators import fit_accumulators
+from fheq.cells import fill_cells
 from fheq.affine import Affine
 from fheq.calibrate import Stats, observed
 from fheq.errors import QuantizationError
@@ -46,11 +47,12 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec) -> QPa
     _check_overrides(layout, spec)
     tensors = fit_tensors(layout, stats, spec)
     qparams = QParams(tensors, {}, {})
-    weights: dict[str, Affine] = {}
     for step in layout.steps:
         if isinstance(step, Linear):
-            weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
-    return fit_accumulators(layout, stats, spec, replace(qparams, weights=weights))
+            qparams.weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
+            if step.weight_name not in layout.graph.pinned:
+                qparams.weights[step.weight_name] = fill_cells(layout, stats, spec, qparams, step)
+    return fit_accumulators(layout, stats, spec, qparams)
 
 
 def _check_overrides(layout: Plan, spec: Spec) -> None:

@@ -165,12 +165,12 @@ class MeanSquaredError:
         low, high = least, most
         fractions = np.linspace(self.smallest, self.largest, self.candidates)[:, None]
         middle = np.where((least > 0) | (most < 0), (least + most) / 2, 0.0)
-        ends = tails(stats)
+        error = ClipError(stats)
         for _ in range(self.sweeps):
             tops = middle + (most - middle) * fractions
-            high = _best(stats, np.broadcast_to(low, tops.shape), tops, bits, ends)[1]
+            high = _best(error, np.broadcast_to(low, tops.shape), tops, bits)[1]
             bottoms = middle + (least - middle) * fractions
-            low = _best(stats, bottoms, np.broadcast_to(high, bottoms.shape), bits, ends)[0]
+            low = _best(error, bottoms, np.broadcast_to(high, bottoms.shape), bits)[0]
         return low, high
 
 
@@ -186,17 +186,25 @@ class Tail(NamedTuple):
     excess: np.ndarray
 
     def unseen(self, room: np.ndarray) -> np.ndarray:
-        """Expected sum of squared excesses over as many new values as were seen, for an end `room` beyond the extreme.
+        """Expected sum of squared excesses over as many new values as were seen, for ends `room` `(..., C)` beyond the extreme.
 
         Channels, measured in their deviations, are taken as alike: what the others reached, this one may reach; one new value
         in all goes beyond the furthest, exponentially.
         """
         count = len(self.reach)
         at = self.reach + np.maximum(room, 0) / self.deviation
-        others = np.sum(np.maximum(self.reach[None, :] - at[:, None], 0) ** 2, axis=1) / max(count - 1, 1)
+        others = self._others(at) / max(count - 1, 1)
         beyond = np.maximum(at - np.max(self.reach), 0) * self.deviation
         furthest = 2 * self.excess**2 / count * np.exp(-beyond / np.maximum(self.excess, 1e-30))
         return np.where(self.excess > 0, others * self.deviation**2 + furthest, 0.0)
+
+
+    # Sum over all channels of max(reach - at, 0)^2, from sums over sorted reaches.
+    def _others(self, at: np.ndarray) -> np.ndarray:
+        ordered = np.sort(self.reach)
+        sums = [np.concatenate([np.cumsum((ordered**k)[::-1])[::-1], [0.0]]) for k in range(3)]
+        i = np.searchsorted(ordered, at)
+        return np.maximum(sums[2][i] - 2 * at * sums[1][i] + at**2 * sums[0][i], 0)
 
 
 def tails(stats: TensorStats) -> tuple[Tail, Tail]:
@@ -230,24 +238,39 @@ def _mean_excess(value: np.ndarray, mass: np.ndarray, count: np.ndarray, share: 
     return np.sum(weight * (value - start[:, None]), axis=1) / np.maximum(weight.sum(axis=1), 1)
 
 
-def clip_error(stats: TensorStats, low: np.ndarray, high: np.ndarray, bits: int, ends: tuple[Tail, Tail]) -> np.ndarray:
-    """Expected sum of squared errors of `bits`-bit quantization to [low, high], each `(candidates, C)`."""
-    value = centres()
-    histogram = np.asarray(stats.histogram, np.float64)
-    least, most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
-    value = np.clip(value[None, :], least[:, None], most[:, None])
-    step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
-    errors = []
-    for lo, hi, s in zip(low, high, step):
-        above = np.maximum(value - hi[:, None], 0)
-        under = np.maximum(lo[:, None] - value, 0)
-        inside = (value >= lo[:, None]) & (value <= hi[:, None]) & (value != 0)
-        error = np.sum(histogram * (above**2 + under**2 + inside * (s[:, None] ** 2 / 12)), axis=1)
-        errors.append(error + ends[0].unseen(least - lo) + ends[1].unseen(hi - most))
-    return np.stack(errors)
+class ClipError:
+    """Expected sum of squared errors of quantizing to a range, from sums over the histogram's bins.
+
+    Values that are exactly 0 cost nothing: 0 is a step of every quantizer.
+    """
+
+    def __init__(self, stats: TensorStats):
+        self.centres = centres()
+        self.least, self.most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
+        self.ends = tails(stats)
+        mass = np.asarray(stats.histogram, np.float64)
+        value = np.clip(self.centres[None, :], self.least[:, None], self.most[:, None])
+        moments = np.stack([mass, mass * value, mass * value**2])
+        edge = np.zeros((*moments.shape[:2], 1))
+        self.below = np.concatenate([edge, np.cumsum(moments, axis=2)], axis=2)  # of the bins before i
+        self.above = self.below[:, :, -1:] - self.below  # of the bins from i on
+        still = np.where(self.centres == 0, mass, 0)
+        self.still = np.concatenate([edge[0], np.cumsum(still, axis=1)], axis=1)
+
+    def __call__(self, low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
+        """The error for ranges [low, high], each `(candidates, C)`."""
+        channel = np.arange(low.shape[1])[None, :]
+        i = np.searchsorted(self.centres, low.ravel(), side="left").reshape(low.shape)
+        j = np.searchsorted(self.centres, high.ravel(), side="right").reshape(high.shape)
+        under, over = self.below[:, channel, i], self.above[:, channel, j]
+        clipped = sum(m[2] - 2 * end * m[1] + end**2 * m[0] for m, end in ((under, low), (over, high)))
+        inside = self.below[0][channel, j] - self.below[0][channel, i] - self.still[channel, j] + self.still[channel, i]
+        step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
+        unseen = self.ends[0].unseen(self.least - low) + self.ends[1].unseen(high - self.most)
+        return clipped + np.maximum(inside, 0) * step**2 / 12 + unseen
 
 
-def _best(stats: TensorStats, low: np.ndarray, high: np.ndarray, bits: int, ends: tuple[Tail, Tail]) -> tuple[np.ndarray, np.ndarray]:
-    best = np.argmin(clip_error(stats, low, high, bits, ends), axis=0)
+def _best(error: ClipError, low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    best = np.argmin(error(low, high, bits), axis=0)
     columns = np.arange(low.shape[1])
     return low[best, columns], high[best, columns]

@@ -111,7 +111,7 @@ class Lookup(Instruction):
     """A table per group: `table[group, (x >> lsbs) mod 2^bits]`.
 
     Args:
-        table: (G, 2^bits) int64.
+        table: (G, 2^bits), any integer type.
         group: row of the table for each element, broadcasting against the value.
         lsbs: low bits of x that are zero.
         bits: width of what enters the table, after the removal of low bits.

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.accumulators import fit_accumulators
 from fheq.batching import check_arrays, join
 from fheq.calibrate import Stats
 from fheq.fake_quant import fake_quant
+from fheq.fit import fit
 from fheq.graph import Graph, Port
 from fheq.lower import lower
-from fheq.plan import plan
 from fheq.program import IntProgram
 from fheq.qparams import QParams
 from fheq.simulate import simulate
@@ -107,16 +106,15 @@ def smallest_rounding(
         tolerance: see `distance`.
 
     Returns:
-        The quantizers with rounded accumulators, and the rounding; the quantizers as given and None, with a
+        The quantizers fitted for the rounding, and the rounding; the quantizers as given and None, with a
         `RoundingWarning`, where even 8 bits are too few.
     """
-    layout = plan(graph)
     chunks = _chunks(graph, inputs)
     with enable_x64():
         unrounded = _faked(graph, qparams, chunks)
         for bits in range(FEWEST, MOST + 1):
             rounding = Rounding(bits, approximate)
-            candidate = fit_accumulators(layout, stats, replace(spec, rounding=rounding), qparams)
+            candidate = fit(graph, stats, replace(spec, rounding=rounding))
             if distance(graph.outputs, unrounded, _faked(graph, candidate, chunks)) > SCREEN * tolerance:
                 continue
             if distance(graph.outputs, unrounded, _simulated(lower(graph, candidate), chunks)) <= tolerance:

@@ -44,7 +44,8 @@ def simulate(program: IntProgram, *inputs: Array) -> np.ndarray | tuple[np.ndarr
     """
     arrays = check_integers(program, inputs)
     with enable_x64():
-        return unwrap([np.asarray(out) for out in _simulate(program, *arrays)])
+        tables = tuple(lookup.table for lookup in program.lookups)
+        return unwrap([np.asarray(out) for out in _simulate(program, tables, *arrays)])
 
 
 def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.ndarray]:
@@ -65,16 +66,22 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
 
 
 @partial(jax.jit, static_argnums=0)
-def _simulate(program: IntProgram, *inputs: Array) -> list[Array]:
-    parts = over_samples(partial(_sample, program), [e.port for e in program.inputs], inputs)
+def _simulate(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) -> list[Array]:
+    """Tables are arguments: as constants of the compiled function they would make compiling slow."""
+    parts = over_samples(partial(_sample, program, tables), [e.port for e in program.inputs], inputs)
     return [join(e.port, part) for e, part in zip(program.outputs, parts)]
 
 
-def _sample(program: IntProgram, *sample: Array) -> tuple[Array, ...]:
+def _sample(program: IntProgram, tables: tuple[Array, ...], *sample: Array) -> tuple[Array, ...]:
     dtype = jnp.int32 if all(-(2**31) < v.low and v.high < 2**31 for v in program.values.values()) else jnp.int64
     env = {entry.value: x.astype(dtype) for entry, x in zip(program.inputs, sample)}
+    waiting = iter(tables)
     for instruction in program.instructions:
-        result = _run(program, instruction, [env[a] for a in instruction.args])
+        args = [env[a] for a in instruction.args]
+        if isinstance(instruction, Lookup):
+            result = _lookup(instruction, next(waiting), args[0])
+        else:
+            result = _run(program, instruction, args)
         env[instruction.out] = result.astype(dtype)
     return tuple(env[entry.value].astype(jnp.int64) for entry in program.outputs)
 
@@ -94,11 +101,12 @@ def _run(program: IntProgram, instruction: Instruction, args: list[Array]) -> Ar
         return x * instruction.factor.astype(x.dtype)
     if isinstance(instruction, Plus):
         return x + instruction.sign * args[1]
-    if isinstance(instruction, Round):
-        return (x + (1 << instruction.lsbs >> 1)) >> instruction.lsbs << instruction.lsbs
-    assert isinstance(instruction, Lookup)
+    assert isinstance(instruction, Round)
+    return (x + (1 << instruction.lsbs >> 1)) >> instruction.lsbs << instruction.lsbs
+
+
+def _lookup(instruction: Lookup, table: Array, x: Array) -> Array:
     index = (x >> instruction.lsbs) & ((1 << instruction.bits) - 1)
-    table = jnp.asarray(instruction.table.astype(np.int32 if np.max(np.abs(instruction.table)) < 2**31 else np.int64))
     group = jnp.asarray(instruction.group.astype(np.int32))
     return table[jnp.broadcast_to(group, x.shape), index]
 

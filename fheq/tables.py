@@ -17,7 +17,7 @@ class Tabulated(NamedTuple):
     """The tables of a point.
 
     source: `(n,)` source element of each distinct table application (-1 where the value is known); group: `(n,)` its table;
-    place: for each element of the point, which application it is; table: `(G, entries)` int64.
+    place: for each element of the point, which application it is; table: `(G, entries)`, of the smallest integer type that holds it.
     """
 
     source: np.ndarray
@@ -66,5 +66,6 @@ def _rows(layout: Plan, point: str, elements: np.ndarray, scale, offset, codes, 
     real = in_float64(lambda: layout.elements.evaluate(point, elements, source)).astype(np.float64)
     step, zero_point, qmin, qmax = (leaf[elements][:, None] for leaf in leaves)
     steps = np.nan_to_num(real / step, nan=0.0, posinf=1e300, neginf=-1e300)
-    q = np.clip(np.round(steps) + zero_point, qmin, qmax).astype(np.int64)
+    largest = np.max(leaves[3])
+    q = np.clip(np.round(steps) + zero_point, qmin, qmax).astype(np.min_scalar_type(int(largest)))
     return np.broadcast_to(q, (len(elements), len(codes)))

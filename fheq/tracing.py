@@ -107,7 +107,8 @@ class Tracing:
         if isinstance(instruction, Round):
             return self._round(instruction, x)
         assert isinstance(instruction, Lookup)
-        table, group, lsbs, mask = instruction.table, instruction.group, instruction.lsbs, (1 << instruction.bits) - 1
+        table, group = instruction.table.astype(np.int64), instruction.group
+        lsbs, mask = instruction.lsbs, (1 << instruction.bits) - 1
         if len(table) == 1:
             return fhe.univariate(lambda v: table[0][(v >> lsbs) & mask])(x)
         return fhe.univariate(lambda v: table[group, (v >> lsbs) & mask])(x)

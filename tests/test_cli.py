@@ -94,7 +94,6 @@ def test_quantize_json(files: dict[str, str], capsys):
 
 
 def test_quantize_report(files: dict[str, str], capsys):
-    pytest.importorskip("fheq.cost")
     argv = ["quantize", files["m.onnx"], "--data", files["d.npz"], *SMALL, "--report"]
     code, out, _ = run(capsys, *argv)
     assert (code, "bits" in out) == (0, True)

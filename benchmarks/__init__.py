@@ -1,0 +1,1 @@
+"""Comparisons that take minutes; the tests hold small versions of them."""

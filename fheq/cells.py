@@ -1,0 +1,82 @@
+"""Weights scaled so that accumulators fill the cells that rounding leaves.
+
+Rounding to P bits cuts an accumulator's range into 2^P cells whose width is a power of two. A channel whose range is just
+above such a width uses little more than half of them. Coarser weights bring it under: a little weight noise for up to twice
+the resolution. The trade is made per layer, by the expected error of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.accumulators import Bounds, channel_bounds, chosen_bounds, removable, rounding_of, worst_case
+from fheq.affine import Affine
+from fheq.calibrate import Stats
+from fheq.granularity import channel_axis
+from fheq.integers import input_ratio, operand_axis, operand_decoder, quantize_weight
+from fheq.plan import Plan
+from fheq.qparams import QParams
+from fheq.spec import Spec
+from fheq.steps import Linear
+
+DEPTH = 3  # how many bits fewer are tried
+
+
+def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear) -> Affine:
+    """The weight quantizer of a step whose accumulator is rounded, its scales enlarged where that lowers the error.
+
+    Args:
+        qparams: has the quantizers of the step's input and of its weight.
+    """
+    affine = qparams.weights[step.weight_name]
+    rounding = rounding_of(layout, spec, step)
+    axis = channel_axis(layout, step.out)
+    if rounding is None or affine.axis is None or axis is None:
+        return affine
+    worst = channel_bounds(worst_case(layout, qparams, step), axis)
+    bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
+    least = removable(bounds, rounding.n_bits)
+    if least == 0:
+        return affine
+    variance = channel_variance(stats, step)
+    noise = input_power(layout, stats, qparams, step)
+    unit = np.broadcast_to(quantize_weight(layout, qparams, step).scale, step.shape)
+    unit = channel_bounds(Bounds(unit, unit), axis).high
+    best = min(
+        (candidate(bounds, lsbs, rounding.n_bits, unit, noise, variance) for lsbs in range(max(least - DEPTH, 0), least + 1)),
+        key=lambda found: found[0],
+    )
+    return replace(affine, scale=affine.scale * best[1])
+
+
+def candidate(
+    bounds: Bounds, lsbs: int, bits: int, unit: np.ndarray, noise: float, variance: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Expected error relative to each channel's variance, and the factor of each channel's weight scale."""
+    cell = 2.0**lsbs
+    room = 2.0 ** (bits + lsbs) - 1 - 2 * cell - cell / 2
+    factor = np.maximum(1.0, (bounds.high - bounds.low) / max(room, 1.0))
+    error = (unit * factor) ** 2 * (cell**2 + noise) / 12
+    return float(np.sum(error / variance)), factor
+
+
+def channel_variance(stats: Stats, step: Linear) -> np.ndarray:
+    """Variance of each channel of a step's result, never quite 0."""
+    found = stats[step.out]
+    mean = found.total / found.count
+    spread = found.squares / found.count - mean**2
+    return np.maximum(spread, 1e-9 * np.max(np.abs(spread)) + 1e-30)
+
+
+def input_power(layout: Plan, stats: Stats, qparams: QParams, step: Linear) -> float:
+    """Expected sum of squares of the integers that one output of a step reads."""
+    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
+    unit, _ = input_ratio(step, x.scale)
+    terms = step.weight.size / step.weight.shape[step.weight_axis]
+    key = step.x.key
+    if key not in stats:
+        return terms * float(np.mean(((x.high - x.low) / 2) ** 2))
+    found = stats[key]
+    return terms * float(np.sum(found.squares) / np.sum(found.count)) / float(unit) ** 2
