@@ -17,7 +17,7 @@ import numpy as np
 CHANNELS = 8
 PIXEL_MAX = 16
 TEST, CALIBRATION = 400, 300
-EPOCHS, BATCH, RATE, DECAY = 150, 64, 1e-2, 3e-4
+EPOCHS, BATCH, RATE, DECAY = 150, 64, 1e-2, 0.3
 OPSET, IR_VERSION = 22, 10  # the newest that every onnx the package allows (1.17 and later) knows
 DATA = Path(__file__).parent.parent / "fheq" / "data"
 

@@ -28,6 +28,7 @@ from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
+WORST_CASE_BITS = 6  # low bits that are given up so that an accumulator too wide for tables can never overflow
 
 
 class Bounds(NamedTuple):
@@ -72,6 +73,7 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
 
 def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
     """Bounds of the step's shape to bounds per channel `(C,)`, or `(1,)`."""
+
     def rows(v: np.ndarray) -> np.ndarray:
         return np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) if axis is not None and v.ndim else v.reshape(1, -1)
 
@@ -153,10 +155,13 @@ def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Ste
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
         return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode)
-    if aligned(worst, 0)[1] > limit:  # too wide for any table: resolution is spent on what can never overflow
-        widest = worst if aligned(worst, 0)[1] <= limit + 6 else bounds
-        return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact")
-    return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+    # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
+    stated = isinstance(step, Linear) and step.weight_name in layout.graph.pinned
+    fits = aligned(bounds, 0)[1] <= limit
+    if aligned(worst, 0)[1] <= limit or (stated and fits):
+        return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+    widest = worst if aligned(worst, 0)[1] <= limit + WORST_CASE_BITS else bounds
+    return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact")
 
 
 def table_bits(channels: int) -> int:

@@ -99,7 +99,7 @@ def straight_through(exact: Array, surrogate: Array) -> Array:
 
 
 def fake_quant(affine: Affine, x: Array) -> Array:
-    """`dequantize(quantize(x))`, differentiable: straight through inside the range, and in scale as LSQ (arXiv 1902.08153)."""
+    """`dequantize(quantize(x))`, differentiable in x straight through and in scale as LSQ (arXiv 1902.08153)."""
     a = affine.expanded(jnp.ndim(x))
     steps = x / a.scale
     rounded = straight_through(jnp.round(steps), steps)

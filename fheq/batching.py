@@ -33,7 +33,7 @@ def split(port: Port, array: Array, what: str = "input") -> Array:
         if got[1:] == shape and len(got) == len(shape) + 1:
             return array
         raise DataError(f"{what} {port.name!r} has shape {got}; expected {shape} or (samples, *{shape})")
-    if len(got) != len(shape) or got[:axis] + (1,) + got[axis + 1 :] != shape:
+    if len(got) != len(shape) or (*got[:axis], 1, *got[axis + 1 :]) != shape:
         expected = tuple("N" if i == axis else d for i, d in enumerate(shape))
         raise DataError(f"{what} {port.name!r} has shape {got}; expected {_show(expected)}")
     moved = jnp.moveaxis(array, axis, 0) if isinstance(array, jax.Array) else np.moveaxis(array, axis, 0)

@@ -150,16 +150,14 @@ def _pad(part: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
 
 
-
-
 def _warn(layout: Plan, stats: Stats, count: int) -> None:
     for name, found in stats.items():
         if not np.all(np.isfinite(found.minimum)) or not np.all(np.isfinite(found.maximum)):
             raise DataError(f"tensor {name!r} becomes NaN or infinite on the calibration data; check the model's inputs")
         if np.min(found.minimum) == np.max(found.maximum) and count > 1:
             warnings.warn(
-                f"tensor {name!r} is constant ({float(np.min(found.minimum)):.6g}) on the calibration data: its range cannot "
-                "be known; calibrate on data that exercise it",
+                f"tensor {name!r} is constant ({float(np.min(found.minimum)):.6g}) on the calibration data: its "
+                "range cannot be known; calibrate on data that exercise it",
                 CalibrationWarning,
                 stacklevel=3,
             )

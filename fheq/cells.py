@@ -45,7 +45,10 @@ def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: L
     unit = np.broadcast_to(quantize_weight(layout, qparams, step).scale, step.shape)
     unit = channel_bounds(Bounds(unit, unit), axis).high
     best = min(
-        (candidate(bounds, lsbs, rounding.n_bits, unit, noise, variance) for lsbs in range(max(least - DEPTH, 0), least + 1)),
+        (
+            candidate(bounds, lsbs, rounding.n_bits, unit, noise, variance)
+            for lsbs in range(max(least - DEPTH, 0), least + 1)
+        ),
         key=lambda found: found[0],
     )
     return replace(affine, scale=affine.scale * best[1])

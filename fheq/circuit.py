@@ -117,7 +117,7 @@ class Circuit:
         return unwrap(columns if quantized else list(self.program.dequantize(*columns)))
 
 
-def compile(  # noqa: A001 - the public name
+def compile(
     program: IntProgram,
     p_error: float | None = None,
     global_p_error: float | None = None,
@@ -161,6 +161,7 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         p_error=p_error,
         global_p_error=global_p_error,
         show_progress=False,
+        dump_artifacts_on_unexpected_failures=False,
         approximate_rounding_config=fhe.ApproximateRoundingConfig(
             logical_clipping=False, approximate_clipping_start_precision=False
         ),

@@ -47,9 +47,7 @@ class Emitter:
         """Declares an input in [0, high]."""
         return self._value(name, shape, 0, high)
 
-    def gather(
-        self, args: tuple[str, ...], index: np.ndarray, fill: np.ndarray | None, shape: tuple[int, ...]
-    ) -> str:
+    def gather(self, args: tuple[str, ...], index: np.ndarray, fill: np.ndarray | None, shape: tuple[int, ...]) -> str:
         """Copies elements of the concatenated arguments; fills where the index is negative."""
         index = np.asarray(index).ravel()
         sources = [self.values[a] for a in args]
@@ -92,8 +90,7 @@ class Emitter:
         value = self.values[x]
         strides, dilations, group = options["strides"], options["dilations"], options["group"]
         spatial = tuple(
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(value.shape[2:], weight.shape[2:], strides, dilations)
+            (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(value.shape[2:], weight.shape[2:], strides, dilations)
         )
         axes = tuple(range(1, weight.ndim))
         low, high = _product_range(value, np.minimum(weight, 0).sum(axis=axes), np.maximum(weight, 0).sum(axis=axes))

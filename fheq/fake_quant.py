@@ -13,6 +13,7 @@ from fheq import affine
 from fheq.batching import join, over_samples
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
+from fheq.integers import _along_inputs as along_inputs
 from fheq.integers import (
     accumulator_decoder,
     apply_form,
@@ -20,7 +21,6 @@ from fheq.integers import (
     operand_axis,
     quantize_weight,
 )
-from fheq.integers import _along_inputs as along_inputs
 from fheq.interpret import run_node
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams

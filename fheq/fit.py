@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulators import fit_accumulators
-from fheq.cells import fill_cells
 from fheq.affine import Affine
 from fheq.calibrate import Stats, observed
+from fheq.cells import fill_cells
 from fheq.errors import QuantizationError
-from fheq.granularity import Sharing, channel_axis, share
+from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
 from fheq.observers import TensorStats, per_tensor
@@ -228,7 +228,9 @@ def _stated_weight(step: Linear, stated: Affine) -> Affine:
     return replace(stated, axis=step.weight_axis)
 
 
-def weight_quantizer(rows: np.ndarray, bits: int, symmetry: Symmetry) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def weight_quantizer(
+    rows: np.ndarray, bits: int, symmetry: Symmetry
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Scale, zero point, qmin and qmax of each row `(C, n)`."""
     low = np.minimum(rows.min(axis=1), 0)
     high = np.maximum(rows.max(axis=1), 0)

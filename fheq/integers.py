@@ -155,8 +155,8 @@ def _convolve(step: Linear, x: Array, weight: Array) -> Array:
 class Weights(NamedTuple):
     """A quantized weight and what it makes of its input.
 
-    integers: as the form uses them; ratio: `(K,)` scale of each input channel relative to `unit`; scale, offset: decoder of the
-    accumulator, broadcasting against the step's shape.
+    integers: as the form uses them; ratio: `(K,)` scale of each input channel relative to the largest; scale, offset: decoder
+    of the accumulator, broadcasting against the step's shape.
     """
 
     integers: Array

@@ -59,6 +59,7 @@ def _check(layout: Plan, qparams: QParams) -> None:
 
 def unsigned(qparams: QParams) -> QParams:
     """The same real grids with integers from 0: what is encrypted is never negative."""
+
     def shifted(a: Affine) -> Affine:
         scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
         return replace(a, scale=scale, zero_point=zero_point - qmin, qmin=qmin * 0, qmax=qmax - qmin, signed=False)

@@ -21,7 +21,6 @@ _SIDE = (_HIGH - _LOW) * _PARTS
 BINS = 2 * _SIDE + 1
 
 
-
 class TensorStats(NamedTuple):
     """Statistics of one tensor, per channel; `C` is 1 for a tensor without a channel axis.
 
@@ -68,7 +67,7 @@ def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
         values: `(B, C, n)`.
         keep: `(B,)` bool; samples to count.
     """
-    b, c, n = values.shape
+    _, c, n = values.shape
     mask = keep[:, None, None]
     wide = values.astype(stats.total.dtype)
     seen = jnp.where(mask, wide, 0)
@@ -186,10 +185,13 @@ class Tail(NamedTuple):
     excess: np.ndarray
 
     def unseen(self, room: np.ndarray) -> np.ndarray:
-        """Expected sum of squared excesses over as many new values as were seen, for ends `room` `(..., C)` beyond the extreme.
+        """Expected sum of squared excesses over as many new values as were seen.
 
-        Channels, measured in their deviations, are taken as alike: what the others reached, this one may reach; one new value
-        in all goes beyond the furthest, exponentially.
+        Channels, measured in their deviations, are taken as alike: what the others reached, this one may reach; one new
+        value in all goes beyond the furthest, exponentially.
+
+        Args:
+            room: `(..., C)`, how far beyond the extreme the range ends.
         """
         count = len(self.reach)
         at = self.reach + np.maximum(room, 0) / self.deviation
@@ -197,7 +199,6 @@ class Tail(NamedTuple):
         beyond = np.maximum(at - np.max(self.reach), 0) * self.deviation
         furthest = 2 * self.excess**2 / count * np.exp(-beyond / np.maximum(self.excess, 1e-30))
         return np.where(self.excess > 0, others * self.deviation**2 + furthest, 0.0)
-
 
     # Sum over all channels of max(reach - at, 0)^2, from sums over sorted reaches.
     def _others(self, at: np.ndarray) -> np.ndarray:

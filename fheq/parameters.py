@@ -6,8 +6,8 @@ one to the small key of the other, or a conversion between large keys. The sum o
     sum_p fresh_p V_fresh + sum_p boot_p V_boot + sum_pq conv_pq V_conv + V_keyswitch + V_modulus_switch <= bound
 
 for every table and output. Source: `compilers/concrete-optimizer/concrete-optimizer/src/optimization/dag/multi_parameters/
-optimize/mod.rs`, a descent over partitions; here it starts from the best common parameters. Small keys are searched in steps
-of 16 and then around the best.
+optimize/mod.rs`, a descent over partitions; here it starts from the best common parameters, and (k, N) are chosen with n in
+steps of 32 before n is searched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from fheq import noise
 
 Pair = tuple[int, int]
-STEP = 16
+STEP = 32
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
 DESCENTS = 6
 PROMISING = 4
@@ -246,31 +246,31 @@ class _Search:
                     point, best = found, total
                 for pair, _ in self.problem.conversions:
                     point, best = self.polish(pair, point, best)
-            if not best < before * (1 - 1e-6):
+            if not best < before * (1 - 1e-4):
                 break
         return point
 
     def step(self, p: int, point: Points | None, best: float) -> tuple[Points | None, float]:
         """The best parameters of one partition that cost less than `best`, the others' being given."""
-        g, n = np.meshgrid(np.arange(len(self.glwe.k)), noise.LWE_DIMENSIONS[::STEP], indexing="ij")
-        points = self.candidates(p, point, g.ravel(), n.ravel(), best)
-        total = self.total(points, best)
-        if not np.any(np.isfinite(total)):
-            return None, best
-        order = np.argsort(total)
-        _, first = np.unique(points.glwe[p][order], return_index=True)
-        promising = order[np.sort(first)[:PROMISING]]
-        promising = promising[np.isfinite(total[promising])]
-        around = np.arange(-STEP + 1, STEP)
-        n = np.clip(points.small[p][promising, None] + around, noise.LWE_DIMENSIONS[0], noise.LWE_DIMENSIONS[-1])
-        g = np.repeat(points.glwe[p][promising], len(around))
-        best = float(total[promising[0]]) * (1 + 1e-12)
-        points = self.candidates(p, point, g, n.ravel(), best)
-        total = self.total(points, best)
-        at = int(np.argmin(total))
-        return points[at : at + 1], float(total[at])
+        found: Points | None = None
+        glwes, shares = np.arange(len(self.glwe.k)), SHARES
+        for every in (STEP, 1):
+            g, n = np.meshgrid(glwes, noise.LWE_DIMENSIONS[::every], indexing="ij")
+            points = self.candidates(p, point, g.ravel(), n.ravel(), best, shares)
+            total = self.total(points, best)
+            at = int(np.argmin(total)) if len(total) else 0
+            if not len(total) or not np.isfinite(total[at]):
+                break
+            found, best = points[at : at + 1], float(total[at])
+            lowest = np.full(len(self.glwe.k), np.inf)
+            np.minimum.at(lowest, points.glwe[p], total)
+            glwes = np.argsort(lowest)[: min(PROMISING, int(np.isfinite(lowest).sum()))]
+            shares = (SHARES[at * len(SHARES) // len(total)],)
+        return found, best
 
-    def candidates(self, p: int, point: Points | None, g: np.ndarray, n: np.ndarray, best: float) -> Points:
+    def candidates(
+        self, p: int, point: Points | None, g: np.ndarray, n: np.ndarray, best: float, shares: tuple[float, ...]
+    ) -> Points:
         """All bootstrap levels and shares of conversions for the given (k, N) and n; hopeless ones are left out."""
         room = min((b / c.boot[p] for b, c in zip(self.bounds, self.problem.constraints) if c.boot[p]), default=np.inf)
         bound = min((b for b, c in zip(self.bounds, self.problem.constraints) if c.switch and c.switch[1] == p), default=np.inf)
@@ -287,17 +287,17 @@ class _Search:
             return Points((g,), (n,), (level,), {})
         repeat = lambda arrays, mine: tuple(mine if q == p else np.repeat(a, len(g)) for q, a in enumerate(arrays))
         points = Points(repeat(point.glwe, g), repeat(point.small, n), repeat(point.level, level), {})
-        return self.shared(points) if self.problem.conversions else points
+        return self.shared(points, shares) if self.problem.conversions else points
 
-    def shared(self, points: Points) -> Points:
+    def shared(self, points: Points, shares: tuple[float, ...]) -> Points:
         """The candidates once for each share of the noise bounds that conversions may use up."""
         parts: dict[Pair, list[np.ndarray]] = {}
         for pair, _ in self.problem.conversions:
             weights = [(b, dict(c.conv)[pair]) for b, c in zip(self.bounds, self.problem.constraints) if pair in dict(c.conv)]
             room = min((b / w for b, w in weights), default=np.inf)
             variance = self.glwe.dimension[points.glwe[pair[0]]][:, None] * self.large[points.glwe[pair[1]]]
-            parts[pair] = [np.argmax(variance <= share * room, axis=1) for share in SHARES]
-        tile = lambda arrays: tuple(np.tile(a, len(SHARES)) for a in arrays)
+            parts[pair] = [np.argmax(variance <= share * room, axis=1) for share in shares]
+        tile = lambda arrays: tuple(np.tile(a, len(shares)) for a in arrays)
         conversion = {pair: np.concatenate(levels) for pair, levels in parts.items()}
         return Points(tile(points.glwe), tile(points.small), tile(points.level), conversion)
 

@@ -113,9 +113,7 @@ class _Planner:
             if port.name in self.regions:
                 affine = self.regions[port.name].affine
                 outputs[port.name] = None if affine else self.operand(port.name)
-        return Plan(
-            self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, self.evaluator()
-        )
+        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, self.evaluator())
 
     def evaluator(self) -> Elements:
         sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])

@@ -133,8 +133,10 @@ class Accumulator:
 
     Args:
         worst_bits: width that no input in range can exceed.
-        bits: width that sizes the circuit.
-        observed: range seen in calibration with its margin, as integers from 0 (the offset included).
+        bits: width that sizes the circuit: the accumulator enters its table as an integer from 0 to 2^bits - 1.
+        low, high: worst case, the offset included.
+        lsbs, approximate: how it is rounded.
+        can_wrap: whether some input in range goes beyond the width, and so wraps around.
     """
 
     worst_bits: int

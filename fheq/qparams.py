@@ -19,9 +19,10 @@ class QParams:
         weights: quantizers of weights, by weight name. A weight is quantized after the scales of the input channels that it
             reads, relative to the largest, have been multiplied in; the axis is that of the matrix as it is used (input
             features by output features) or of the convolution kernel.
-        accumulators: integers before tables, by the name of the tensor that a linear op (or a sum or product of two encrypted
-            tensors) makes: `scale * (acc - zero_point)` is the tensor, its bias included, for acc in [qmin, qmax]; `lsbs` low
-            bits of acc are removed. The zero point may be fractional. Lowering takes the real range and `lsbs` from here.
+        accumulators: integers before tables, by the name of the tensor that a linear op (or a sum or product of two
+            encrypted tensors) makes: `scale * (acc - zero_point)` is the tensor, its bias included, for acc in [qmin, qmax];
+            `lsbs` low bits of acc are removed. The zero point may be fractional. Lowering takes the real range and `lsbs`
+            from here.
     """
 
     tensors: dict[str, Affine]

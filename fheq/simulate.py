@@ -73,7 +73,7 @@ def _simulate(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) ->
 
 
 def _sample(program: IntProgram, tables: tuple[Array, ...], *sample: Array) -> tuple[Array, ...]:
-    dtype = jnp.int32 if all(-(2**31) < v.low and v.high < 2**31 for v in program.values.values()) else jnp.int64
+    dtype = jnp.int32 if all(v.low > -(2**31) and v.high < 2**31 for v in program.values.values()) else jnp.int64
     env = {entry.value: x.astype(dtype) for entry, x in zip(program.inputs, sample)}
     waiting = iter(tables)
     for instruction in program.instructions:

@@ -63,8 +63,8 @@ def get_n_bits_dict(n_bits: int | Mapping[str, int]) -> dict[str, int]:
     """The four bit-widths of a model: op_inputs, op_weights, model_inputs, model_outputs.
 
     Args:
-        n_bits: an int for op_inputs and op_weights (model_inputs and model_outputs get max(5, n_bits)), or a mapping that has
-            op_inputs and op_weights and may have model_inputs (default 5) and model_outputs (default max(5, op_inputs)).
+        n_bits: an int for op_inputs and op_weights (model_inputs and model_outputs get max(5, n_bits)), or a mapping that
+            has op_inputs and op_weights and may have model_inputs (default 5) and model_outputs (default max(5, op_inputs)).
 
     Raises:
         ValueError: an unknown or missing key, a value that is no integer or below 1, model_outputs below op_inputs.
@@ -87,7 +87,8 @@ def get_n_bits_dict(n_bits: int | Mapping[str, int]) -> dict[str, int]:
         given = dict(zip(_KEYS, (n_bits, n_bits, wide, wide)))
     if given["model_outputs"] < given["op_inputs"]:
         raise BitsError(
-            f"n_bits['model_outputs'] ({given['model_outputs']}) must not be below n_bits['op_inputs'] ({given['op_inputs']})"
+            f"n_bits['model_outputs'] ({given['model_outputs']}) must not be below "
+            f"n_bits['op_inputs'] ({given['op_inputs']})"
         )
     return {key: int(given[key]) for key in _KEYS}
 

@@ -20,8 +20,8 @@ class Operand:
         shape: its shape.
         elements: flat, the element of `key` that each of its elements copies, or -1 for a known filler.
         fill: real values of the fillers (0 elsewhere).
-        slope, intercept: flat; its real value is `slope * copied + intercept`, an affine fold of ops such as a normalisation.
-            None where it is the copied value itself.
+        slope, intercept: flat; its real value is `slope * copied + intercept`, an affine fold of ops such as a
+            normalisation. None where it is the copied value itself.
     """
 
     tensor: str

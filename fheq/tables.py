@@ -17,7 +17,8 @@ class Tabulated(NamedTuple):
     """The tables of a point.
 
     source: `(n,)` source element of each distinct table application (-1 where the value is known); group: `(n,)` its table;
-    place: for each element of the point, which application it is; table: `(G, entries)`, of the smallest integer type that holds it.
+    place: for each element of the point, which application it is; table: `(G, entries)`, of the smallest integer type that
+    holds it.
     """
 
     source: np.ndarray
@@ -40,17 +41,27 @@ def tabulate(
     size = int(np.prod(shape))
     elements = layout.regions[point].elements
     quantizer = affine.expanded(len(shape))
-    leaves = np.stack([np.broadcast_to(getattr(quantizer, n), shape).ravel() for n in ("scale", "zero_point", "qmin", "qmax")])
+    leaves = np.stack(
+        [np.broadcast_to(getattr(quantizer, n), shape).ravel() for n in ("scale", "zero_point", "qmin", "qmax")]
+    )
     columns = lambda _, need: np.stack([scale[need], offset[need]], axis=1)
     label = layout.elements.signature(point, columns)
     label = np.unique(np.stack([label, *leaves], axis=1), axis=0, return_inverse=True)[1].ravel()
-    pairs, place = np.unique(np.stack([np.where(elements == FILLER, -1, elements), label], axis=1), axis=0, return_inverse=True)
+    applied = np.stack([np.where(elements == FILLER, -1, elements), label], axis=1)
+    pairs, place = np.unique(applied, axis=0, return_inverse=True)
     source, group = pairs[:, 0], pairs[:, 1]
     first = np.full(label.max() + 1, -1)
     first[label[::-1]] = np.arange(size)[::-1]
     rows = [_rows(layout, point, first[at], scale, offset, codes, leaves) for at in _slices(len(first), len(codes))]
-    table, same = np.unique(np.concatenate(rows), axis=0, return_inverse=True)
-    return Tabulated(source, same.ravel()[group], place.ravel(), table)
+    table, same = distinct_rows(np.concatenate(rows))
+    return Tabulated(source, same[group], place.ravel(), table)
+
+
+def distinct_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows of a table, in order of appearance, and which of them each row is."""
+    numbers: dict[bytes, int] = {}
+    same = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in table])
+    return table[np.unique(same, return_index=True)[1]], same
 
 
 def _slices(groups: int, entries: int) -> list[slice]:

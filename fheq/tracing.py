@@ -166,7 +166,9 @@ class Tracing:
 
     def _patches(self, instruction: Convolution, x: Any, out: tuple[int, ...]) -> Any:
         weight, group = instruction.weight, instruction.group
-        offsets = np.stack(np.meshgrid(*[np.arange(k) for k in weight.shape[2:]], indexing="ij"), -1).reshape(-1, len(out) - 2)
+        offsets = np.stack(np.meshgrid(*[np.arange(k) for k in weight.shape[2:]], indexing="ij"), -1).reshape(
+            -1, len(out) - 2
+        )
         starts = np.stack(np.meshgrid(*[np.arange(n) for n in out[2:]], indexing="ij"), -1).reshape(-1, len(out) - 2)
         places = starts[:, None, :] * instruction.strides + offsets[None, :, :] * instruction.dilations
         spatial = np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), x.shape[2:])
