@@ -1,7 +1,7 @@
 """Trains the digits classifier that the package ships: `python -m benchmarks.train_digits [FOLDER]`.
 
-A convolution and a dense layer on scikit-learn's 8x8 digits, trained with plain Adam in JAX. Every seed is fixed, so the same
-versions of JAX and scikit-learn write the same files again. Writes digits.onnx and digits.npz, which holds calibration
+A convolution and a dense layer on scikit-learn's 8x8 digits, trained with plain Adam in JAX. Every seed is fixed, so the
+same versions of JAX and scikit-learn write the same files again. Writes digits.onnx and digits.npz, which holds calibration
 images (x_train, y_train: part of the training images) and test images (x_test, y_test: seen by no training step).
 """
 

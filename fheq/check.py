@@ -11,8 +11,7 @@ import numpy as np
 
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError, describe
 from fheq.graph import Graph, Node
-from fheq.plan import _Planner as Planner
-from fheq.plan import plan
+from fheq.plan import Planner, plan
 from fheq.rewrites import decompose
 from fheq.steps import Linear
 

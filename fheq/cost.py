@@ -116,7 +116,19 @@ class Report:
         return out
 
     def __str__(self) -> str:
-        head = ("tensor", "accumulator", "worst", "bits", "range", "removed", "table", "lookups", "bootstraps", "M each", "M")
+        head = (
+            "tensor",
+            "accumulator",
+            "worst",
+            "bits",
+            "range",
+            "removed",
+            "table",
+            "lookups",
+            "bootstraps",
+            "M each",
+            "M",
+        )
         lines = [[*map(str, head)]]
         for r in self.rows:
             removed = f"{r.removed} {r.rounding}" if r.removed else "-"
@@ -164,9 +176,7 @@ def cost(program: IntProgram, p_error: float | None = None, global_p_error: floa
     rows = tuple(_row(program, flat, parts, solution, lookup) for lookup in program.lookups)
     wraps = tuple(Wrap(name, a.low, a.high, a.bits) for name, a in program.accumulators.items() if a.can_wrap)
     made = {lookup.out for lookup in program.lookups}
-    outputs = tuple(
-        Output(e.name, program.values[e.value].bits, e.value not in made) for e in program.outputs
-    )
+    outputs = tuple(Output(e.name, program.values[e.value].bits, e.value not in made) for e in program.outputs)
     return Report(
         rows,
         outputs,
@@ -258,5 +268,6 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
     left = 2  # the names
     return [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in lines
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
     ]

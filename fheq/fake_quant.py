@@ -13,9 +13,9 @@ from fheq import affine
 from fheq.batching import join, over_samples
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
-from fheq.integers import _along_inputs as along_inputs
 from fheq.integers import (
     accumulator_decoder,
+    along_inputs,
     apply_form,
     join_pieces,
     operand_axis,

@@ -10,16 +10,16 @@ import numpy as np
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
 from fheq.interpret import run_node
-from fheq.ops.linear import _transposed_pads as transposed_pads
+from fheq.ops.linear import transposed_pads
 from fheq.ops.windows import Window, per_axis, window_of
 from fheq.regions import broadcast_elements, in_float64
 from fheq.steps import Add, Linear, Maximum, Operand, Product, Step, Sum, varies_only_along
 
 if TYPE_CHECKING:
-    from fheq.plan import _Planner
+    from fheq.plan import Planner
 
 
-def build_linear(planner: _Planner, node: Node) -> Step:
+def build_linear(planner: Planner, node: Node) -> Step:
     """A linear op whose other inputs are known."""
     builders = {
         "MatMul": _matmul,
@@ -37,7 +37,7 @@ def build_linear(planner: _Planner, node: Node) -> Step:
     return builders[node.op](planner, node)
 
 
-def pairwise(planner: _Planner, node: Node) -> Step:
+def pairwise(planner: Planner, node: Node) -> Step:
     """Add, Sub, Mul, Max or Min of two encrypted tensors, broadcast against each other."""
     out = node.outputs[0]
     shape = planner.graph.types[out].shape
@@ -55,7 +55,7 @@ def pairwise(planner: _Planner, node: Node) -> Step:
     return Add(out, node, shape, a, b, -1 if node.op == "Sub" else 1)
 
 
-def build_product(planner: _Planner, node: Node) -> Step:
+def build_product(planner: Planner, node: Node) -> Step:
     """A matrix product of two encrypted operands: elementwise products, summed over the last axis."""
     if node.op == "Gemm" and (node.attrs.get("alpha", 1.0) != 1.0 or (len(node.inputs) > 2 and node.inputs[2])):
         raise UnsupportedError(f"{describe(node)}: Gemm of two encrypted matrices; use MatMul, Mul and Add instead")
@@ -75,7 +75,7 @@ def build_product(planner: _Planner, node: Node) -> Step:
     return Product(node.outputs[0], node, shape, a.take(i, full), b.take(j, full), contract=True)
 
 
-def build_maximum(planner: _Planner, node: Node) -> Step:
+def build_maximum(planner: Planner, node: Node) -> Step:
     """Max-pooling and ReduceMax / ReduceMin."""
     shape = planner.graph.types[node.outputs[0]].shape
     x = planner.operand(node.inputs[0])
@@ -100,20 +100,20 @@ def alike(labels: np.ndarray) -> bool:
     return len(np.unique(labels[labels >= 0])) <= 1
 
 
-def _constant(planner: _Planner, node: Node, position: int) -> np.ndarray:
+def _constant(planner: Planner, node: Node, position: int) -> np.ndarray:
     name = node.inputs[position]
     if name not in planner.graph.constants:
         raise UnsupportedError(f"{describe(node)}: input {position} ({name!r}) must be known, but it is encrypted")
     return np.asarray(planner.graph.constants[name], np.float64)
 
 
-def _bias(planner: _Planner, node: Node) -> np.ndarray:
+def _bias(planner: Planner, node: Node) -> np.ndarray:
     if len(node.inputs) < 3 or not node.inputs[2]:
         return np.zeros(())
     return _constant(planner, node, 2)
 
 
-def _matmul(planner: _Planner, node: Node) -> Step:
+def _matmul(planner: Planner, node: Node) -> Step:
     out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
     if node.inputs[0] in planner.regions:
         weight = _constant(planner, node, 1)
@@ -129,7 +129,7 @@ def _matmul(planner: _Planner, node: Node) -> Step:
     return Linear(out, node, shape, x, "left", node.inputs[0], weight, np.zeros(()), -2)
 
 
-def _gemm(planner: _Planner, node: Node) -> Step:
+def _gemm(planner: Planner, node: Node) -> Step:
     out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
     bias = beta * _bias(planner, node)
@@ -148,7 +148,7 @@ def _channel_bias(bias: np.ndarray, rank: int) -> np.ndarray:
     return bias.reshape(-1, *(1,) * (rank - 2)) if bias.ndim == 1 else bias
 
 
-def _conv(planner: _Planner, node: Node) -> Step:
+def _conv(planner: Planner, node: Node) -> Step:
     out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
     weight = _constant(planner, node, 1)
     x = planner.operand(node.inputs[0], along(1))
@@ -162,7 +162,7 @@ def _conv(planner: _Planner, node: Node) -> Step:
     return Linear(out, node, shape, padded, "conv", node.inputs[1], weight, bias, 1 - rank, options)
 
 
-def _conv_transpose(planner: _Planner, node: Node) -> Step:
+def _conv_transpose(planner: Planner, node: Node) -> Step:
     """A transposed convolution is a convolution of the input with zeros between its elements and the kernel flipped."""
     out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
     weight = _constant(planner, node, 1)
@@ -210,7 +210,7 @@ def _window_elements(window: Window, spatial: tuple[int, ...], out: tuple[int, .
     return np.where(valid, flat, -1).reshape(*out, -1)
 
 
-def _sum(planner: _Planner, node: Node, x: Operand, elements: np.ndarray) -> Step:
+def _sum(planner: Planner, node: Node, x: Operand, elements: np.ndarray) -> Step:
     shape = planner.graph.types[node.outputs[0]].shape
     ones = np.ones(x.shape)
     total = in_float64(lambda: run_node(node, lambda _: ones, planner.graph.constants)[0])
@@ -219,13 +219,13 @@ def _sum(planner: _Planner, node: Node, x: Operand, elements: np.ndarray) -> Ste
     return Sum(node.outputs[0], node, shape, moved, total / np.maximum(count, 1))
 
 
-def _pool(planner: _Planner, node: Node) -> Step:
+def _pool(planner: Planner, node: Node) -> Step:
     x = planner.operand(node.inputs[0], alike)
     shape = planner.graph.types[node.outputs[0]].shape
     return _sum(planner, node, x, _pool_windows(node, x.shape, shape))
 
 
-def _reduced(planner: _Planner, node: Node, shape: tuple[int, ...]) -> np.ndarray:
+def _reduced(planner: Planner, node: Node, shape: tuple[int, ...]) -> np.ndarray:
     """Elements of the input by output element and place in its reduction, shape `(*out, K)`."""
     rank = len(shape)
     if node.op.startswith("Global"):
@@ -243,12 +243,12 @@ def _reduced(planner: _Planner, node: Node, shape: tuple[int, ...]) -> np.ndarra
     return elements.reshape(*out, int(np.prod([shape[a] for a in axes], dtype=int)))
 
 
-def _reduce(planner: _Planner, node: Node) -> Step:
+def _reduce(planner: Planner, node: Node) -> Step:
     x = planner.operand(node.inputs[0], alike)
     return _sum(planner, node, x, _reduced(planner, node, x.shape))
 
 
-def _cumsum(planner: _Planner, node: Node) -> Step:
+def _cumsum(planner: Planner, node: Node) -> Step:
     x = planner.operand(node.inputs[0], alike)
     axis = int(_constant(planner, node, 1)) % len(x.shape)
     elements = np.moveaxis(np.arange(len(x.elements)).reshape(x.shape), axis, -1)

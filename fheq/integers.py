@@ -155,8 +155,8 @@ def _convolve(step: Linear, x: Array, weight: Array) -> Array:
 class Weights(NamedTuple):
     """A quantized weight and what it makes of its input.
 
-    integers: as the form uses them; ratio: `(K,)` scale of each input channel relative to the largest; scale, offset: decoder
-    of the accumulator, broadcasting against the step's shape.
+    integers: as the form uses them; ratio: `(K,)` scale of each input channel relative to the largest; scale, offset:
+    decoder of the accumulator, broadcasting against the step's shape.
     """
 
     integers: Array
@@ -165,7 +165,7 @@ class Weights(NamedTuple):
     offset: Array
 
 
-def _along_inputs(step: Linear, v: Array) -> Array:
+def along_inputs(step: Linear, v: Array) -> Array:
     """A vector over input channels, broadcasting against the weight."""
     if step.form == "matmul":
         return v[:, None]
@@ -176,7 +176,7 @@ def _along_inputs(step: Linear, v: Array) -> Array:
     return rows.reshape(*rows.shape, *(1,) * (step.weight.ndim - 2))
 
 
-def _along_outputs(step: Linear, v: Array) -> Array:
+def along_outputs(step: Linear, v: Array) -> Array:
     """A vector over output channels (or a scalar), broadcasting against the step's shape."""
     if np.ndim(v) == 0 or v.shape[0] == 1:
         return v.reshape(())
@@ -203,7 +203,7 @@ def absorbed_weight(layout: Plan, qparams: QParams, step: Linear) -> tuple[Array
     """The weight with the relative scales of its input multiplied in; also unit, ratio and the input's decoder."""
     x = operand_decoder(layout, qparams, step.x, operand_axis(step))
     unit, ratio = input_ratio(step, x.scale)
-    return step.weight * _along_inputs(step, ratio), unit, ratio, x
+    return step.weight * along_inputs(step, ratio), unit, ratio, x
 
 
 def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
@@ -218,13 +218,13 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
     offset = xp.moveaxis(x.offset, axis, 0).reshape(x.offset.shape[axis], -1)[:, 0]
     flat = ratio == 0  # a channel that does not vary contributes its constant alone
     share = xp.where(flat, 0, offset / xp.where(flat, 1, ratio))
-    constant = _sum_inputs(step, q * a.scale * _along_inputs(step, share))
-    constant = constant + _sum_inputs(step, step.weight * _along_inputs(step, xp.where(flat, offset, 0)))
+    constant = _sum_inputs(step, q * a.scale * along_inputs(step, share))
+    constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, offset, 0)))
     if np.ndim(constant) > 1:
         constant = constant[..., None, :] if step.form == "matmul" else constant[..., :, None]
     else:
-        constant = _along_outputs(step, constant)
-    scale = _along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
+        constant = along_outputs(step, constant)
+    scale = along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
     return Weights(q, ratio, scale, constant + step.bias)
 
 

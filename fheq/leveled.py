@@ -174,9 +174,7 @@ class _Builder:
             self.made.tables[instruction.out] = -1
             return self.add("zero", instruction.out)
         size_of = x if self.size(x) >= self.size(instruction.out) else instruction.out
-        table = self.made.add(
-            Node("table", (node,), (), self.made.widths[instruction.out], self.size(size_of), reads)
-        )
+        table = self.made.add(Node("table", (node,), (), self.made.widths[instruction.out], self.size(size_of), reads))
         self.made.tables[instruction.out] = table
         return table
 

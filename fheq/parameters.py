@@ -138,7 +138,10 @@ def _search(problem: Problem, kappa: float) -> Solution:
         return common.solution(point)
     full = _Search(problem, kappa)
     start = Points(
-        point.glwe * count, point.small * count, point.level * count, {pair: np.zeros(1, int) for pair, _ in problem.conversions}
+        point.glwe * count,
+        point.small * count,
+        point.level * count,
+        {pair: np.zeros(1, int) for pair, _ in problem.conversions},
     )
     return full.solution(full.descend(start))
 
@@ -179,9 +182,7 @@ class _Search:
 
     def lefts(self, points: Points, bounds: Sequence[float]) -> list[np.ndarray]:
         """What each constraint leaves to its key switch."""
-        boots = [
-            n * self.glwe.variance[g, level] for g, n, level in zip(points.glwe, points.small, points.level)
-        ]
+        boots = [n * self.glwe.variance[g, level] for g, n, level in zip(points.glwe, points.small, points.level)]
         switched = [noise.modulus_switch_variance(n, self.glwe.log2_size[g]) for g, n in zip(points.glwe, points.small)]
         conversions = {pair: self.conversion(points, pair)[0] for pair, _ in self.problem.conversions}
         lefts = []
@@ -273,14 +274,18 @@ class _Search:
     ) -> Points:
         """All bootstrap levels and shares of conversions for the given (k, N) and n; hopeless ones are left out."""
         room = min((b / c.boot[p] for b, c in zip(self.bounds, self.problem.constraints) if c.boot[p]), default=np.inf)
-        bound = min((b for b, c in zip(self.bounds, self.problem.constraints) if c.switch and c.switch[1] == p), default=np.inf)
+        bound = min(
+            (b for b, c in zip(self.bounds, self.problem.constraints) if c.switch and c.switch[1] == p), default=np.inf
+        )
         budget = best
         if point is not None:
             others = [q for q in range(len(self.problem.boots)) if q != p]
             budget = best - sum(self.problem.boots[q] * float(self.boot_cost(point, q)[0]) for q in others)
         fits = noise.modulus_switch_variance(n, self.glwe.log2_size[g]) < bound
         g, n = g[fits], n[fits]
-        hopeful = (n[:, None] * self.glwe.variance[g] < room) & (n[:, None] * self.glwe.cost[g] * self.problem.boots[p] < budget)
+        hopeful = (n[:, None] * self.glwe.variance[g] < room) & (
+            n[:, None] * self.glwe.cost[g] * self.problem.boots[p] < budget
+        )
         row, level = np.nonzero(hopeful)
         g, n = g[row], n[row]
         if point is None:
@@ -293,7 +298,9 @@ class _Search:
         """The candidates once for each share of the noise bounds that conversions may use up."""
         parts: dict[Pair, list[np.ndarray]] = {}
         for pair, _ in self.problem.conversions:
-            weights = [(b, dict(c.conv)[pair]) for b, c in zip(self.bounds, self.problem.constraints) if pair in dict(c.conv)]
+            weights = [
+                (b, dict(c.conv)[pair]) for b, c in zip(self.bounds, self.problem.constraints) if pair in dict(c.conv)
+            ]
             room = min((b / w for b, w in weights), default=np.inf)
             variance = self.glwe.dimension[points.glwe[pair[0]]][:, None] * self.large[points.glwe[pair[1]]]
             parts[pair] = [np.argmax(variance <= share * room, axis=1) for share in shares]

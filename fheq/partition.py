@@ -50,9 +50,7 @@ def partition(program: Leveled) -> Partitioned:
         fresh, boot, conv = noises[i] if i not in own else _bootstrap(len(widths), own[i])
         constraints.append(_constraint(fresh, boot, conv, None, program.nodes[i].bits, program.nodes[i].size))
     boots = [sum(program.nodes[i].size for i, p in own.items() if p == q) for q in range(len(widths))]
-    problem = Problem(
-        tuple(boots), _count(program, switch), _count(program, conversion), tuple(constraints)
-    )
+    problem = Problem(tuple(boots), _count(program, switch), _count(program, conversion), tuple(constraints))
     return Partitioned(problem, own, switch, conversion)
 
 
@@ -135,6 +133,4 @@ def _combine(parts: list[Noise], weights: tuple[float, ...]) -> Noise:
 
 
 def _constraint(fresh: np.ndarray, boot: np.ndarray, conv: dict[Pair, float], switch: Pair | None, bits: int, count: int):
-    return Constraint(
-        tuple(map(float, fresh)), tuple(map(float, boot)), tuple(sorted(conv.items())), switch, bits, count
-    )
+    return Constraint(tuple(map(float, fresh)), tuple(map(float, boot)), tuple(sorted(conv.items())), switch, bits, count)

@@ -88,10 +88,10 @@ def plan(graph: Graph) -> Plan:
     Raises:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
-    return _Planner(decompose(graph)).finish()
+    return Planner(decompose(graph)).finish()
 
 
-class _Planner:
+class Planner:
     """Walks the nodes once; the state is what `Plan` holds."""
 
     def __init__(self, graph: Graph):

@@ -135,7 +135,7 @@ class Spec:
     input_observer: Observer = field(default_factory=MeanSquaredError)
     rounding: Rounding | None = None
     accumulators: AccumulatorRange = AccumulatorRange.OBSERVED
-    margin: float = 0.05
+    margin: float = 0.15
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

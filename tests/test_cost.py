@@ -172,7 +172,9 @@ def test_ranges_and_wraps():
 
 def test_a_program_without_tables():
     built = program("mlp", "none")
-    bare = replace(built, instructions=built.instructions[:2], outputs=(replace(built.outputs[0], value=built.instructions[1].out),))
+    bare = replace(
+        built, instructions=built.instructions[:2], outputs=(replace(built.outputs[0], value=built.instructions[1].out),)
+    )
     report = cost(bare)
     assert report.rows == () and report.bootstraps == 0
     assert 512 <= report.complexity < 2048
@@ -186,7 +188,14 @@ def test_widths_are_those_of_connected_values():
 
 
 @pytest.mark.parametrize(
-    "options", [{"p_error": 0.0}, {"p_error": 1.0}, {"p_error": float("nan")}, {"global_p_error": -1.0}, {"p_error": 0.1, "global_p_error": 0.1}]
+    "options",
+    [
+        {"p_error": 0.0},
+        {"p_error": 1.0},
+        {"p_error": float("nan")},
+        {"global_p_error": -1.0},
+        {"p_error": 0.1, "global_p_error": 0.1},
+    ],
 )
 def test_bad_probabilities(options: dict[str, float]):
     with pytest.raises(ValueError, match="p_error"):

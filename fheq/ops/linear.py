@@ -57,7 +57,7 @@ def _conv(node: Node, x: Array, w: Array, bias: Array | None = None) -> Array:
     return _with_bias(y, bias)
 
 
-def _transposed_pads(
+def transposed_pads(
     node: Node, sizes: tuple[int, ...], strides: tuple[int, ...], spans: list[int]
 ) -> list[tuple[int, int]]:
     """What ConvTranspose crops from its full result at both ends of each axis (negative: what it adds)."""
@@ -81,7 +81,7 @@ def _conv_transpose(node: Node, x: Array, w: Array, bias: Array | None = None) -
     sizes, kernel, groups = x.shape[2:], w.shape[2:], node.attrs["group"]
     strides, dilations = (per_axis(node, name, len(sizes), 1) for name in ("strides", "dilations"))
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations)]
-    crops = _transposed_pads(node, sizes, strides, spans)
+    crops = transposed_pads(node, sizes, strides, spans)
     padding = [(span - 1 - begin, span - 1 - end) for span, (begin, end) in zip(spans, crops)]
     bounded(stride * size + sum(pads) for stride, size, pads in zip(strides, sizes, padding))
     channels_in, channels_out = w.shape[:2]
