@@ -1,7 +1,7 @@
 """Predicted against compiled complexity on generated circuits: `python -m benchmarks.cost_model [--count N]`.
 
-Prints one line per circuit and the median and 95th percentile of the relative error, the rank correlation, whether the numbers
-of bootstraps agree, and the time of predictions.
+Prints one line per circuit, then the median and 95th percentile of the relative error, the rank correlation, in how many the
+numbers of bootstraps agree, and the time of predictions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -57,7 +58,7 @@ class Case:
 def mlp(rng: np.random.Generator, widths: tuple[int, ...], residual: bool = False) -> ModelProto:
     """Dense layers with ReLU; `residual` adds each hidden layer's input where widths agree."""
     nodes, known, x = [], [], "x"
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
+    for i, (a, b) in enumerate(pairwise(widths)):
         known.append(numpy_helper.from_array(rng.normal(size=(a, b)).astype(np.float32) / np.float32(np.sqrt(a)), f"w{i}"))
         nodes.append(helper.make_node("MatMul", [x, f"w{i}"], [f"m{i}"]))
         if i == len(widths) - 2:

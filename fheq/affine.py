@@ -101,9 +101,8 @@ def straight_through(exact: Array, surrogate: Array) -> Array:
 def fake_quant(affine: Affine, x: Array) -> Array:
     """`dequantize(quantize(x))`, differentiable in x straight through and in scale as LSQ (arXiv 1902.08153)."""
     a = affine.expanded(jnp.ndim(x))
-    steps = x / a.scale
-    rounded = straight_through(jnp.round(steps), steps)
-    return a.scale * (jnp.clip(rounded + a.zero_point, a.qmin, a.qmax) - a.zero_point)
+    steps = jnp.clip(x / a.scale, a.qmin - a.zero_point, a.qmax - a.zero_point)  # the bounds are integers: clip, then round
+    return a.scale * straight_through(jnp.round(steps), steps)
 
 
 def round_accumulator(acc: Array, lsbs: Array) -> Array:

@@ -1,9 +1,9 @@
 """What a program will cost, before it is compiled: widths, ranges, tables, bootstraps and concrete's complexity.
 
 The complexity is that of the cheapest TFHE parameters that `fheq.parameters` finds for the noise that `fheq.leveled` and
-`fheq.partition` derive from the program. Neither measures anything nor needs concrete-python. `benchmarks/cost_model.py`
-compares it with compiled circuits. Not modelled: the other representation (CRT) that concrete takes for programs without
-rounding whose tables read some 11 bits or more; clear inputs.
+`fheq.partition` derive from the program; nothing in them is fitted to measurements. Only where no native parameters exist,
+in programs without rounding whose tables read some 12 bits or more, does it come from measured costs (`fheq.crt`). None of it
+needs concrete-python. `benchmarks/cost_model.py` compares with compiled circuits. Clear inputs count as encrypted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import log1p
 
 import numpy as np
 
-from fheq import noise
+from fheq import crt, noise
 from fheq.circuit import DEFAULT_P_ERROR
 from fheq.leveled import Leveled, leveled
 from fheq.parameters import Solution, search, variances
@@ -108,10 +108,8 @@ class Report:
 
     def as_dict(self) -> dict:
         """Plain data for JSON; an infinite cost becomes None."""
-        finite = lambda v: v if not isinstance(v, float) or np.isfinite(v) else None
-        out = {k: finite(v) for k, v in asdict(self).items()}
-        out["rows"] = [{k: finite(v) for k, v in row.items()} for row in asdict(self)["rows"]]
-        out["outputs"], out["wraps"] = list(out["outputs"]), list(out["wraps"])
+        finite = lambda pairs: {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in pairs}
+        out = asdict(self, dict_factory=finite)
         out["bootstraps_by_width"] = {str(width): n for width, n in self.bootstraps_by_width.items()}
         return out
 
@@ -144,9 +142,8 @@ class Report:
         ]
         by_width = ", ".join(f"{n:,} of {width} bits" for width, n in self.bootstraps_by_width.items())
         text.append(f"{self.bootstraps:,} bootstraps" + (f": {by_width}" if by_width else ""))
-        text.append(
-            f"widest integer {self.max_bits} bits; {self.complexity / 1e6:,.1f} M operations predicted at p_error {self.p_error:.3g}"
-        )
+        operations = f"{self.complexity / 1e6:,.1f} M operations predicted at p_error {self.p_error:.3g}"
+        text.append(f"widest integer {self.max_bits} bits; {operations}")
         return "\n".join(text)
 
 
@@ -170,9 +167,9 @@ def cost(program: IntProgram, p_error: float | None = None, global_p_error: floa
     parts = partition(flat)
     if global_p_error is None:
         wanted = DEFAULT_P_ERROR if p_error is None else p_error
-        solution = search(parts.problem, noise.quantile(wanted))
+        solution = _solve(flat, parts, wanted)
     else:
-        wanted, solution = _globally(parts, global_p_error)
+        wanted, solution = _globally(flat, parts, global_p_error)
     rows = tuple(_row(program, flat, parts, solution, lookup) for lookup in program.lookups)
     wraps = tuple(Wrap(name, a.low, a.high, a.bits) for name, a in program.accumulators.items() if a.can_wrap)
     made = {lookup.out for lookup in program.lookups}
@@ -233,7 +230,8 @@ def _each(parts: Partitioned, solution: Solution, table: int) -> float:
 def _failures(parts: Partitioned, solution: Solution, p_error: float) -> tuple[float, float]:
     """The largest probability that one element fails, and that any of a run does, for the parameters found."""
     if solution.point is None:
-        return (p_error, p_error) if np.isfinite(solution.total) else (1.0, 1.0)
+        count = max(sum(parts.problem.boots), 1)
+        return (p_error, float(-np.expm1(count * log1p(-p_error)))) if np.isfinite(solution.total) else (1.0, 1.0)
     kappa, worst, log_success = noise.quantile(p_error), 0.0, 0.0
     for c, variance in zip(parts.problem.constraints, variances(parts.problem, solution)):
         p = noise.failure(variance, noise.variance_bound(c.bits, kappa), kappa)
@@ -242,21 +240,26 @@ def _failures(parts: Partitioned, solution: Solution, p_error: float) -> tuple[f
     return worst, float(-np.expm1(log_success))
 
 
-def _globally(parts: Partitioned, wanted: float) -> tuple[float, Solution]:
+def _solve(flat: Leveled, parts: Partitioned, p_error: float) -> Solution:
+    found = search(parts.problem, noise.quantile(p_error))
+    return crt.solution(flat, parts, p_error) if not np.isfinite(found.total) and crt.applies(flat) else found
+
+
+def _globally(flat: Leveled, parts: Partitioned, wanted: float) -> tuple[float, Solution]:
     """The p_error that keeps a run's failures within `wanted`, as concrete looks for it.
 
     Source: getV1ParameterGlobalPError of `compilers/concrete-compiler/compiler/lib/Support/V0Parameters.cpp`.
     """
     p_error = wanted
-    solution = search(parts.problem, noise.quantile(p_error))
+    solution = _solve(flat, parts, p_error)
     for _ in range(GLOBAL_TRIES - 1):
         one, all_ = _failures(parts, solution, p_error)
-        if all_ <= wanted or solution.point is None or not 0 < one < 1:
+        if all_ <= wanted or not np.isfinite(solution.total):
             break
         ratio = log1p(-one) / log1p(-all_) if all_ < 1 else 0.0
         surrogate = -float(np.expm1(log1p(-wanted) * ratio))
         p_error = surrogate if 0 < surrogate < 1 else p_error * (one / all_ if one < 0.1 else 0.1)
-        solution = search(parts.problem, noise.quantile(p_error))
+        solution = _solve(flat, parts, p_error)
     return p_error, solution
 
 

@@ -19,7 +19,7 @@ from fheq.calibrate import calibrate
 from fheq.circuit import Circuit
 from fheq.circuit import compile as compile_
 from fheq.console import show_table, working
-from fheq.digits import load, picture, pick, shades_for
+from fheq.digits import load, pick, picture, shades_for
 from fheq.evaluate import evaluate
 from fheq.fit import fit
 from fheq.graph import Graph
@@ -111,12 +111,12 @@ class Show:
 
 
 def needed(samples: int, rate: float) -> int:
-    """The least number of agreements that a run with this rate of agreement reaches almost surely (but for `SURE`)."""
+    """The least number of agreements, at least 1, that a run with this rate of agreement reaches but with probability `SURE`."""
     below = 0.0
     for k in range(samples + 1):
         below += comb(samples, k) * rate**k * (1 - rate) ** (samples - k)
         if below >= SURE:
-            return k
+            return max(k, 1)
     return samples
 
 

@@ -112,16 +112,12 @@ class _Builder:
         if name in self.rounds:
             instruction = self.rounds.pop(name)
             if instruction.approximate:
-                self.at[name] = self.add("table", name, (self.cast(name),), reads=self.cell(instruction))
+                self.at[name] = self.add("table", name, (self.at[name],), reads=self.cell(instruction))
                 self.waiting.setdefault(name, []).append(self.at[name])
         return self.at[name]
 
     def cell(self, instruction: Round) -> int:
         return self.own[instruction.args[0]] - instruction.lsbs
-
-    def cast(self, name: str) -> int:
-        """What enters a table on `name`, whose block may be wider than it is."""
-        return self.at[name]
 
     def node(self, instruction: Instruction) -> int:
         if isinstance(instruction, Lookup):

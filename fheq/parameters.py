@@ -1,6 +1,6 @@
 """Search for the cheapest TFHE parameters of a circuit, as concrete's multi-parameter optimizer makes it.
 
-Every partition p has a bootstrap (k, N, n, levels); every pair of partitions that meet has a key switch from the large key of
+Every partition p has a bootstrap (k, N, n, levels); pairs of partitions that meet have a key switch from the large key of
 one to the small key of the other, or a conversion between large keys. The sum of all costs is minimized subject to
 
     sum_p fresh_p V_fresh + sum_p boot_p V_boot + sum_pq conv_pq V_conv + V_keyswitch + V_modulus_switch <= bound
@@ -13,79 +13,28 @@ steps of 32 before n is searched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from fheq import noise
+from fheq.partition import Pair, Problem
 
-Pair = tuple[int, int]
 STEP = 32
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
 DESCENTS = 6
 PROMISING = 4
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """Noise at a table's input or at an output.
-
-    Args:
-        fresh, boot: squared 2-norms of the noise of inputs and bootstraps, by partition.
-        conv: the same of conversions, by pair.
-        switch: the pair of the table's key switch; None at an output.
-        bits: width of the message.
-        count: how many elements must be right.
-    """
-
-    fresh: tuple[float, ...]
-    boot: tuple[float, ...]
-    conv: tuple[tuple[Pair, float], ...]
-    switch: Pair | None
-    bits: int
-    count: int = field(default=1, compare=False)
-
-    def dominates(self, other: Constraint) -> bool:
-        """Whether the other holds wherever this one does."""
-        conv, theirs = dict(self.conv), dict(other.conv)
-        return (
-            self.switch == other.switch
-            and self.bits >= other.bits
-            and all(a >= b for a, b in zip(self.fresh + self.boot, other.fresh + other.boot))
-            and all(conv.get(pair, 0.0) >= v for pair, v in theirs.items())
-        )
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Operations to pay for and noise to bound; conversions and key switches by pair, with their numbers."""
-
-    boots: tuple[int, ...]
-    switches: tuple[tuple[Pair, int], ...]
-    conversions: tuple[tuple[Pair, int], ...]
-    constraints: tuple[Constraint, ...]
-
-    def undominated(self) -> Problem:
-        """The same with the constraints that matter alone."""
-        kept: list[Constraint] = []
-        for c in sorted(set(self.constraints), key=lambda c: (-c.bits, -sum(c.boot), -sum(c.fresh))):
-            if not any(k.dominates(c) for k in kept):
-                kept.append(c)
-        return replace(self, constraints=tuple(kept))
-
-    def merged(self) -> Problem:
-        """The same with one partition."""
-        constraints = tuple(
-            Constraint((sum(c.fresh),), (sum(c.boot),), (), (0, 0) if c.switch else None, c.bits) for c in self.constraints
-        )
-        return Problem((sum(self.boots),), (((0, 0), sum(n for _, n in self.switches)),), (), constraints).undominated()
-
-
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Candidates, one per element: for every partition the index of (k, log2 N) in `noise.glwe_table`, n and the index of the
-    bootstrap's level; for every conversion the index of its level."""
+    """Candidates, one per element.
+
+    Args:
+        glwe, small, level: for every partition, index of (k, log2 N) in `noise.glwe_table`, n, index of a level.
+        conversion: for every conversion, index of its level.
+    """
 
     glwe: tuple[np.ndarray, ...]
     small: tuple[np.ndarray, ...]
@@ -254,7 +203,8 @@ class _Search:
     def step(self, p: int, point: Points | None, best: float) -> tuple[Points | None, float]:
         """The best parameters of one partition that cost less than `best`, the others' being given."""
         found: Points | None = None
-        glwes, shares = np.arange(len(self.glwe.k)), SHARES
+        glwes = np.arange(len(self.glwe.k))
+        shares: tuple[float, ...] = SHARES
         for every in (STEP, 1):
             g, n = np.meshgrid(glwes, noise.LWE_DIMENSIONS[::every], indexing="ij")
             points = self.candidates(p, point, g.ravel(), n.ravel(), best, shares)

@@ -5,12 +5,68 @@ Sources: see `leveled.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fheq.leveled import Leveled
-from fheq.parameters import Constraint, Pair, Problem
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Noise at a table's input or at an output.
+
+    Args:
+        fresh, boot: squared 2-norms of the noise of inputs and bootstraps, by partition.
+        conv: the same of conversions, by pair.
+        switch: the pair of the table's key switch; None at an output.
+        bits: width of the message.
+        count: how many elements must be right.
+    """
+
+    fresh: tuple[float, ...]
+    boot: tuple[float, ...]
+    conv: tuple[tuple[Pair, float], ...]
+    switch: Pair | None
+    bits: int
+    count: int = field(default=1, compare=False)
+
+    def dominates(self, other: Constraint) -> bool:
+        """Whether the other holds wherever this one does."""
+        conv, theirs = dict(self.conv), dict(other.conv)
+        return (
+            self.switch == other.switch
+            and self.bits >= other.bits
+            and all(a >= b for a, b in zip(self.fresh + self.boot, other.fresh + other.boot))
+            and all(conv.get(pair, 0.0) >= v for pair, v in theirs.items())
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Operations to pay for and noise to bound; conversions and key switches by pair, with their numbers."""
+
+    boots: tuple[int, ...]
+    switches: tuple[tuple[Pair, int], ...]
+    conversions: tuple[tuple[Pair, int], ...]
+    constraints: tuple[Constraint, ...]
+
+    def undominated(self) -> Problem:
+        """The same with the constraints that matter alone."""
+        kept: list[Constraint] = []
+        for c in sorted(set(self.constraints), key=lambda c: (-c.bits, -sum(c.boot), -sum(c.fresh))):
+            if not any(k.dominates(c) for k in kept):
+                kept.append(c)
+        return replace(self, constraints=tuple(kept))
+
+    def merged(self) -> Problem:
+        """The same with one partition."""
+        constraints = tuple(
+            Constraint((sum(c.fresh),), (sum(c.boot),), (), (0, 0) if c.switch else None, c.bits) for c in self.constraints
+        )
+        return Problem((sum(self.boots),), (((0, 0), sum(n for _, n in self.switches)),), (), constraints).undominated()
 
 
 @dataclass(frozen=True)
@@ -82,7 +138,7 @@ def _blocks(program: Leveled) -> list[int]:
 
 
 def _homes(program: Leveled, blocks: list[int], own: dict[int, int]) -> dict[int, int]:
-    """The partition of every block: that of the tables that make it, else of those that read it; the narrowest if several."""
+    """The partition of every block: that of the tables that make it, else that read it; the narrowest of several."""
     made: dict[int, set[int]] = {b: set() for b in blocks}
     read: dict[int, set[int]] = {b: set() for b in blocks}
     for i, p in own.items():
@@ -123,13 +179,14 @@ def _noises(program: Leveled, count: int, blocks: list[int], home: dict[int, int
 
 def _combine(parts: list[Noise], weights: tuple[float, ...]) -> Noise:
     """A weighted sum of independent noises; without weights, the largest of each."""
-    join = (lambda values: sum(w * w * v for w, v in zip(weights, values))) if weights else max
-    pairs = {pair for _, _, conv in parts for pair in conv}
     if weights:
-        fresh, boot = (np.sum([w * w * p[k] for w, p in zip(weights, parts)], axis=0) for k in (0, 1))
+        squares = np.square(weights)
+        join = lambda values: np.tensordot(squares, np.asarray(values, np.float64), 1)
     else:
-        fresh, boot = (np.max([p[k] for p in parts], axis=0) for k in (0, 1))
-    return fresh, boot, {pair: float(join([conv.get(pair, 0.0) for _, _, conv in parts])) for pair in pairs}
+        join = lambda values: np.max(values, axis=0)
+    pairs = {pair for _, _, conv in parts for pair in conv}
+    conversions = {pair: float(join([conv.get(pair, 0.0) for _, _, conv in parts])) for pair in pairs}
+    return join([fresh for fresh, _, _ in parts]), join([boot for _, boot, _ in parts]), conversions
 
 
 def _constraint(fresh: np.ndarray, boot: np.ndarray, conv: dict[Pair, float], switch: Pair | None, bits: int, count: int):
