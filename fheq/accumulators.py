@@ -28,6 +28,7 @@ from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
+OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
 WORST_CASE_BITS = 6  # low bits that are given up so that an accumulator too wide for tables can never overflow
 
 
@@ -81,17 +82,25 @@ def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
 
 
 def observed_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float) -> Bounds:
-    """Integer range seen in calibration, widened by `margin` of it at both ends, per channel."""
+    """Integer range seen in calibration, widened at both ends by the margin, per channel."""
     axis = channel_axis(layout, step.out)
     found = stats[step.out]
     low, high = np.asarray(found.minimum, np.float64), np.asarray(found.maximum, np.float64)
-    more = margin * (high - low)
+    more = scaled_margin(margin, np.asarray(found.count)) * (high - low)
     scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step))
     ends = []
     for real in (low - more, high + more):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
         ends.append((view - offset) / np.where(scale == 0, 1, scale))
     return channel_bounds(Bounds(np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))), axis)
+
+
+def scaled_margin(margin: float, count: np.ndarray) -> np.ndarray:
+    """The margin for `count` values seen, `margin` being that for a thousand.
+
+    Beyond the extreme of n values an exponential tail holds 1/n of the unseen ones; the range ends where it holds `OUTSIDE`.
+    """
+    return margin * np.maximum(np.log(1 / (np.maximum(count, 1) * OUTSIDE)), 0) / np.log(1 / (1000 * OUTSIDE))
 
 
 def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:

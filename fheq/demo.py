@@ -111,7 +111,7 @@ class Show:
 
 
 def needed(samples: int, rate: float) -> int:
-    """The least number of agreements, at least 1, that a run with this rate of agreement reaches but with probability `SURE`."""
+    """The least number of agreements, at least 1, that a sound run with this rate reaches but with probability `SURE`."""
     below = 0.0
     for k in range(samples + 1):
         below += comb(samples, k) * rate**k * (1 - rate) ** (samples - k)
