@@ -22,6 +22,7 @@ from fheq.integers import (
     operand_decoder,
     quantize_weight,
 )
+from fheq.observers import tails
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
@@ -86,21 +87,24 @@ def observed_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, ma
     axis = channel_axis(layout, step.out)
     found = stats[step.out]
     low, high = np.asarray(found.minimum, np.float64), np.asarray(found.maximum, np.float64)
-    more = scaled_margin(margin, np.asarray(found.count)) * (high - low)
+    more = [unseen_reach(tail.excess, found.count, high - low, margin) for tail in tails(found)]
     scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step))
     ends = []
-    for real in (low - more, high + more):
+    for real in (low - more[0], high + more[1]):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
         ends.append((view - offset) / np.where(scale == 0, 1, scale))
     return channel_bounds(Bounds(np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))), axis)
 
 
-def scaled_margin(margin: float, count: np.ndarray) -> np.ndarray:
-    """The margin for `count` values seen, `margin` being that for a thousand.
+def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin: float) -> np.ndarray:
+    """How far beyond an extreme of `count` values a range must go to miss only a share `OUTSIDE` of unseen ones, `(C,)`.
 
-    Beyond the extreme of n values an exponential tail holds 1/n of the unseen ones; the range ends where it holds `OUTSIDE`.
+    Beyond the extreme of n values an exponential tail of mean `excess` holds 1/n of the unseen ones. At least `margin` of the
+    observed span is taken, where a thousand values were seen, and at most half of it.
     """
-    return margin * np.maximum(np.log(1 / (np.maximum(count, 1) * OUTSIDE)), 0) / np.log(1 / (1000 * OUTSIDE))
+    missed = np.maximum(np.log(1 / (np.maximum(count, 1) * OUTSIDE)), 0)
+    least = margin * missed / np.log(1 / (1000 * OUTSIDE)) * span
+    return np.clip(excess * missed, least, np.maximum(span / 2, least))
 
 
 def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:

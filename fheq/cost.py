@@ -2,7 +2,7 @@
 
 The complexity is that of the cheapest TFHE parameters that `fheq.parameters` finds for the noise that `fheq.leveled` and
 `fheq.partition` derive from the program; nothing in them is fitted to measurements. Only where no native parameters exist,
-in programs without rounding whose tables read some 12 bits or more, does it come from measured costs (`fheq.crt`). None of it
+in programs without rounding whose tables read some 12 bits or more, does it come from measured costs (`fheq.crt`). Nothing
 needs concrete-python. `benchmarks/cost_model.py` compares with compiled circuits. Clear inputs count as encrypted.
 """
 

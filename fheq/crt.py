@@ -1,8 +1,8 @@
 """Cost of tables wider than concrete's native ones, which it evaluates on several residues ("without padding" bootstraps).
 
 concrete turns to these where no native parameters are precise enough, and only in programs that neither round nor narrow a
-value. Every table then costs what the widest does. The numbers are measured: `circuit.complexity` per table as concrete-python
-2.11 compiled a table, a multiplication by the 2-norm and another table, for every width; a norm above 16 changed nothing.
+value. Every table then costs what the widest does. The numbers are measured: `circuit.complexity` per table of what concrete
+2.11 made of a table, a multiplication by the 2-norm and another table, for every width; a norm above 16 changed nothing.
 Between the measured norms and error probabilities they are interpolated in the logarithms, beyond them taken as they are.
 """
 

@@ -219,10 +219,11 @@ def _widths(program: IntProgram, own: dict[str, int]) -> dict[str, int]:
         return name
 
     width = dict(own)
+    rounded = {i.out for i in program.instructions if isinstance(i, Round) and i.approximate}
     for instruction in program.instructions:
         if isinstance(instruction, Lookup) or (isinstance(instruction, Round) and instruction.approximate):
             continue
-        if isinstance(instruction, Gather) and any(a in _roundings(program) for a in instruction.args):
+        if isinstance(instruction, Gather) and not rounded.isdisjoint(instruction.args):
             continue  # an identity table lies between
         top = root(instruction.out)
         width[top] = max(width[top], _constant(instruction))
@@ -232,7 +233,3 @@ def _widths(program: IntProgram, own: dict[str, int]) -> dict[str, int]:
                 parent[other] = top
                 width[top] = max(width[top], width[other])
     return {name: width[root(name)] for name in own}
-
-
-def _roundings(program: IntProgram) -> set[str]:
-    return {i.out for i in program.instructions if isinstance(i, Round) and i.approximate}

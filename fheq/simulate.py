@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.batching import join, over_samples
+from fheq.batching import join, over_samples, split
 from fheq.errors import DataError
 from fheq.evaluate import unwrap
 from fheq.program import (
@@ -58,6 +58,7 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
         q = np.asarray(q)
         if not np.issubdtype(q.dtype, np.integer):
             raise DataError(f"input {entry.name!r} has dtype {q.dtype}; expected integers (see program.quantize)")
+        split(entry.port, q)
         affine = entry.affine.expanded(q.ndim)
         if np.any(q < affine.qmin) or np.any(q > affine.qmax):
             raise DataError(f"input {entry.name!r} has integers outside of its quantizer's [qmin, qmax]")

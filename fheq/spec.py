@@ -123,8 +123,8 @@ class Spec:
         input_observer: ranges of the model's inputs.
         rounding: of accumulators before tables; None keeps all bits (up to 16, the widest table).
         accumulators: what sizes accumulators.
-        margin: fraction of an observed accumulator range that is added at both ends when a thousand values were seen; more
-            data need less (see `fheq.accumulators.scaled_margin`).
+        margin: least fraction of an observed accumulator range that is added at both ends when a thousand values were seen;
+            more data need less, heavy tails more (see `fheq.accumulators.unseen_reach`).
         overrides: by tensor name, weight name or node name.
     """
 

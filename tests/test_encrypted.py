@@ -1,0 +1,77 @@
+"""Real encrypted runs of tiny programs: keys, ciphertexts and all.
+
+A table fails with probability 1e-6 (1e-5 for all of a run in one test) and a test applies fewer than 100: the chance that any
+test sees a wrong result is below 1e-3. Results are compared with simulation integer for integer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from build_models import model, node
+from models import as_tuple
+
+import fheq
+from fheq import Rounding, Spec
+
+pytestmark = [pytest.mark.encrypted, pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")]
+P_ERROR = 1e-6
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(80, 2)).astype(np.float32)
+Z = RNG.normal(size=(80, 2)).astype(np.float32)
+W = np.float32([[0.5, -1.0], [1.0, 0.75]])
+SMALL = {"op_inputs": 2, "op_weights": 2, "model_inputs": 2, "model_outputs": 3}
+
+
+def lowered(nodes: list, inputs: tuple[str, ...], outputs: tuple[str, ...], spec: Spec) -> fheq.IntProgram:
+    known = {"w": W, "v": np.float32([[1.0], [-0.5]])}
+    used = {name for n in nodes for name in n.input}
+    proto = model(nodes, {name: ["N", 2] for name in inputs}, outputs, {k: v for k, v in known.items() if k in used})
+    graph = fheq.import_onnx(proto)
+    data = (X, Z)[: len(inputs)]
+    return fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *data), spec))
+
+
+def assert_encrypted_is_simulated(program: fheq.IntProgram, circuit: fheq.Circuit, *inputs: np.ndarray) -> None:
+    """Step by step, on real values: what a user calls."""
+    circuit.keygen()
+    decrypted = circuit.decrypt(circuit.run(circuit.encrypt(*inputs), progress=False))
+    simulated = program.dequantize(*as_tuple(fheq.simulate(program, *program.quantize(*inputs))))
+    for got, want in zip(as_tuple(decrypted), simulated, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_two_layers() -> None:
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("Gemm", ["r", "v"], ["y"])]
+    program = lowered(nodes, ("x",), ("y",), Spec(SMALL))
+    circuit = fheq.compile(program, p_error=P_ERROR)
+    assert circuit.p_error == P_ERROR and circuit.bootstraps == 2
+    assert_encrypted_is_simulated(program, circuit, X[:3])
+    (q,) = program.quantize(X[:2])
+    np.testing.assert_array_equal(circuit(q, quantized=True, progress=False), fheq.simulate(program, q))
+
+
+def test_two_inputs_two_outputs_and_a_product() -> None:
+    nodes = [node("Mul", ["x", "z"], ["p"]), node("Add", ["x", "z"], ["s"])]
+    program = lowered(nodes, ("x", "z"), ("p", "s"), Spec(SMALL))
+    assert_encrypted_is_simulated(program, fheq.compile(program, p_error=P_ERROR), X[:2], Z[:2])
+
+
+def test_a_clear_input() -> None:
+    nodes = [node("Add", ["x", "z"], ["s"]), node("Tanh", ["s"], ["t"]), node("Gemm", ["t", "v"], ["y"])]
+    program = lowered(nodes, ("x", "z"), ("y",), Spec(SMALL))
+    circuit = fheq.compile(program, global_p_error=1e-5, clear=("z",))
+    assert circuit.global_p_error == 1e-5 and circuit.p_error is None
+    assert_encrypted_is_simulated(program, circuit, X[:2], Z[:2])
+
+
+def test_approximate_rounding_is_within_a_cell() -> None:
+    """Rounded to 3 bits: an accumulator may fall into a neighbouring cell, so the table's result into the next entry."""
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Identity", ["h"], ["i"]), node("Relu", ["i"], ["y"])]
+    program = lowered(nodes, ("x",), ("y",), Spec(4, rounding=Rounding(3, approximate=True)))
+    (table,) = program.lookups
+    step = int(np.max(np.abs(np.diff(table.table.astype(int), axis=1))))
+    (q,) = program.quantize(X[:4])
+    circuit = fheq.compile(program, p_error=P_ERROR)
+    encrypted = circuit(q, quantized=True, progress=False)
+    assert np.max(np.abs(encrypted - fheq.simulate(program, q))) <= step
