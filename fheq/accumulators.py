@@ -99,8 +99,8 @@ def observed_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, ma
 def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin: float) -> np.ndarray:
     """How far beyond an extreme of `count` values a range must go to miss only a share `OUTSIDE` of unseen ones, `(C,)`.
 
-    Beyond the extreme of n values an exponential tail of mean `excess` holds 1/n of the unseen ones. At least `margin` of the
-    observed span is taken, where a thousand values were seen, and at most half of it.
+    Beyond the extreme of n values an exponential tail of mean `excess` holds 1/n of the unseen ones. At least `margin` of
+    the observed span is taken, where a thousand values were seen, and at most half of it.
     """
     missed = np.maximum(np.log(1 / (np.maximum(count, 1) * OUTSIDE)), 0)
     least = margin * missed / np.log(1 / (1000 * OUTSIDE)) * span

@@ -95,6 +95,7 @@ def run_step(layout: Plan, qparams: QParams, step: Step, env: dict[str, Array]) 
         return join_pieces(step, xs, step.fill)
     if isinstance(step, Linear):
         return _linear(layout, qparams, step, xs[0])
+    y: Array
     if isinstance(step, Sum):
         y = step.coefficient * jnp.sum(xs[0], axis=-1)
     elif isinstance(step, Add):

@@ -207,8 +207,8 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
         return _stated_weight(step, stated)
     bits = override.n_bits or spec.bits()["op_weights"]
     weight = absorbed_weight(layout, qparams, step)[0]
-    axis = step.weight_axis
-    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    axis: int | None = step.weight_axis
+    rows = np.moveaxis(weight, step.weight_axis, 0).reshape(weight.shape[step.weight_axis], -1)
     if granularity is Granularity.PER_TENSOR:
         rows, axis = rows.reshape(1, -1), None
     leaves = weight_quantizer(rows, bits, spec.symmetry)

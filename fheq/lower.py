@@ -182,7 +182,7 @@ class _Lowering:
 
     def linear(self, step: Linear) -> str:
         x = self.read(step.x, operand_axis(step))
-        weight = np.round(quantize_weight(self.layout, self.qparams, step).integers).astype(np.int64)
+        weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
         if step.form == "conv":
             return self.emit.convolution(x, weight, step.options)
         return self.emit.matmul(x, weight, step.form == "left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,5 +23,5 @@ def track(items: Iterable[T], what: str, show: bool | None = None, total: int | 
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    count = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
+    count = total if total is not None else (len(items) if isinstance(items, Sized) else None)
     yield from rich_track(items, description=what, total=count, console=Console(stderr=True), transient=True)

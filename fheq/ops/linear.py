@@ -57,9 +57,7 @@ def _conv(node: Node, x: Array, w: Array, bias: Array | None = None) -> Array:
     return _with_bias(y, bias)
 
 
-def transposed_pads(
-    node: Node, sizes: tuple[int, ...], strides: tuple[int, ...], spans: list[int]
-) -> list[tuple[int, int]]:
+def transposed_pads(node: Node, sizes: tuple[int, ...], strides: tuple[int, ...], spans: list[int]) -> list[tuple[int, int]]:
     """What ConvTranspose crops from its full result at both ends of each axis (negative: what it adds)."""
     count = len(sizes)
     extra = per_axis(node, "output_padding", count, 0, least=0)
