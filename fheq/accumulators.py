@@ -190,7 +190,7 @@ def accumulator_affine(layout: Plan, qparams: QParams, step: Step, bounds: Bound
     slack = 2.0**width - 1 - (cell >> 1) - (bounds.high + offset)
     offset = offset + np.floor(slack / 2 / cell) * cell
     decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step)]
-    scale, constant = (_first_of_channel(v, axis) for v in decoded)
+    scale, constant = (np.ravel(first_of_channel(v, axis)) for v in decoded)
     scale = np.maximum(np.abs(scale), 1e-300)
     zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included
     if axis is None:
@@ -199,7 +199,7 @@ def accumulator_affine(layout: Plan, qparams: QParams, step: Step, bounds: Bound
     return Affine(scale, zero_point, whole(0.0), whole(2.0**width - 1), np.asarray(float(lsbs)), axis, rounding=mode)
 
 
-def _first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:
-    if axis is None or not v.ndim:
-        return v.reshape(-1)[:1]
-    return np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1)[:, 0]
+def first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:
+    """The first element of each channel, with the other axes kept as 1."""
+    index = tuple(slice(None) if axis is not None and i == axis % v.ndim else slice(0, 1) for i in range(v.ndim))
+    return v[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -98,20 +98,28 @@ def _reduce(graph: Graph, data: tuple[Any, ...], keep: Any) -> dict[str, TensorS
 
     def values(*sample: Any) -> tuple[Any, ...]:
         env = dict(zip(layout.inputs, sample))
-        found = interpret(layout.graph, env, targets=names)
-        return tuple(found[name] for name in names)
+        found = interpret(wide(layout.graph), {n: _widened(v) for n, v in env.items()}, targets=names)
+        return tuple(found[name].astype(jnp.float32) for name in names)
 
     def body(stats: dict[str, TensorStats], batch: tuple[tuple[Any, ...], Any]) -> tuple[dict[str, TensorStats], None]:
         parts, mask = batch
         found = jax.vmap(values)(*parts)
-        new = {
-            name: update(stats[name], by_channel(layout, name, jnp.asarray(v, jnp.result_type(v, jnp.float32))), mask)
-            for name, v in zip(names, found)
-        }
+        new = {name: update(stats[name], by_channel(layout, name, v), mask) for name, v in zip(names, found)}
         return new, None
 
     start = {name: jax.tree.map(jnp.asarray, init(_channels(layout, name))) for name in names}
     return jax.lax.scan(body, start, (data, keep))[0]
+
+
+@lru_cache(maxsize=32)
+def wide(graph: Graph) -> Graph:
+    """The graph in float64: observed in float32, its values do not depend on how samples are batched."""
+    constants = {n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in graph.constants.items()}
+    return graph.replace(constants=constants)
+
+
+def _widened(value: Any) -> Any:
+    return value.astype(jnp.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
 def _channels(layout: Plan, name: str) -> int:

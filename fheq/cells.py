@@ -15,7 +15,7 @@ from fheq.accumulators import Bounds, channel_bounds, chosen_bounds, removable, 
 from fheq.affine import Affine
 from fheq.calibrate import Stats
 from fheq.granularity import channel_axis
-from fheq.integers import input_ratio, operand_axis, operand_decoder, quantize_weight
+from fheq.integers import input_channels, operand_axis, operand_decoder, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
@@ -76,7 +76,7 @@ def channel_variance(stats: Stats, step: Linear) -> np.ndarray:
 def input_power(layout: Plan, stats: Stats, qparams: QParams, step: Linear) -> float:
     """Expected sum of squares of the integers that one output of a step reads."""
     x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-    unit, _ = input_ratio(step, x.scale)
+    unit = input_channels(step, x)[0]
     terms = step.weight.size / step.weight.shape[step.weight_axis]
     key = step.x.key
     if key not in stats:

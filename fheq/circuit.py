@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,9 @@ def compile(
 
 
 def _compile(program: IntProgram, p_error: float | None, global_p_error: float | None, clear: frozenset[str]) -> Any:
-    from concrete import fhe
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources")  # concrete's own import of it
+        from concrete import fhe
 
     tracing = Tracing(program, clear)
     statuses = {f"x{i}": "clear" if e.name in clear else "encrypted" for i, e in enumerate(program.inputs)}

@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--samples", type=_count, default=3, metavar="N", help="samples to run (3)")
     run.add_argument("--execute", action="store_true", help="also run encrypted: compiles and makes keys")
     demo = _command(commands, "demo", "classify encrypted images of digits")
-    demo.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    demo.add_argument("--samples", type=_count, metavar="N", help="images to encrypt")
+    demo.add_argument("--no-progress", action="store_true", help="show no progress bars")
     return parser
 
 
@@ -88,11 +89,11 @@ def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 def _run(name: str, args: argparse.Namespace) -> int:
     if name == "demo":
-        try:
-            from fheq.demo import main as demo
-        except ModuleNotFoundError as error:
-            raise FheqError(f"the demo cannot be loaded: {error}") from error
-        return demo([*(["--json"] if args.json else []), *args.rest])
+        from fheq.demo import main as demo
+
+        samples = [] if args.samples is None else ["--samples", str(args.samples)]
+        flags = [flag for flag, given in (("--json", args.json), ("--no-progress", args.no_progress)) if given]
+        return demo([*samples, *flags])
     from fheq import commands
 
     return commands.COMMANDS[name](args)

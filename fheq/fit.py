@@ -20,7 +20,7 @@ from fheq.ops.table import Kind, lookup
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
-from fheq.steps import Linear
+from fheq.steps import Add, Linear
 
 TINY = 1e-12  # relative width below which a range counts as a point
 
@@ -185,7 +185,21 @@ def _affine(
         scale = _scale(low, high, bits)
     else:
         scale = np.max([scales[m] for m in members], axis=0)
+        if _read_beyond_sums(layout, key):
+            scale = scale / finer(scale, scales[key])
     return affine_between(low, high, scale, bits, axis)
+
+
+def _read_beyond_sums(layout: Plan, key: str) -> bool:
+    return any(o.key == key for step in layout.steps if not isinstance(step, Add) for o in step.operands)
+
+
+def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The power of two, up to 16, by which a tensor's own steps may divide those that it shares in a sum.
+
+    The sum then multiplies its other operand by as much, for nothing but some bits of width.
+    """
+    return np.clip(2.0 ** np.floor(np.log2(shared / own) + 1e-9), 1.0, 16.0)
 
 
 def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:
@@ -206,7 +220,7 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     if stated is not None:
         return _stated_weight(step, stated)
     bits = override.n_bits or spec.bits()["op_weights"]
-    weight = absorbed_weight(layout, qparams, step)[0]
+    weight = absorbed_weight(layout, qparams, step)
     axis: int | None = step.weight_axis
     rows = np.moveaxis(weight, step.weight_axis, 0).reshape(weight.shape[step.weight_axis], -1)
     if granularity is Granularity.PER_TENSOR:

@@ -191,31 +191,37 @@ def _sum_inputs(step: Linear, weight: Array) -> Array:
     return weight.sum(axis=tuple(a for a in range(weight.ndim) if a != axis))
 
 
-def input_ratio(step: Linear, scale: Array) -> tuple[Array, Array]:
-    """The largest scale of the input's channels, and each channel's scale relative to it (signed)."""
+def input_channels(step: Linear, x: Decoder) -> tuple[Array, Array, Array]:
+    """The input's channels: the largest scale, each one's scale relative to it (signed), and its offset.
+
+    A channel of known values has ratio 0, and its value as the offset.
+    """
     axis = operand_axis(step)
-    first = array_namespace(scale).moveaxis(scale, axis, 0).reshape(scale.shape[axis], -1)[:, 0]
-    unit = abs(first).max()
-    return unit, first / unit
+    xp = array_namespace(x.scale)
+    rows = Decoder(*(xp.moveaxis(leaf, axis, 0).reshape(x.scale.shape[axis], -1) for leaf in x))
+    still = (rows.high - rows.low).max(axis=1) == 0
+    scale, value = rows.scale[:, 0], (rows.scale * rows.low + rows.offset)[:, 0]
+    unit = xp.where(still, 0, abs(scale)).max()
+    unit = xp.where(unit == 0, 1, unit)
+    return unit, xp.where(still, 0, scale / unit), xp.where(still | (scale == 0), value, rows.offset[:, 0])
 
 
-def absorbed_weight(layout: Plan, qparams: QParams, step: Linear) -> tuple[Array, Array, Array, Decoder]:
-    """The weight with the relative scales of its input multiplied in; also unit, ratio and the input's decoder."""
-    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-    unit, ratio = input_ratio(step, x.scale)
-    return step.weight * along_inputs(step, ratio), unit, ratio, x
+def absorbed_weight(layout: Plan, qparams: QParams, step: Linear) -> Array:
+    """The weight with the relative scales of its input multiplied in."""
+    _, ratio, _ = input_channels(step, operand_decoder(layout, qparams, step.x, operand_axis(step)))
+    return step.weight * along_inputs(step, ratio)
 
 
 def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
     """The integer weight of a linear step."""
-    weight, unit, ratio, x = absorbed_weight(layout, qparams, step)
+    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
+    unit, ratio, offset = input_channels(step, x)
+    weight = step.weight * along_inputs(step, ratio)
     a = qparams.weights[step.weight_name].expanded(weight.ndim)
     steps = weight / a.scale
     xp = array_namespace(steps, a.zero_point)
     whole = straight_through(jnp.round(steps), steps) if xp is jnp else np.round(steps)
     q = xp.clip(whole + a.zero_point, a.qmin, a.qmax) - a.zero_point
-    axis = operand_axis(step)
-    offset = xp.moveaxis(x.offset, axis, 0).reshape(x.offset.shape[axis], -1)[:, 0]
     flat = ratio == 0  # a channel that does not vary contributes its constant alone
     share = xp.where(flat, 0, offset / xp.where(flat, 1, ratio))
     constant = _sum_inputs(step, q * a.scale * along_inputs(step, share))

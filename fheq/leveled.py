@@ -83,7 +83,7 @@ def leveled(program: IntProgram) -> Leveled:
 
 class _Builder:
     def __init__(self, program: IntProgram):
-        ranges = Tracing(program, frozenset())._low_high
+        ranges = Tracing(program, frozenset()).sizes
         self.program = program
         self.own = {name: Value((), *pair).bits for name, pair in ranges.items()}
         self.made = Leveled(widths=_widths(program, self.own))

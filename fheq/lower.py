@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from fheq.accumulators import channel_bounds, makes_accumulator, worst_case
+from fheq.accumulators import channel_bounds, first_of_channel, makes_accumulator, worst_case
 from fheq.affine import Affine, validate
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
@@ -124,7 +124,6 @@ class _Lowering:
         if source in self.accs:
             known = self.accumulators[source]
             value, lsbs, bits = self.accs[source], known.lsbs, known.bits - known.lsbs
-            value = self.emit.round(value, lsbs, known.approximate)
         else:
             value, lsbs = self.held[source], 0
             bits = self.emit.values[value].bits
@@ -137,6 +136,8 @@ class _Lowering:
         else:
             source_of, group, at = found.source, found.group, (len(found.source),)
         moved = self.emit.gather((value,), source_of, np.zeros(len(source_of), np.int64), at)
+        if source in self.accs:  # after the movement: concrete pays for a table between a rounding and an index
+            moved = self.emit.round(moved, lsbs, self.accumulators[source].approximate)
         accumulator = source if source in self.accs else ""
         out = self.emit.lookup(moved, found.table, group.reshape(at), lsbs, bits, point, accumulator)
         return out if whole else self.emit.gather((out,), found.place, None, shape)
@@ -164,21 +165,30 @@ class _Lowering:
         affine = self.qparams.accumulators[step.out].expanded(len(step.shape))
         scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(self.layout, self.qparams, step))
         worst = worst_case(self.layout, self.qparams, step)
+        axis = channel_axis(self.layout, step.out)
+        unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
         floor = affine.scale * (affine.qmin - affine.zero_point)  # real value at the lower end
-        shift = -np.round((floor - offset) / np.where(scale == 0, 1, scale))
+        shift = -np.round((floor - constant) / np.where(unit == 0, 1, unit))
         bits = max(1, int(np.max(affine.qmax - affine.qmin)).bit_length())
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
-        shifted = self.emit.shift(value, shift.astype(np.int64), (1 << bits) - 1)
+        amount = shift.astype(np.int64)
+        if not self.decoded(step.out):  # tables read it modulo its width, and a wide constant would widen the whole block
+            amount = amount % (1 << bits)
+        shifted = self.emit.shift(value, amount, (1 << bits) - 1)
         shifted = self.emit.gather((shifted,), np.arange(int(np.prod(step.shape))), None, step.shape)
         self.accs[step.out] = shifted
         self.decoders[step.out] = (scale.ravel(), (offset - scale * shift).ravel())
-        axis = channel_axis(self.layout, step.out)
         span = channel_bounds(worst, axis)
         worst_bits = max(1, int(np.max(span.high - span.low)).bit_length())
         approximate = affine.rounding == "approximate"
         self.accumulators[step.out] = Accumulator(worst_bits, bits, low, high, lsbs, approximate, wraps)
+
+    def decoded(self, source: str) -> bool:
+        """Whether an output holds the integers of an accumulator themselves."""
+        plain = [name for name, operand in self.layout.outputs.items() if operand is None]
+        return any(self.layout.regions[name].source == source for name in plain)
 
     def linear(self, step: Linear) -> str:
         x = self.read(step.x, operand_axis(step))

@@ -60,6 +60,21 @@ def centres() -> np.ndarray:
     return np.concatenate([-magnitude[::-1], [0.0], magnitude])
 
 
+def bin_values(stats: TensorStats) -> np.ndarray:
+    """The value that stands for each bin of each channel, `(C, BINS)`: its centre, within the observed extremes.
+
+    The outermost bins in use stand for the extremes themselves, which is exact for values that crowd at a limit, as those of
+    a saturated tanh do.
+    """
+    least, most = (np.asarray(v, np.float64)[:, None] for v in (stats.minimum, stats.maximum))
+    used = np.asarray(stats.histogram) > 0
+    place = np.arange(BINS)[None, :]
+    first = np.argmax(used, axis=1)[:, None]
+    last = BINS - 1 - np.argmax(used[:, ::-1], axis=1)[:, None]
+    value = np.clip(centres()[None, :], least, most)
+    return np.where(place <= first, least, np.where(place >= last, most, value))
+
+
 def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
     """Adds a batch.
 
@@ -170,7 +185,9 @@ class MeanSquaredError:
             high = _best(error, np.broadcast_to(low, tops.shape), tops, bits)[1]
             bottoms = middle + (least - middle) * fractions
             low = _best(error, bottoms, np.broadcast_to(high, bottoms.shape), bits)[0]
-        return low, high
+        size = np.maximum(np.abs(least), np.abs(most))
+        known = (size > 2.0 ** (_LOW + 8)) & (size < 2.0 ** (_HIGH - 1))  # the histogram resolves them
+        return np.where(known, low, least), np.where(known, high, most)
 
 
 class Tail(NamedTuple):
@@ -217,7 +234,7 @@ def tails(stats: TensorStats) -> tuple[Tail, Tail]:
     count = np.maximum(np.asarray(stats.count, np.float64), 1)
     mean = stats.total / count
     deviation = np.sqrt(np.maximum(stats.squares / count - mean**2, 1e-60))
-    value = np.clip(centres()[None, :], np.asarray(stats.minimum)[:, None], np.asarray(stats.maximum)[:, None])
+    value = bin_values(stats)
     histogram = np.asarray(stats.histogram, np.float64)
     sides = []
     for sign, extreme in ((-1, stats.minimum), (1, stats.maximum)):
@@ -250,7 +267,7 @@ class ClipError:
         self.least, self.most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
         self.ends = tails(stats)
         mass = np.asarray(stats.histogram, np.float64)
-        value = np.clip(self.centres[None, :], self.least[:, None], self.most[:, None])
+        value = bin_values(stats)
         moments = np.stack([mass, mass * value, mass * value**2])
         edge = np.zeros((*moments.shape[:2], 1))
         self.below = np.concatenate([edge, np.cumsum(moments, axis=2)], axis=2)  # of the bins before i

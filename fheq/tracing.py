@@ -34,7 +34,7 @@ class Tracing:
         self.program = program
         self.clear = clear
         self.ranges: dict[Any, tuple[int, int]] = {}
-        self._low_high = {name: (value.low, value.high) for name, value in program.values.items()}
+        self.sizes = {name: (value.low, value.high) for name, value in program.values.items()}
         for instruction in reversed(program.instructions):
             self._widen_nothing(instruction)
 
@@ -42,12 +42,12 @@ class Tracing:
         """Gives the arguments of leveled arithmetic the range of its result where theirs is negative."""
         if isinstance(instruction, (Shift, Scale, Plus)):
             for arg in instruction.args:
-                if self._low_high[arg][0] < 0:
-                    self._low_high[arg] = (0, max(self._low_high[instruction.out][1], 1))
+                if self.sizes[arg][0] < 0:
+                    self.sizes[arg] = (0, max(self.sizes[instruction.out][1], 1))
         elif isinstance(instruction, (Gather, SumLast)):
             for arg in instruction.args:
-                if self._low_high[arg][0] < 0:
-                    self._low_high[arg] = self._low_high[instruction.out]
+                if self.sizes[arg][0] < 0:
+                    self.sizes[arg] = self.sizes[instruction.out]
 
     def function(self) -> Callable[..., Any]:
         """The function to trace; its parameters are x0, x1, ..."""
@@ -72,7 +72,7 @@ class Tracing:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _note(self, name: str, traced: Any) -> Any:
-        low, high = self._low_high[name]
+        low, high = self.sizes[name]
         if hasattr(traced, "computation"):
             self.ranges[traced.computation] = (low, high)
         return traced

@@ -156,7 +156,7 @@ def test_batches_of_any_floats_change_nothing_but_float32_noise(graph: fheq.Grap
 
 
 def test_histograms_are_numpys(stats: dict[str, TensorStats]) -> None:
-    """Counted by numpy between the edges that lie halfway (in value) between the places of two bins."""
+    """Counted by numpy between the centres that lie halfway (in value) between the places of two bins."""
     value = centres()
     for channel in range(4):
         counts = stats["x"].histogram[channel]

@@ -1,7 +1,7 @@
 """Real encrypted runs of tiny programs: keys, ciphertexts and all.
 
-A table fails with probability 1e-6 (1e-5 for all of a run in one test) and a test applies fewer than 100: the chance that any
-test sees a wrong result is below 1e-3. Results are compared with simulation integer for integer.
+A table fails with probability 1e-6 (1e-5 for all of a run in one test) and a test applies fewer than 100: the chance that
+any test sees a wrong result is below 1e-3. Results are compared with simulation integer for integer.
 """
 
 from __future__ import annotations
