@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import fheq
 from fheq.cost import cost
-from fheq.parameters import _search as cached_search
+from fheq.optimizer.parameters import _search as cached_search
 
 P_ERRORS = (1e-2, 1e-3, 1e-5, 2.0**-40)
 ROUNDINGS = (

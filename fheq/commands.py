@@ -13,13 +13,13 @@ import numpy as np
 
 from fheq.batching import check_arrays, join
 from fheq.console import number, shorten, show_table, span, working
+from fheq.converters.quantized_module import QuantizedModule
+from fheq.converters.rounding_search import distance
 from fheq.data_files import Chosen, choose, choose_samples, load_arrays
 from fheq.evaluate import evaluate
 from fheq.graph import Graph
 from fheq.post_training import PostTrainingAffineQuantization, PostTrainingQATImporter
 from fheq.program import IntProgram
-from fheq.quantized_module import QuantizedModule
-from fheq.rounding_search import distance
 
 COMPARED = 256  # calibration samples that the quantized model is compared with the float model on
 

@@ -1,9 +1,10 @@
 """What a program will cost, before it is compiled: widths, ranges, tables, bootstraps and concrete's complexity.
 
-The complexity is that of the cheapest TFHE parameters that `fheq.parameters` finds for the noise that `fheq.leveled` and
-`fheq.partition` derive from the program; nothing in them is fitted to measurements. Only where no native parameters exist,
-in programs without rounding whose tables read some 12 bits or more, does it come from measured costs (`fheq.crt`). Nothing
-needs concrete-python. `benchmarks/cost_model.py` compares with compiled circuits. Clear inputs count as encrypted.
+The complexity is that of the cheapest TFHE parameters that `fheq.optimizer.parameters` finds for the noise that
+`fheq.optimizer.leveled` and `fheq.optimizer.partition` derive from the program; nothing in them is fitted to measurements.
+Only where no native parameters exist, in programs without rounding whose tables read some 12 bits or more, does it come from
+measured costs (`fheq.optimizer.crt`). Nothing needs concrete-python. `benchmarks/cost_model.py` compares with compiled
+circuits. Clear inputs count as encrypted.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from math import log1p
 
 import numpy as np
 
-from fheq import crt, noise
 from fheq.circuit import DEFAULT_P_ERROR
-from fheq.leveled import Leveled, leveled
-from fheq.parameters import Solution, search, variances
-from fheq.partition import Partitioned, partition
+from fheq.optimizer import crt, noise
+from fheq.optimizer.leveled import Leveled, leveled
+from fheq.optimizer.parameters import Solution, search, variances
+from fheq.optimizer.partition import Partitioned, partition
 from fheq.program import IntProgram, Lookup
 
 GLOBAL_TRIES = 10

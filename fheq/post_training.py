@@ -12,24 +12,24 @@ from types import MappingProxyType
 from typing import Any
 
 from fheq.calibrate import calibrate
+from fheq.converters.op_maps import ONNX_OPS_TO_JAX_IMPL as ONNX_OPS_TO_JAX_IMPL
+from fheq.converters.op_maps import ONNX_OPS_TO_NUMPY_IMPL as ONNX_OPS_TO_NUMPY_IMPL
+from fheq.converters.op_maps import ONNX_OPS_TO_QUANTIZED_IMPL as ONNX_OPS_TO_QUANTIZED_IMPL
+from fheq.converters.quantized_module import NotCompiledError as NotCompiledError
+from fheq.converters.quantized_module import QuantizedModule as QuantizedModule
+from fheq.converters.rounding_search import DEFAULT_TOLERANCE, AutoRounding, as_rounding, smallest_rounding
+from fheq.converters.rounding_search import RoundingWarning as RoundingWarning
+from fheq.converters.stated import MissingQuantizerError as MissingQuantizerError
+from fheq.converters.stated import carry_quantizers, check_quantized
 from fheq.errors import QuantizationError
 from fheq.fit import fit
 from fheq.graph import Graph
 from fheq.lower import lower
-from fheq.op_maps import ONNX_OPS_TO_JAX_IMPL as ONNX_OPS_TO_JAX_IMPL
-from fheq.op_maps import ONNX_OPS_TO_NUMPY_IMPL as ONNX_OPS_TO_NUMPY_IMPL
-from fheq.op_maps import ONNX_OPS_TO_QUANTIZED_IMPL as ONNX_OPS_TO_QUANTIZED_IMPL
 from fheq.plan import plan
-from fheq.quantized_module import NotCompiledError as NotCompiledError
-from fheq.quantized_module import QuantizedModule as QuantizedModule
-from fheq.rounding_search import DEFAULT_TOLERANCE, AutoRounding, as_rounding, smallest_rounding
-from fheq.rounding_search import RoundingWarning as RoundingWarning
 from fheq.spec import DEFAULT_MODEL_BITS as DEFAULT_MODEL_BITS
 from fheq.spec import BitsError as BitsError
 from fheq.spec import Rounding, Spec
 from fheq.spec import get_n_bits_dict as get_n_bits_dict
-from fheq.stated import MissingQuantizerError as MissingQuantizerError
-from fheq.stated import carry_quantizers, check_quantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class ONNXConverter:
         model: path, bytes, `onnx.ModelProto` or `Graph`; held as the `Graph`.
         rounding_threshold_bits: bits of accumulators before tables: None (all), an int from 2 to 8 (rounded exactly), or
             `{"n_bits": int | "auto", "method": "EXACT" | "APPROXIMATE"}` (or concrete's `fhe.Exactness`); see
-            `fheq.rounding_search.as_rounding`. "auto" is the smallest number of bits that the tolerance allows.
+            `fheq.converters.rounding_search.as_rounding`. "auto" is the smallest number of bits that the tolerance allows.
         rounding_tolerance: for "auto", the largest `1 - R2` of a rounded output against the unrounded one on the calibration
             data, of the worst output: 0.01 keeps R2 at 0.99 or more.
         spec: every other option of the quantization; its n_bits and rounding are not used.

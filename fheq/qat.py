@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from fheq.affine import Affine, dequantize
-from fheq.edit import Draft
 from fheq.errors import ModelError, UnsupportedError, describe
-from fheq.fold import fold
 from fheq.graph import Graph, Node
 from fheq.ops.quantizers import QUANT_DOMAINS, ROUNDINGS
 from fheq.ops.table import Kind, Op, register
+from fheq.rewriting.edit import Draft
+from fheq.rewriting.fold import fold
 
 ON_GRID = 1e-3
 BIAS_READERS = ("Conv", "ConvTranspose", "Gemm")

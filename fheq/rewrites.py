@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from fheq.batchnorm import fold_batch_norms
-from fheq.decompose import decompose as decompose
-from fheq.edit import Draft
-from fheq.fold import prune
 from fheq.graph import Graph, Node, TensorType
 from fheq.ops.table import Kind, lookup
 from fheq.qat import normalise_quantizers
+from fheq.rewriting.batchnorm import fold_batch_norms
+from fheq.rewriting.decompose import decompose as decompose
+from fheq.rewriting.edit import Draft
+from fheq.rewriting.fold import prune
 
 Rewrite = Callable[[Graph], Graph]
 

@@ -16,11 +16,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import fheq
-from fheq import noise
 from fheq.cost import cost
-from fheq.leveled import leveled
-from fheq.parameters import search
-from fheq.partition import Constraint, Problem
+from fheq.optimizer import noise
+from fheq.optimizer.leveled import leveled
+from fheq.optimizer.parameters import search
+from fheq.optimizer.partition import Constraint, Problem
 
 TOLERANCE = 0.05  # of compiled complexities; nearly all agree to the last digit
 

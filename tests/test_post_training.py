@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 import fheq
+from fheq.converters.rounding_search import AutoRounding, as_rounding, distance
 from fheq.errors import DataError, FheqError
 from fheq.post_training import (
     DEFAULT_MODEL_BITS,
@@ -28,7 +29,6 @@ from fheq.post_training import (
     RoundingWarning,
     get_n_bits_dict,
 )
-from fheq.rounding_search import AutoRounding, as_rounding, distance
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(1)

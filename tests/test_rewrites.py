@@ -9,9 +9,9 @@ from onnx import TensorProto
 
 import fheq
 from fheq.errors import UnsupportedError
-from fheq.fold import prune
 from fheq.ops import Kind, lookup
 from fheq.rewrites import decompose, remove_identities, untie_constants
+from fheq.rewriting.fold import prune
 
 
 def check(proto, *inputs, atol=1e-5):

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fheq.decompose import with_known_inputs
 from fheq.errors import describe
 from fheq.graph import Node, TensorType
 from fheq.onnx.attributes import schema_of
 from fheq.onnx.loading import reading
 from fheq.onnx.parse import inline
 from fheq.ops.table import find
+from fheq.rewriting.decompose import with_known_inputs
 
 
 def expand(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:

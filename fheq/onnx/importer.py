@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 
 from fheq.errors import FheqError, ModelError, describe
-from fheq.fold import Inferred, infer
 from fheq.graph import Graph, TensorType
 from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
@@ -18,6 +17,7 @@ from fheq.onnx.parse import Parsed, Report, parse
 from fheq.onnx.shapes import grown, input_ports, is_symbolic, output_ports
 from fheq.qat import constant_quantizer
 from fheq.rewrites import DEFAULT_REWRITES
+from fheq.rewriting.fold import Inferred, infer
 
 _WEIGHT_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

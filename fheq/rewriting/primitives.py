@@ -1,4 +1,4 @@
-"""Reductions, normalizations and lone quantizers written with simple operators (rules of `fheq.decompose`)."""
+"""Reductions, normalizations and lone quantizers written with simple operators (rules of `fheq.rewriting.decompose`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fheq.edit import Draft
 from fheq.graph import Node
 from fheq.ops.arguments import DTYPES
+from fheq.rewriting.edit import Draft
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LARGEST_PRODUCT = 64

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fheq.leveled import Leveled
+from fheq.optimizer.leveled import Leveled
 
 Pair = tuple[int, int]
 

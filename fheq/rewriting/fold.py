@@ -19,11 +19,11 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.affine import LEAVES, Affine
-from fheq.channels import channel_axis, channel_numbers
 from fheq.errors import FheqError, ShapeError, UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, Op, find, lookup
+from fheq.rewriting.channels import channel_axis, channel_numbers
 
 MAX_ELEMENTS = 2**28
 

@@ -18,8 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from fheq import noise
-from fheq.partition import Pair, Problem
+from fheq.optimizer import noise
+from fheq.optimizer.partition import Pair, Problem
 
 STEP = 32
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up

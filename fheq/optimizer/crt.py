@@ -12,9 +12,9 @@ from math import log, log2
 
 import numpy as np
 
-from fheq.leveled import Leveled
-from fheq.parameters import Solution
-from fheq.partition import Partitioned
+from fheq.optimizer.leveled import Leveled
+from fheq.optimizer.parameters import Solution
+from fheq.optimizer.partition import Partitioned
 
 LOG2_NORMS = (0.0, 2.0, 4.0)
 # 1e9 operations by width, error probability and norm; 11 bits are native above 2^-30

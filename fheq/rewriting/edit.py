@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fheq.fold import output_types, prune, type_of
 from fheq.graph import Graph, Node, TensorType
+from fheq.rewriting.fold import output_types, prune, type_of
 
 VERSION = 18
 """Opset of the nodes that rewrites make."""

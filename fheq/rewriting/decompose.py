@@ -11,11 +11,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq import primitives
-from fheq.edit import VERSION, Draft
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
-from fheq.primitives import CODES
+from fheq.rewriting import primitives
+from fheq.rewriting.edit import VERSION, Draft
+from fheq.rewriting.primitives import CODES
 
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 

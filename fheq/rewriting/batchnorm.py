@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq.channels import channel_numbers, numbers_along
-from fheq.edit import Draft
 from fheq.graph import Graph, Node
 from fheq.interpret import run_node
+from fheq.rewriting.channels import channel_numbers, numbers_along
+from fheq.rewriting.edit import Draft
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVES_WITHOUT_FILLER = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")

@@ -1,0 +1,1 @@
+"""The parts of the converters' interface, `fheq.post_training`."""

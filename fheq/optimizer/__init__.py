@@ -1,0 +1,1 @@
+"""concrete's optimizer in numpy: noise, partitions and the search for the cheapest TFHE parameters, for `fheq.cost`."""
