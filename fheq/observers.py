@@ -263,23 +263,22 @@ class ClipError:
     """
 
     def __init__(self, stats: TensorStats):
-        self.centres = centres()
         self.least, self.most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
         self.ends = tails(stats)
         mass = np.asarray(stats.histogram, np.float64)
-        value = bin_values(stats)
+        value = self.value = bin_values(stats)
         moments = np.stack([mass, mass * value, mass * value**2])
         edge = np.zeros((*moments.shape[:2], 1))
         self.below = np.concatenate([edge, np.cumsum(moments, axis=2)], axis=2)  # of the bins before i
         self.above = self.below[:, :, -1:] - self.below  # of the bins from i on
-        still = np.where(self.centres == 0, mass, 0)
+        still = np.where(centres() == 0, mass, 0)
         self.still = np.concatenate([edge[0], np.cumsum(still, axis=1)], axis=1)
 
     def __call__(self, low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
         """The error for ranges [low, high], each `(candidates, C)`."""
         channel = np.arange(low.shape[1])[None, :]
-        i = np.searchsorted(self.centres, low.ravel(), side="left").reshape(low.shape)
-        j = np.searchsorted(self.centres, high.ravel(), side="right").reshape(high.shape)
+        i = np.stack([np.searchsorted(v, x, side="left") for v, x in zip(self.value, low.T)], axis=1)
+        j = np.stack([np.searchsorted(v, x, side="right") for v, x in zip(self.value, high.T)], axis=1)
         under, over = self.below[:, channel, i], self.above[:, channel, j]
         clipped = sum(m[2] - 2 * end * m[1] + end**2 * m[0] for m, end in ((under, low), (over, high)))
         inside = self.below[0][channel, j] - self.below[0][channel, i] - self.still[channel, j] + self.still[channel, i]
