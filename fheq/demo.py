@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from fheq.progress import track
 from fheq.simulate import simulate
 from fheq.spec import Rounding, Spec
 
-SPEC = Spec(n_bits=5, rounding=Rounding(4, approximate=True))
+SPEC = Spec(n_bits=5, rounding=Rounding(5, approximate=True))
 P_ERROR = 1e-3
 SAMPLES = 10
 NOISY = 100  # test images for concrete's simulation, which adds the noise of encrypted runs
@@ -174,8 +173,7 @@ def _quantized(show: Show, graph: Graph, data: dict[str, np.ndarray]) -> tuple[I
 
 
 def _compiled(show: Show, program: IntProgram) -> Circuit:
-    with show.step("compile"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    with show.step("compile"):
         return compile_(program, p_error=P_ERROR)
 
 
