@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -14,8 +11,6 @@ from onnx import TensorProto, helper
 import fheq
 from fheq.errors import ShapeError, UnsupportedError
 from fheq.onnx import problems
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 def check(proto: onnx.ModelProto, *inputs: np.ndarray, **options) -> fheq.Graph:
@@ -263,25 +258,3 @@ def test_problems_collects_all():
 def test_dead_nodes_do_not_matter():
     nodes = [node("Relu", ["x"], ["y"]), node("Unknown", ["x"], ["z"], domain="own")]
     assert ops(fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], domains={"own": 1}))) == ["Relu"]
-
-
-ZOO = SHARED / "zoo"
-NAMES = sorted(json.loads((ZOO / "manifest.json").read_text())) if ZOO.exists() else []
-
-
-@pytest.mark.skipif(not NAMES, reason="the zoo of models is not here")
-@pytest.mark.parametrize("name", NAMES)
-def test_zoo(name):
-    data, entry = np.load(ZOO / f"{name}.npz"), json.loads((ZOO / "manifest.json").read_text())[name]
-    try:
-        graph = fheq.import_onnx(ZOO / f"{name}.onnx")
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    inputs = [np.moveaxis(data[f"t{i}"], 0, port.batch_axis) for i, port in enumerate(graph.inputs)]
-    got = fheq.evaluate(graph, *inputs)
-    for i, (port, value) in enumerate(zip(graph.outputs, got if isinstance(got, tuple) else (got,))):
-        want, batch = data[f"ref{i}"], entry["outputs"][i]["batch_axis"]
-        if batch is not None:
-            assert port.batch_axis == batch
-            value = np.moveaxis(value, batch, 0)
-        np.testing.assert_allclose(np.asarray(value).ravel(), want.ravel(), rtol=1e-4, atol=1e-4)

@@ -72,6 +72,8 @@ def test_float_evaluation_is_the_reference(name: str) -> None:
         if name in NOT_IMPORTED:
             pytest.skip(str(error))
         raise
+    for port, out in zip(graph.outputs, entry["outputs"], strict=True):
+        assert out["batch_axis"] in (None, port.batch_axis)
     outputs = samples_first(entry, as_tuple(fheq.evaluate(graph, *arrays(data, "t"))), arrays(data, "ref"))
     for got, want in zip(outputs, arrays(data, "ref"), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
