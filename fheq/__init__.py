@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fheq import post_training as post_training
 from fheq.affine import Affine as Affine
 from fheq.calibrate import CalibrationWarning as CalibrationWarning
 from fheq.calibrate import calibrate as calibrate
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-def import_onnx(model: str | PathLike | bytes | ModelProto, **options: Any) -> Graph:
-    """Reads an ONNX model: see `fheq.onnx.import_onnx`."""
+def import_onnx(model: str | PathLike | bytes | ModelProto, *, dims: Mapping[str, int] | None = None) -> Graph:
+    """Reads an ONNX model as the graph of one sample: see `fheq.onnx.import_onnx`."""
     from fheq.onnx import import_onnx as read
 
-    return read(model, **options)
+    return read(model, dims=dims)
