@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fheq.batching import join, split_all
+from fheq.batching import check_arrays, join, split_all
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import unwrap
 from fheq.program import IntProgram
@@ -100,8 +100,6 @@ class Circuit:
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
         ports = [entry.port for entry in self.program.inputs]
         if not quantized:
-            from fheq.batching import check_arrays
-
             parts = check_arrays(ports, inputs)
             inputs = [join(port, part) for port, part in zip(ports, parts)]
             inputs = self.program.quantize(*inputs)
@@ -116,6 +114,20 @@ class Circuit:
             values = np.stack([np.asarray(v, np.int64).reshape(entry.port.type.shape) for v in column])
             columns.append(join(entry.port, values))
         return unwrap(columns if quantized else list(self.program.dequantize(*columns)))
+
+
+def failure_probabilities(p_error: float | None, global_p_error: float | None) -> tuple[float | None, float | None]:
+    """The two probabilities as asked for, one of them None; `DEFAULT_P_ERROR` where neither was.
+
+    Raises:
+        ValueError: a probability outside of (0, 1), or both probabilities.
+    """
+    if p_error is not None and global_p_error is not None:
+        raise ValueError("give either p_error or global_p_error")
+    for name, value in (("p_error", p_error), ("global_p_error", global_p_error)):
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return (DEFAULT_P_ERROR if global_p_error is None and p_error is None else p_error), global_p_error
 
 
 def compile(
@@ -138,17 +150,11 @@ def compile(
             change.
         ValueError: a probability outside of (0, 1), both probabilities, or an unknown name in `clear`.
     """
-    if p_error is not None and global_p_error is not None:
-        raise ValueError("give either p_error or global_p_error")
-    for name, value in (("p_error", p_error), ("global_p_error", global_p_error)):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    p_error, global_p_error = failure_probabilities(p_error, global_p_error)
     clear = frozenset(clear)
     unknown = clear - {entry.name for entry in program.inputs}
     if unknown:
         raise ValueError(f"clear names unknown inputs {sorted(unknown)}; there are {[e.name for e in program.inputs]}")
-    if p_error is None and global_p_error is None:
-        p_error = DEFAULT_P_ERROR
     return Circuit(program, p_error, global_p_error, _compile(program, p_error, global_p_error, clear))
 
 

@@ -15,7 +15,7 @@ from math import log1p
 
 import numpy as np
 
-from fheq.circuit import DEFAULT_P_ERROR
+from fheq.circuit import failure_probabilities
 from fheq.optimizer import crt, noise
 from fheq.optimizer.leveled import Leveled, leveled
 from fheq.optimizer.parameters import Solution, search, variances
@@ -159,18 +159,14 @@ def cost(program: IntProgram, p_error: float | None = None, global_p_error: floa
     Raises:
         ValueError: a probability outside of (0, 1), or both probabilities.
     """
-    if p_error is not None and global_p_error is not None:
-        raise ValueError("give either p_error or global_p_error")
-    for name, value in (("p_error", p_error), ("global_p_error", global_p_error)):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    p_error, global_p_error = failure_probabilities(p_error, global_p_error)
     flat = leveled(program)
     parts = partition(flat)
-    if global_p_error is None:
-        wanted = DEFAULT_P_ERROR if p_error is None else p_error
-        solution = _solve(flat, parts, wanted)
-    else:
+    if global_p_error is not None:
         wanted, solution = _globally(flat, parts, global_p_error)
+    else:
+        assert p_error is not None
+        wanted, solution = p_error, _solve(flat, parts, p_error)
     rows = tuple(_row(program, flat, parts, solution, lookup) for lookup in program.lookups)
     wraps = tuple(Wrap(name, a.low, a.high, a.bits) for name, a in program.accumulators.items() if a.can_wrap)
     made = {lookup.out for lookup in program.lookups}

@@ -24,6 +24,7 @@ from fheq.integers import (
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams
+from fheq.regions import in_float64
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 from fheq.tables import tabulate
 
@@ -260,8 +261,6 @@ class _Lowering:
 
     def affine_output(self, name: str, real: np.ndarray) -> np.ndarray:
         """The output's elements when its source elements have the given real values (aligned with the output)."""
-        from fheq.regions import in_float64
-
         size = int(np.prod(self.layout.shape(name)))
         elements = self.layout.regions[name].elements
         lookup = np.zeros(int(max(elements.max(), 0)) + 1)
