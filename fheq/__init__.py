@@ -30,6 +30,7 @@ from fheq.observers import MinMax as MinMax
 from fheq.observers import Percentile as Percentile
 from fheq.program import IntProgram as IntProgram
 from fheq.qparams import QParams as QParams
+from fheq.scores import Score as Score
 from fheq.simulate import simulate as simulate
 from fheq.spec import AccumulatorRange as AccumulatorRange
 from fheq.spec import Granularity as Granularity
@@ -37,6 +38,9 @@ from fheq.spec import Override as Override
 from fheq.spec import Rounding as Rounding
 from fheq.spec import Spec as Spec
 from fheq.spec import Symmetry as Symmetry
+from fheq.sweep import grid as grid
+from fheq.sweep import stack as stack
+from fheq.sweep import sweep as sweep
 
 if TYPE_CHECKING:
     from onnx import ModelProto

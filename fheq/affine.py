@@ -70,6 +70,7 @@ class Affine:
         return replace(self, **leaves)
 
 
+MODES = ("exact", "approximate")
 LEAVES = ("scale", "zero_point", "qmin", "qmax", "lsbs")
 
 
@@ -125,6 +126,8 @@ def validate(affine: Affine, name: str) -> None:
             raise QuantizationError(f"quantizer of {name!r}: {leaf} is not finite")
         if value.ndim > 1 or (value.ndim == 1 and affine.axis is None):
             raise QuantizationError(f"quantizer of {name!r}: {leaf} has shape {value.shape}; use () or (C,) with an axis")
+    if affine.rounding not in MODES:
+        raise QuantizationError(f"quantizer of {name!r}: rounding is {affine.rounding!r}; it must be one of {MODES}")
     if np.any(leaves["scale"] <= 0):
         raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
     if np.any(leaves["qmin"] > leaves["qmax"]):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fheq import affine
+from fheq.accumulators import makes_accumulator
 from fheq.batching import join, over_samples
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
@@ -18,7 +20,6 @@ from fheq.integers import (
     along_inputs,
     apply_form,
     join_pieces,
-    operand_axis,
     quantize_weight,
 )
 from fheq.interpret import run_node
@@ -54,6 +55,43 @@ def _fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> list[Array]:
 
 
 def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]:
+    env = tensor_values(layout, qparams, prepare(layout, qparams), *sample)
+    return output_values(layout, qparams, env)
+
+
+class Prepared(NamedTuple):
+    """What a step takes from the quantizers alone, worked out once however many samples follow.
+
+    weight: the quantized weight of a linear step, in real values; scale, offset: decoder of its accumulator.
+    """
+
+    weight: Array | None
+    scale: Array
+    offset: Array
+
+
+def prepare(layout: Plan, qparams: QParams) -> dict[str, Prepared]:
+    """The `Prepared` of every step that makes an accumulator, by the tensor that it makes."""
+    found = {}
+    for step in layout.steps:
+        if isinstance(step, Linear):
+            found[step.out] = _prepare_linear(layout, qparams, step)
+        elif makes_accumulator(step):
+            found[step.out] = Prepared(None, *accumulator_decoder(layout, qparams, step))
+    return found
+
+
+def _prepare_linear(layout: Plan, qparams: QParams, step: Linear) -> Prepared:
+    weights = quantize_weight(layout, qparams, step)
+    scale = qparams.weights[step.weight_name].expanded(step.weight.ndim).scale
+    flat = jnp.where(weights.ratio == 0, 1.0, 0.0)
+    real = weights.integers * scale + step.weight * along_inputs(step, flat)  # still channels keep their constant
+    safe = jnp.where(weights.ratio == 0, 1.0, weights.ratio)
+    return Prepared(real / along_inputs(step, safe), weights.scale, weights.offset)
+
+
+def tensor_values(layout: Plan, qparams: QParams, prepared: Mapping[str, Prepared], *sample: Array) -> dict[str, Array]:
+    """Every tensor of the decomposed graph for one sample, accumulators rounded."""
     env: dict[str, Array] = {}
     for name, value in zip(layout.inputs, sample):
         real = jnp.asarray(value, jnp.result_type(float))
@@ -63,16 +101,24 @@ def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]
     read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
     for node in layout.graph.nodes:
         step = steps.get(node.outputs[0])
-        values = (run_step(layout, qparams, step, env),) if step else run_node(node, read, layout.graph.constants)
+        values = (run_step(qparams, prepared, step, env),) if step else run_node(node, read, layout.graph.constants)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
-    outputs = []
+    return env
+
+
+def output_values(layout: Plan, qparams: QParams, env: Mapping[str, Array]) -> tuple[Array, ...]:
+    """The graph's outputs from what `tensor_values` gives."""
+    found = []
     for port in layout.graph.outputs:
         operand = layout.outputs.get(port.name)
-        outputs.append(read(port.name) if operand is None else operand_values(qparams, operand, env))
-    return tuple(outputs)
+        if operand is not None:
+            found.append(operand_values(qparams, operand, env))
+        else:
+            found.append(env[port.name] if port.name in env else jnp.asarray(layout.graph.constants[port.name]))
+    return tuple(found)
 
 
-def operand_values(qparams: QParams, operand: Operand, env: dict[str, Array]) -> Array:
+def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array]) -> Array:
     """The real values that the integers of an operand stand for."""
     source = env[operand.key]
     if operand.key in qparams.tensors:
@@ -86,37 +132,25 @@ def operand_values(qparams: QParams, operand: Operand, env: dict[str, Array]) ->
     return values.reshape(operand.shape)
 
 
-def run_step(layout: Plan, qparams: QParams, step: Step, env: dict[str, Array]) -> Array:
+def run_step(qparams: QParams, prepared: Mapping[str, Prepared], step: Step, env: Mapping[str, Array]) -> Array:
     """The real value of a step's result, its accumulator rounded."""
     xs = [operand_values(qparams, operand, env) for operand in step.operands]
     if isinstance(step, Maximum):
         return step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
     if isinstance(step, Join):
         return join_pieces(step, xs, step.fill)
-    if isinstance(step, Linear):
-        return _linear(layout, qparams, step, xs[0])
+    known = prepared[step.out]
     y: Array
-    if isinstance(step, Sum):
+    if isinstance(step, Linear):
+        y = apply_form(step, xs[0], known.weight) + step.bias
+    elif isinstance(step, Sum):
         y = step.coefficient * jnp.sum(xs[0], axis=-1)
     elif isinstance(step, Add):
         y = xs[0] + step.sign * xs[1]
     else:
         assert isinstance(step, Product)
         y = jnp.sum(xs[0] * xs[1], axis=-1) if step.contract else xs[0] * xs[1]
-    return rounded(qparams, step, y, *accumulator_decoder(layout, qparams, step))
-
-
-def _linear(layout: Plan, qparams: QParams, step: Linear, x: Array) -> Array:
-    weights = quantize_weight(layout, qparams, step)
-    axis = operand_axis(step)
-    safe = jnp.where(weights.ratio == 0, 1, weights.ratio)
-    view = safe.reshape(-1, *(1,) * (x.ndim - axis - 1))
-    scale = qparams.weights[step.weight_name].expanded(step.weight.ndim).scale
-    real = weights.integers * scale
-    flat = jnp.where(weights.ratio == 0, 1.0, 0.0)
-    real = real + step.weight * along_inputs(step, flat)  # channels that do not vary keep their constant
-    y = apply_form(step, x / view, real) + step.bias
-    return rounded(qparams, step, y, weights.scale, weights.offset)
+    return rounded(qparams, step, y, known.scale, known.offset)
 
 
 def rounded(qparams: QParams, step: Step, y: Array, scale: Array, offset: Array) -> Array:

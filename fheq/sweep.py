@@ -1,0 +1,271 @@
+"""Sweeps: many quantizations of one graph, evaluated together.
+
+A configuration is a `QParams`; many are one `QParams` with a leading axis on every leaf. `stack` puts fitted ones together,
+`jax.vmap` of any edit makes them, and `sweep` scores them all with one compiled function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq import affine
+from fheq.batching import check_arrays
+from fheq.console import number, text_table
+from fheq.errors import DataError, QuantizationError
+from fheq.evaluate import evaluate_sample, unwrap
+from fheq.fake_quant import output_values, prepare, tensor_values
+from fheq.graph import Graph
+from fheq.interpret import interpret
+from fheq.plan import Plan, plan
+from fheq.progress import track
+from fheq.qparams import QParams
+from fheq.scores import Measure, Score, as_score
+from fheq.spec import Spec
+
+Array = Any
+CHUNK = 32  # configurations evaluated together
+BATCH = 256  # samples evaluated together
+
+
+def grid(spec: Spec | None = None, **axes: Iterable[Any]) -> list[Spec]:
+    """The specs of a grid: every combination of the values given for fields of `Spec`, the last varying fastest.
+
+    Args:
+        spec: where the other fields come from.
+        axes: by field of `Spec`, its values.
+
+    Raises:
+        QuantizationError: a name that is no field of `Spec`.
+    """
+    known = [f.name for f in fields(Spec)]
+    for name in axes:
+        if name not in known:
+            raise QuantizationError(f"{name!r} is no field of Spec; it has {known}")
+    spec = spec or Spec()
+    return [replace(spec, **dict(zip(axes, values))) for values in product(*axes.values())]
+
+
+def stack(configurations: Iterable[QParams]) -> QParams:
+    """Quantizers of one graph as one `QParams` with a leading axis on every leaf.
+
+    Exact and approximate rounding are one to fake quantization: where the mode differs it becomes "mixed", which `lower`
+    refuses.
+
+    Raises:
+        QuantizationError: none is given, or they differ in more than values (graphs, granularities); the message says where.
+    """
+    given = list(configurations)
+    if not given:
+        raise QuantizationError("stack needs at least one QParams")
+    parts = [{name: _stack_affines(name, part, given) for name in getattr(given[0], part)} for part in PARTS]
+    return QParams(*parts)
+
+
+PARTS = ("tensors", "weights", "accumulators")
+
+
+def _stack_affines(name: str, part: str, given: Sequence[QParams]) -> affine.Affine:
+    found = [getattr(q, part).get(name) for q in given]
+    for i, other in enumerate(found):
+        if other is None or len(getattr(given[i], part)) != len(getattr(given[0], part)):
+            raise QuantizationError(f"configurations 0 and {i} are not of one graph: their {part} differ ({name!r})")
+        if other.axis != found[0].axis or other.signed != found[0].signed:
+            raise QuantizationError(
+                f"configurations 0 and {i} differ in the granularity or sign of {name!r}: sweep them separately"
+            )
+    modes = {a.rounding for a in found}
+    leaves = {n: np.stack(np.broadcast_arrays(*(np.asarray(getattr(a, n)) for a in found))) for n in affine.LEAVES}
+    return replace(found[0], **leaves, rounding=modes.pop() if len(modes) == 1 else "mixed")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Results:
+    """What a sweep found, a pytree.
+
+    Args:
+        scores: by name; every leaf has the configurations as its leading axis.
+    """
+
+    scores: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(jax.tree.leaves(self.scores)[0])
+
+    def rows(self, **columns: Sequence[Any]) -> list[dict[str, Any]]:
+        """A row per configuration: its number, the given columns (as long as the sweep), then its scores."""
+        for name, values in columns.items():
+            if len(values) != len(self):
+                raise DataError(f"column {name!r} has {len(values)} values for {len(self)} configurations")
+        leaves: dict[str, Any] = {
+            _title(path): np.asarray(v) for path, v in jax.tree_util.tree_flatten_with_path(self.scores)[0]
+        }
+        known: dict[str, Any] = {"configuration": range(len(self)), **columns, **leaves}
+        return [{name: values[i] for name, values in known.items()} for i in range(len(self))]
+
+    def table(self, **columns: Sequence[Any]) -> str:
+        """The rows as text."""
+        rows = self.rows(**columns)
+        return text_table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _title(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, (float, np.floating)):
+        return number(float(value))
+    return " ".join(str(value).split())
+
+
+def sweep(
+    graph: Graph,
+    qparams: QParams,
+    *inputs: Array,
+    scores: Mapping[str, Score | Measure],
+    targets: Any = None,
+    tensors: Sequence[str] | None = None,
+    chunk: int = CHUNK,
+    batch_size: int = BATCH,
+    progress: bool | None = None,
+) -> Results:
+    """Scores many quantizations of a graph with `fake_quant`.
+
+    One function is compiled, whatever the values and however many: it maps over `chunk` configurations and scans over blocks
+    of `batch_size` samples, which bounds the memory. Weights are quantized once per configuration.
+
+    Args:
+        qparams: every leaf has the configurations as its leading axis: see `stack`.
+        inputs: as for `evaluate`.
+        scores: by name, functions `score(y, exact, target)` of one sample, averaged over samples (see `fheq.scores`).
+        targets: an array, or a pytree of arrays, with the samples as the leading axis.
+        tensors: names of tensors of the graph: `y` and `exact` are then mappings from these names, quantized tensors as they
+            are read, instead of the outputs.
+        chunk: configurations evaluated together.
+        batch_size: samples evaluated together.
+        progress: whether to show a progress bar; by default when standard error is a terminal.
+
+    Raises:
+        DataError: inputs or targets do not fit.
+        QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
+    """
+    layout = plan(graph)
+    count = configurations(qparams)
+    blocks = _blocks(graph, inputs, targets, batch_size)
+    names = None if tensors is None else _known(layout, tensors)
+    measures = {name: as_score(score) for name, score in scores.items()}
+    static = tuple((name, score.measure) for name, score in measures.items())
+    chunk = min(chunk, count)
+    found = []
+    for start in track(range(0, count, chunk), "sweeping", progress):
+        sums = _sums(graph, static, names, _part(qparams, start, chunk), blocks)
+        found.append([np.asarray(v, np.float64).sum(axis=0)[: count - start] for v in jax.tree.leaves(sums)])
+    n = int(np.sum(blocks[2]))
+    means = jax.tree.unflatten(jax.tree.structure(sums), [np.concatenate(v) / n for v in zip(*found)])
+    return Results({name: _finish(score, means[name]) for name, score in measures.items()})
+
+
+def configurations(qparams: QParams) -> int:
+    """The number of configurations that the leading axis of `qparams` holds."""
+    sizes: dict[int, str] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(qparams)[0]:
+        where = "qparams" + jax.tree_util.keystr(path)
+        if np.ndim(leaf) == 0 or len(leaf) == 0:
+            raise QuantizationError(
+                f"{where} lacks the leading axis of configurations: build qparams with stack or jax.vmap"
+            )
+        sizes.setdefault(len(leaf), where)
+    if len(sizes) != 1:
+        told = ", ".join(f"{where}: {n}" for n, where in sizes.items())
+        raise QuantizationError(f"leaves of qparams hold different numbers of configurations ({told})")
+    return next(iter(sizes))
+
+
+def _part(qparams: QParams, start: int, size: int) -> QParams:
+    """Configurations from `start` on, the last one repeated to fill; what does not matter to values is made equal."""
+    at = np.minimum(np.arange(start, start + size), configurations(qparams) - 1)
+    part = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float))[at], qparams)
+    is_affine = lambda x: isinstance(x, affine.Affine)
+    return jax.tree.map(lambda a: replace(a, rounding="exact"), part, is_leaf=is_affine)
+
+
+def _finish(score: Score, means: Any) -> Any:
+    return jax.tree.map(np.asarray, jax.vmap(score.finish)(means))
+
+
+def _known(layout: Plan, names: Sequence[str]) -> tuple[str, ...]:
+    computed = {*layout.inputs, *(out for node in layout.graph.nodes for out in node.outputs if out)}
+    for name in names:
+        if name not in computed:
+            raise QuantizationError(f"{name!r} is no tensor of the planned graph; it has {sorted(computed)[:12]}, ...")
+    return tuple(names)
+
+
+def _blocks(graph: Graph, inputs: Sequence[Array], targets: Any, batch_size: int) -> tuple[Any, Any, np.ndarray]:
+    """Inputs and targets as (blocks, samples, ...), the last sample repeated to fill, and which samples count."""
+    parts = check_arrays(graph.inputs, inputs)
+    n = len(parts[0])
+    for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
+        if np.ndim(leaf) == 0 or len(leaf) != n:
+            raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
+    size = min(batch_size, n)
+    at = np.arange(-(-n // size) * size).reshape(-1, size)
+    take = lambda leaf: np.asarray(leaf)[np.minimum(at, n - 1)]
+    return [take(part) for part in parts], jax.tree.map(take, targets), at < n
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(
+    graph: Graph, measures: tuple[tuple[str, Measure], ...], names: tuple[str, ...] | None, qparams: QParams, blocks: Any
+) -> dict[str, Any]:
+    """Sums of the measures over the samples of each block, by name: leaves are (blocks, configurations, ...)."""
+    layout = plan(graph)
+    prepared = jax.vmap(partial(prepare, layout))(qparams)
+
+    def block(_: None, data: Any) -> tuple[None, dict[str, Any]]:
+        parts, targets, keep = data
+        exact = jax.vmap(partial(_exact, graph, names))(*parts)
+
+        def measure(q: QParams, known: Any, target: Any, want: Any, *sample: Array) -> dict[str, Any]:
+            y = _quantized(layout, names, q, tensor_values(layout, q, known, *sample))
+            return {name: found(y, want, target) for name, found in measures}
+
+        def total(q: QParams, known: Any) -> dict[str, Any]:
+            values = jax.vmap(partial(measure, q, known))(targets, exact, *parts)
+            return jax.tree.map(partial(_total, keep), values)
+
+        return None, jax.vmap(total)(qparams, prepared)
+
+    return jax.lax.scan(block, None, blocks)[1]
+
+
+def _total(keep: Array, values: Array) -> Array:
+    values = jnp.asarray(values, jnp.result_type(float))
+    return jnp.sum(jnp.where(keep.reshape(-1, *(1,) * (values.ndim - 1)), values, 0), axis=0)
+
+
+def _exact(graph: Graph, names: tuple[str, ...] | None, *sample: Array) -> Any:
+    if names is None:
+        return unwrap([v.reshape(port.shape) for port, v in zip(graph.outputs, evaluate_sample(graph, *sample))])
+    decomposed = plan(graph).graph
+    return interpret(decomposed, dict(zip(plan(graph).inputs, sample)), targets=names)
+
+
+def _quantized(layout: Plan, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
+    if names is None:
+        found = output_values(layout, qparams, env)
+        return unwrap([v.reshape(port.shape) for port, v in zip(layout.graph.outputs, found)])
+    read = lambda name: affine.fake_quant(qparams.tensors[name], env[name]) if name in layout.points else env[name]
+    return {name: read(name) for name in names}

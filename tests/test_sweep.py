@@ -1,0 +1,124 @@
+"""Sweeps: what the vectorised evaluation gives is what a loop over configurations gives, from one compiled function."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import as_tuple, prepared
+from sklearn import metrics
+
+import fheq
+from fheq import Rounding, Score, Spec, scores
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+GEMM = "gemm_with_alpha_beta_and_transposes"
+SEVERAL = (GEMM, "conv2d_group_stride_dilation_uneven_pad", "concat_of_different_scales", "two_inputs_and_three_outputs")
+
+
+def fitted(name: str, specs: list[Spec]) -> list[fheq.QParams]:
+    return [fheq.fit(prepared(name).graph, prepared(name).stats, spec) for spec in specs]
+
+
+def compilations() -> int:
+    """Functions that `sweep` has compiled so far (`fheq.sweep` is the function, hence `sys.modules`)."""
+    return sys.modules["fheq.sweep"]._sums._cache_size()
+
+
+SPECS = fheq.grid(n_bits=(3, 5, 8), rounding=(None, Rounding(4), Rounding(5, approximate=True)))
+
+
+@pytest.mark.parametrize(("name", "chunk"), [(GEMM, 1), (GEMM, 4), *((name, 64) for name in SEVERAL)])
+def test_a_sweep_is_a_loop(name: str, chunk: int) -> None:
+    """Averages over samples, whatever the chunks and blocks; ties that float32 decides otherwise move single samples."""
+    found = prepared(name)
+    each = fitted(name, SPECS)
+    result = fheq.sweep(found.graph, fheq.stack(each), *found.data, scores={"mse": scores.mse}, chunk=chunk, batch_size=37)
+    exact = as_tuple(fheq.evaluate(found.graph, *found.data))
+    for swept, i in zip(jax.tree.leaves(result.scores["mse"]), range(len(exact)), strict=True):
+        loop = [np.mean((as_tuple(fheq.fake_quant(found.graph, q, *found.data))[i] - exact[i]) ** 2) for q in each]
+        np.testing.assert_allclose(swept, loop, rtol=0.03, atol=1e-7 * np.ptp(exact[i]) ** 2)
+
+
+def test_one_compilation_serves_every_value() -> None:
+    found = prepared(GEMM)
+    measures = {"agreement": scores.agreement}
+    run = lambda q: fheq.sweep(found.graph, q, *found.data, scores=measures, chunk=4)
+    before = compilations()
+    run(fheq.stack(fitted(GEMM, SPECS)))
+    assert compilations() == before + 1
+    run(fheq.stack(fitted(GEMM, fheq.grid(observer=(fheq.MinMax(), fheq.Percentile(99.0)), margin=(0.1, 0.2, 0.3)))))
+    run(jax.vmap(lambda factor: jax.tree.map(lambda v: jnp.float32(v) * factor, fitted(GEMM, SPECS)[0]))(jnp.arange(1.0, 9)))
+    assert compilations() == before + 1
+
+
+def test_edits_are_mapped_over_to_make_configurations() -> None:
+    """One leaf swept by `jax.vmap`, the others repeated: removing low bits costs more the more are removed."""
+    found = prepared(GEMM)
+    (q,) = fitted(GEMM, [Spec(6)])
+    (name,) = (key for key, a in q.accumulators.items() if key in ("h",))
+
+    def edit(lsbs: jax.Array) -> fheq.QParams:
+        return replace(q, accumulators={**q.accumulators, name: replace(q.accumulators[name], lsbs=lsbs)})
+
+    lsbs = np.arange(0, 12, 2)
+    result = fheq.sweep(found.graph, jax.vmap(edit)(lsbs), *found.data, scores={"snr": scores.snr, "r2": scores.r2_to_float})
+    assert np.all(np.diff(result.scores["snr"][1:]) < 0) and result.scores["snr"][0] > 20
+    rows = result.rows(lsbs=lsbs)
+    assert [row["lsbs"] for row in rows] == list(lsbs) and rows[0]["r2"] == result.scores["r2"][0]
+    assert len(result.table(lsbs=lsbs).splitlines()) == len(lsbs) + 2
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    found = prepared(GEMM)
+    each = fitted(GEMM, fheq.grid(n_bits=(2, 4)))
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, len(found.data[0]))
+    values = fheq.evaluate(found.graph, *found.data) + rng.normal(size=(len(labels), 2))
+    y = [np.asarray(fheq.fake_quant(found.graph, q, *found.data)) for q in each]
+    measures = {"accuracy": lambda y, exact, target: scores.accuracy(y, exact, target["label"])}
+    measures["r2"] = Score(lambda y, exact, target: scores.r2.measure(y, exact, target["value"]), scores.r2.finish)
+    targets = {"label": labels, "value": np.asarray(values)}
+    result = fheq.sweep(found.graph, fheq.stack(each), *found.data, scores=measures, targets=targets)
+    wanted = [metrics.accuracy_score(labels, v.argmax(1)) for v in y]
+    np.testing.assert_allclose(result.scores["accuracy"], wanted, atol=1.01 / len(labels))  # one tie
+    wanted = [metrics.r2_score(values, v, multioutput="variance_weighted") for v in y]
+    np.testing.assert_allclose(result.scores["r2"], wanted, rtol=1e-2)
+
+
+def test_tensors_inside_the_model_are_scored_by_name() -> None:
+    found = prepared(GEMM)
+    result = fheq.sweep(
+        found.graph,
+        fheq.stack(fitted(GEMM, [Spec(4), Spec(8)])),
+        *found.data,
+        scores={"snr": scores.snr},
+        tensors=["h", "s"],
+    )
+    assert set(result.scores["snr"]) == {"h", "s"}
+    for value in result.scores["snr"].values():
+        assert value[1] > value[0] + 12  # four bits more are 24 dB, of which clipping and other layers take some
+    with pytest.raises(fheq.FheqError, match="'nothing'"):
+        fheq.sweep(found.graph, fheq.stack(fitted(GEMM, [Spec(4)])), *found.data, scores={}, tensors=["nothing"])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    found = prepared(GEMM)
+    (q,) = fitted(GEMM, [Spec(4)])
+    with pytest.raises(fheq.FheqError, match="leading axis"):
+        fheq.sweep(found.graph, q, *found.data, scores={})
+    with pytest.raises(fheq.FheqError, match="granularity"):
+        fheq.stack(fitted(GEMM, [Spec(4), Spec(4, activations=fheq.Granularity.PER_TENSOR)]))
+    with pytest.raises(fheq.FheqError, match="at least one"):
+        fheq.stack([])
+    with pytest.raises(fheq.FheqError, match="targets"):
+        fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={}, targets=np.zeros(3))
+    with pytest.raises(fheq.FheqError, match="no field"):
+        fheq.grid(bits=(2, 3))
+    mixed = fheq.stack(fitted(GEMM, [Spec(4, rounding=Rounding(4)), Spec(4, rounding=Rounding(4, approximate=True))]))
+    with pytest.raises(fheq.FheqError, match="mixed"):
+        fheq.lower(found.graph, jax.tree.map(lambda v: v[0], mixed))
