@@ -1,0 +1,240 @@
+"""Reconstruction: weights, biases and activations' steps tuned so that the quantized model gives what the float one gives.
+
+The quantized model runs with everything that a circuit does to its values: quantized activations, accumulators rounded to
+the bits that tables read, noise at the tables' inputs. Gradients pass straight through roundings (arXiv 1308.3432), steps of
+activations are learned as in LSQ (arXiv 1902.08153), and rounding is left out at random elements as in QDrop (arXiv
+2203.05740). Targets are the float model's outputs and intermediate results on the calibration inputs: no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fheq.batching import check_arrays
+from fheq.errors import DataError
+from fheq.evaluate import evaluate_sample
+from fheq.fake_quant import output_values, prepare, tensor_values
+from fheq.graph import Graph
+from fheq.interpret import interpret
+from fheq.optimizer.noise import quantile
+from fheq.plan import Plan, plan
+from fheq.progress import track
+from fheq.qparams import QParams
+from fheq.rewriting.weights import replaceable, with_weights
+from fheq.steps import Linear
+
+Array = Any
+BLOCK = 100  # optimizer steps per call
+EDGE = 0.05  # of an accumulator's range, at both ends: values in there are pushed back
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a reconstruction optimizes.
+
+    Args:
+        steps: optimizer steps (Adam, cosine decay).
+        batch_size: samples per step.
+        learning_rate: in units of each weight's root mean square.
+        hints: weight of the intermediate results' errors beside the outputs'.
+        drop: share of accumulators that are not rounded in a step.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    hints: float = 1.0
+    drop: float = 0.0
+
+
+def reconstruct(
+    graph: Graph,
+    qparams: QParams,
+    *inputs: Array,
+    key: Array,
+    p_error: float = 0.1,
+    teacher: Graph | None = None,
+    training: Training | None = None,
+    progress: bool | None = None,
+) -> tuple[Graph, QParams]:
+    """Tunes weights, biases and activations' steps on calibration inputs.
+
+    Args:
+        graph: what `import_onnx` or `prune` gives.
+        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values that near the ends of an accumulator's range
+            are pushed back into it.
+        inputs: calibration data, as for `evaluate`.
+        key: a key of `jax.random`; the same key gives the same result.
+        p_error: probability that a table fails, which the values shall bear: the noise at tables' inputs.
+        teacher: the graph whose outputs are the targets; `graph` itself by default.
+        training: options of the optimizer.
+        progress: whether to show a progress bar; by default when standard error is a terminal.
+
+    Returns:
+        A graph with other weights and biases, and its quantizers.
+
+    Raises:
+        DataError: the data do not fit.
+    """
+    training = training or Training()
+    if training.steps < 1:
+        raise DataError(f"training.steps must be at least 1, got {training.steps}")
+    layout = plan(graph)
+    data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
+    qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
+    task = _Task(layout, qparams, _targets(layout, teacher or graph, data), 1 / (2 * quantile(p_error)), training)
+    if not task.initial.weights:
+        return graph, qparams
+    moved, state = jax.tree.map(jnp.zeros_like, task.initial), None
+    optimizer = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
+    state = optimizer.init(moved)
+    run = jax.jit(partial(_train, task, optimizer))
+    for at in track(range(0, training.steps, BLOCK), "reconstructing", progress):
+        moved, state = run(moved, state, data, jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at)))
+    learned = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
+    tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
+    changed = {step.out: step for step in tuned.steps if step.out in learned.weights}
+    return with_weights(layout.graph, changed), qparams
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Learned:
+    """What is tuned: weights and biases by the tensor that a step makes, and logarithms of factors of points' scales."""
+
+    weights: dict[str, Array]
+    biases: dict[str, Array]
+    scales: dict[str, Array]
+
+
+def initial(layout: Plan, qparams: QParams) -> Learned:
+    """The model's own weights, no change of biases and scales."""
+    steps = [step for step in layout.steps if replaceable(layout.graph, step)]
+    bias = lambda s: jnp.zeros((s.weight.shape[s.weight_axis], *(1,) * (-s.channel - 1)))
+    free = [name for name in layout.points if name in qparams.tensors and name not in layout.graph.pinned]
+    return Learned(
+        {s.out: jnp.asarray(s.weight, jnp.float32) for s in steps},
+        {s.out: bias(s) for s in steps},
+        {name: jnp.zeros(np.shape(qparams.tensors[name].scale)) for name in free},
+    )
+
+
+def applied(layout: Plan, qparams: QParams, learned: Learned) -> tuple[Plan, QParams]:
+    """The plan and the quantizers with what was learned."""
+    weights, biases = learned.weights, learned.biases
+    steps = tuple(
+        replace(s, weight=weights[s.out], bias=s.bias + biases[s.out]) if isinstance(s, Linear) and s.out in weights else s
+        for s in layout.steps
+    )
+    xp = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(learned)) else np
+    tensors = {
+        name: replace(a, scale=a.scale * xp.exp(learned.scales[name])) if name in learned.scales else a
+        for name, a in qparams.tensors.items()
+    }
+    return replace(layout, steps=steps), replace(qparams, tensors=tensors)
+
+
+class Targets(NamedTuple):
+    """Outputs of the teacher, and the results of steps of the float model, for every sample; and their mean variances."""
+
+    outputs: tuple[Array, ...]
+    hints: dict[str, Array]
+    output_power: tuple[Array, ...]
+    hint_power: dict[str, Array]
+
+
+def _targets(layout: Plan, teacher: Graph, data: tuple[Array, ...]) -> Targets:
+    names = [step.out for step in layout.steps]
+
+    def one(*sample: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
+        return evaluate_sample(teacher, *sample), interpret(layout.graph, dict(zip(layout.inputs, sample)), targets=names)
+
+    outputs, hints = jax.jit(jax.vmap(one))(*data)
+    power = lambda v: jnp.maximum(jnp.mean(jnp.var(v.astype(jnp.float32), axis=0)), 1e-12)
+    return Targets(outputs, hints, jax.tree.map(power, outputs), jax.tree.map(power, hints))
+
+
+class _Task:
+    """The loss and what it refers to."""
+
+    def __init__(self, layout: Plan, qparams: QParams, targets: Targets, noise: float, training: Training):
+        self.layout, self.qparams, self.targets, self.noise, self.training = layout, qparams, targets, noise, training
+        self.initial = initial(layout, qparams)
+        self.sizes = {out: jnp.sqrt(jnp.mean(w**2)) + 1e-12 for out, w in self.initial.weights.items()}
+        tables = set(layout.points.values())
+        self.rounded = [s for s in layout.steps if s.out in tables and s.out in qparams.accumulators]
+
+    def learned(self, moved: Learned) -> Learned:
+        """From what the optimizer moves, in units of each tensor's size; pruned weights stay 0."""
+        weights = {o: w + self.sizes[o] * moved.weights[o] * (w != 0) for o, w in self.initial.weights.items()}
+        units = {out: jnp.sqrt(self.targets.hint_power[out]) for out in weights}
+        return Learned(weights, {out: units[out] * b for out, b in moved.biases.items()}, moved.scales)
+
+    def loss(self, moved: Learned, key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
+        """Mean over a batch."""
+        layout, qparams = applied(self.layout, self.qparams, self.learned(moved))
+        prepared = prepare(layout, qparams)
+
+        def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
+            noisy = self.disturbed(layout, qparams, prepared, key)
+            env = tensor_values(noisy[0], noisy[1], prepared, *sample)
+            return self.error(layout, qparams, env, outputs, hints)
+
+        return jnp.mean(jax.vmap(one)(jax.random.split(key, len(sample[0])), sample, outputs, hints))
+
+    def disturbed(self, layout: Plan, qparams: QParams, prepared: Mapping[str, Any], key: Array) -> tuple[Plan, QParams]:
+        """Noise in the biases of linear steps, which their tables read, and rounding left out at random."""
+        accumulators, steps = dict(qparams.accumulators), {step.out: step for step in layout.steps}
+        for s, k in zip(self.rounded, jax.random.split(key, len(self.rounded))):
+            own, other = jax.random.split(k)
+            a = accumulators[s.out]
+            if isinstance(steps[s.out], Linear):
+                size = self.noise * jnp.exp2(a.lsbs) * prepared[s.out].scale
+                noise = size * jax.random.normal(own, s.shape)
+                steps[s.out] = replace(steps[s.out], bias=steps[s.out].bias + noise)
+            if self.training.drop:
+                kept = jax.random.bernoulli(other, 1 - self.training.drop, s.shape)
+                accumulators[s.out] = replace(a, lsbs=a.lsbs * kept)
+        return replace(layout, steps=tuple(steps.values())), replace(qparams, accumulators=accumulators)
+
+    def error(self, layout: Plan, qparams: QParams, env: Mapping[str, Array], outputs: Any, hints: Any) -> Array:
+        """Relative squared errors of outputs and intermediate results, and the reach beyond accumulators' ranges."""
+        relative = lambda y, t, power: jnp.mean((y - t) ** 2) / power
+        targets = self.targets
+        own = sum(map(relative, output_values(layout, qparams, env), outputs, targets.output_power))
+        inner = sum(relative(env[name], t, targets.hint_power[name]) for name, t in hints.items()) / max(len(hints), 1)
+        return own + self.training.hints * inner + sum(_beyond(qparams, s.out, env[s.out]) for s in self.rounded)
+
+
+def _beyond(qparams: QParams, name: str, y: Array) -> Array:
+    """Mean square of how far values are in the outer parts of an accumulator's range, in units of these parts."""
+    a = qparams.accumulators[name].expanded(y.ndim)
+    low, high = a.scale * (a.qmin - a.zero_point), a.scale * (a.qmax - a.zero_point)
+    edge = EDGE * (high - low)
+    over = jnp.maximum(y - high + edge, 0) + jnp.maximum(low + edge - y, 0)
+    return jnp.mean((over / edge) ** 2)
+
+
+def _train(
+    task: _Task, optimizer: optax.GradientTransformation, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array
+) -> tuple[Learned, Any]:
+    """An optimizer step for each key."""
+
+    def body(carry: tuple[Learned, Any], key: Array) -> tuple[tuple[Learned, Any], None]:
+        moved, state = carry
+        draw, noise = jax.random.split(key)
+        at = jax.random.randint(draw, (min(task.training.batch_size, len(data[0])),), 0, len(data[0]))
+        batch: Callable[[Any], Any] = lambda tree: jax.tree.map(lambda v: v[at], tree)
+        gradient = jax.grad(task.loss)(moved, noise, batch(data), batch(task.targets.outputs), batch(task.targets.hints))
+        update, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(moved, update), state), None
+
+    return jax.lax.scan(body, (moved, state), keys)[0]
