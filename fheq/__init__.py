@@ -25,6 +25,8 @@ from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
+from fheq.noise import Noise as Noise
+from fheq.noise import noise as noise
 from fheq.observers import MeanSquaredError as MeanSquaredError
 from fheq.observers import MinMax as MinMax
 from fheq.observers import Percentile as Percentile
