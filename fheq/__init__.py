@@ -30,6 +30,8 @@ from fheq.noise import noise as noise
 from fheq.observers import MeanSquaredError as MeanSquaredError
 from fheq.observers import MinMax as MinMax
 from fheq.observers import Percentile as Percentile
+from fheq.overflow import Overflow as Overflow
+from fheq.overflow import overflow as overflow
 from fheq.program import IntProgram as IntProgram
 from fheq.qparams import QParams as QParams
 from fheq.simulate import simulate as simulate

@@ -110,7 +110,19 @@ def _sample(
     program: IntProgram, tables: tuple[Array, ...], noise: Noise | None, key: Array | None, *sample: Array
 ) -> tuple[Array, ...]:
     ciphertexts = None if noise is None else Ciphertexts(program, noise, key)
-    spare = 1 if noise is None else NOISY_REACH
+    env = sample_values(program, tables, ciphertexts, sample)
+    outputs = [env[entry.value] for entry in program.outputs]
+    if ciphertexts is not None:
+        settled = [ciphertexts.settle(entry.value, x) for entry, x in zip(program.outputs, outputs)]
+        outputs = [ciphertexts.decrypt(i, x) for i, x in enumerate(settled)]
+    return tuple(x.astype(jnp.int64) for x in outputs)
+
+
+def sample_values(
+    program: IntProgram, tables: tuple[Array, ...], ciphertexts: Ciphertexts | None, sample: tuple[Array, ...]
+) -> dict[str, Array]:
+    """Every value of a program for one sample, by name: exact, or as encrypted runs have them."""
+    spare = 1 if ciphertexts is None else NOISY_REACH
     limit = 2**31 // spare
     dtype = jnp.int32 if all(v.low > -limit and v.high < limit for v in program.values.values()) else jnp.int64
     env = {entry.value: x.astype(dtype) for entry, x in zip(program.inputs, sample)}
@@ -127,11 +139,7 @@ def _sample(
                 args = [ciphertexts.settle(*pair) for pair in zip(instruction.args, args)]
             result = _run(program, instruction, args, spare)
         env[instruction.out] = result.astype(dtype)
-    outputs = [env[entry.value] for entry in program.outputs]
-    if ciphertexts is not None:
-        settled = [ciphertexts.settle(entry.value, x) for entry, x in zip(program.outputs, outputs)]
-        outputs = [ciphertexts.decrypt(i, x) for i, x in enumerate(settled)]
-    return tuple(x.astype(jnp.int64) for x in outputs)
+    return env
 
 
 def _run(program: IntProgram, instruction: Instruction, args: list[Array], spare: int) -> Array:
