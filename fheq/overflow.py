@@ -91,7 +91,8 @@ def _counts(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) -> d
             known = program.accumulators[name]
             top = (1 << known.bits) - ((1 << known.lsbs) >> 1)
             x = jnp.concatenate([env[source].ravel() for source in sorted(sources)])
-            found[name] = jnp.sum((x < 0) | (x >= top)), jnp.asarray(x.size)
+            read_as = x & ((2 << known.bits) - 1)  # offsets are kept modulo the width with its bit of padding
+            found[name] = jnp.sum(read_as >= top), jnp.asarray(x.size)
         return found
 
     return jax.vmap(sample)(*split_all([e.port for e in program.inputs], inputs))
