@@ -25,9 +25,13 @@ from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
+from fheq.noise import Noise as Noise
+from fheq.noise import noise as noise
 from fheq.observers import MeanSquaredError as MeanSquaredError
 from fheq.observers import MinMax as MinMax
 from fheq.observers import Percentile as Percentile
+from fheq.overflow import Overflow as Overflow
+from fheq.overflow import overflow as overflow
 from fheq.program import IntProgram as IntProgram
 from fheq.qparams import QParams as QParams
 from fheq.scores import Score as Score

@@ -12,12 +12,11 @@ import numpy as np
 from fheq.batching import check_arrays, join, split_all
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import unwrap
+from fheq.noise import failure_probabilities
 from fheq.program import IntProgram
 from fheq.progress import track
 from fheq.simulate import check_integers
 from fheq.tracing import Tracing
-
-DEFAULT_P_ERROR = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,20 +113,6 @@ class Circuit:
             values = np.stack([np.asarray(v, np.int64).reshape(entry.port.type.shape) for v in column])
             columns.append(join(entry.port, values))
         return unwrap(columns if quantized else list(self.program.dequantize(*columns)))
-
-
-def failure_probabilities(p_error: float | None, global_p_error: float | None) -> tuple[float | None, float | None]:
-    """The two probabilities as asked for, one of them None; `DEFAULT_P_ERROR` where neither was.
-
-    Raises:
-        ValueError: a probability outside of (0, 1), or both probabilities.
-    """
-    if p_error is not None and global_p_error is not None:
-        raise ValueError("give either p_error or global_p_error")
-    for name, value in (("p_error", p_error), ("global_p_error", global_p_error)):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return (DEFAULT_P_ERROR if global_p_error is None and p_error is None else p_error), global_p_error
 
 
 def compile(

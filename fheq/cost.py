@@ -11,18 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import log1p
 
 import numpy as np
 
-from fheq.circuit import failure_probabilities
-from fheq.optimizer import crt, noise
-from fheq.optimizer.leveled import Leveled, leveled
-from fheq.optimizer.parameters import Solution, search, variances
-from fheq.optimizer.partition import Partitioned, partition
+from fheq.noise import Noise, failure_probabilities, noise_of
+from fheq.optimizer.leveled import Leveled
+from fheq.optimizer.parameters import Solution
+from fheq.optimizer.partition import Partitioned
+from fheq.optimizer.solve import Solved, solve
 from fheq.program import IntProgram, Lookup
-
-GLOBAL_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class Row:
         bootstraps: bootstraps for them; exact rounding adds one per removed bit and value.
         lookup_cost: predicted operations of one application with its share of the rounding.
         cost: predicted operations of all.
+        noise: standard deviation of the noise at the table's input, in cells (what `fheq.noise` gives).
     """
 
     tensor: str
@@ -57,6 +55,7 @@ class Row:
     bootstraps: int
     lookup_cost: float
     cost: float
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ class Report:
         complexity: predicted operations of one run, in the unit of `Circuit.complexity`; infinite if no secure parameters
             are precise enough.
         max_bits: widest encrypted integer.
+        noise: of these parameters, for `fheq.simulate`.
     """
 
     rows: tuple[Row, ...]
@@ -106,6 +106,7 @@ class Report:
     bootstraps_by_width: dict[int, int]
     complexity: float
     max_bits: int
+    noise: Noise
 
     def as_dict(self) -> dict:
         """Plain data for JSON; an infinite cost becomes None."""
@@ -159,28 +160,24 @@ def cost(program: IntProgram, p_error: float | None = None, global_p_error: floa
     Raises:
         ValueError: a probability outside of (0, 1), or both probabilities.
     """
-    p_error, global_p_error = failure_probabilities(p_error, global_p_error)
-    flat = leveled(program)
-    parts = partition(flat)
-    if global_p_error is not None:
-        wanted, solution = _globally(flat, parts, global_p_error)
-    else:
-        assert p_error is not None
-        wanted, solution = p_error, _solve(flat, parts, p_error)
-    rows = tuple(_row(program, flat, parts, solution, lookup) for lookup in program.lookups)
+    solved = solve(program, *failure_probabilities(p_error, global_p_error))
+    deviations = noise_of(program, solved)
+    rows = tuple(_row(program, solved, deviations, lookup) for lookup in program.lookups)
     wraps = tuple(Wrap(name, a.low, a.high, a.bits) for name, a in program.accumulators.items() if a.can_wrap)
     made = {lookup.out for lookup in program.lookups}
     outputs = tuple(Output(e.name, program.values[e.value].bits, e.value not in made) for e in program.outputs)
+    boots, total, widest = solved.parts.problem.boots, solved.solution.total, max(solved.flat.widths.values())
     return Report(
         rows,
         outputs,
         wraps,
-        wanted,
-        _failures(parts, solution, wanted)[1],
-        sum(parts.problem.boots),
-        _by_width(flat),
-        solution.total,
-        max(flat.widths.values()),
+        solved.p_error,
+        solved.failures()[1],
+        sum(boots),
+        _by_width(solved.flat),
+        total,
+        widest,
+        deviations,
     )
 
 
@@ -193,10 +190,11 @@ def _by_width(flat: Leveled) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _row(program: IntProgram, flat: Leveled, parts: Partitioned, solution: Solution, lookup: Lookup) -> Row:
+def _row(program: IntProgram, solved: Solved, deviations: Noise, lookup: Lookup) -> Row:
+    flat = solved.flat
     main = flat.tables[lookup.out]
     tables = [*flat.extras[lookup.out], *([main] if main >= 0 else [])]
-    total = sum(flat.nodes[i].size * _each(parts, solution, i) for i in tables)
+    total = sum(flat.nodes[i].size * _each(solved.parts, solved.solution, i) for i in tables)
     value = program.values[lookup.args[0]]
     lookups = max(int(np.prod(value.shape)), int(np.prod(program.values[lookup.out].shape)))
     known = program.accumulators.get(lookup.accumulator)
@@ -215,6 +213,7 @@ def _row(program: IntProgram, flat: Leveled, parts: Partitioned, solution: Solut
         sum(flat.nodes[i].size for i in tables),
         total / lookups,
         total,
+        deviations.tables.get(lookup.args[0], 0.0),
     )
 
 
@@ -222,42 +221,6 @@ def _each(parts: Partitioned, solution: Solution, table: int) -> float:
     """Cost of one application of a table node."""
     one = solution.boot[parts.own[table]] + solution.switch.get(parts.switch[table], np.inf)
     return one + (solution.conversion[parts.conversion[table]] if table in parts.conversion and solution.conversion else 0.0)
-
-
-def _failures(parts: Partitioned, solution: Solution, p_error: float) -> tuple[float, float]:
-    """The largest probability that one element fails, and that any of a run does, for the parameters found."""
-    if solution.point is None:
-        count = max(sum(parts.problem.boots), 1)
-        return (p_error, float(-np.expm1(count * log1p(-p_error)))) if np.isfinite(solution.total) else (1.0, 1.0)
-    kappa, worst, log_success = noise.quantile(p_error), 0.0, 0.0
-    for c, variance in zip(parts.problem.constraints, variances(parts.problem, solution)):
-        p = noise.failure(variance, noise.variance_bound(c.bits, kappa), kappa)
-        worst = max(worst, p)
-        log_success += c.count * log1p(-p) if p < 1 else -np.inf
-    return worst, float(-np.expm1(log_success))
-
-
-def _solve(flat: Leveled, parts: Partitioned, p_error: float) -> Solution:
-    found = search(parts.problem, noise.quantile(p_error))
-    return crt.solution(flat, parts, p_error) if not np.isfinite(found.total) and crt.applies(flat) else found
-
-
-def _globally(flat: Leveled, parts: Partitioned, wanted: float) -> tuple[float, Solution]:
-    """The p_error that keeps a run's failures within `wanted`, as concrete looks for it.
-
-    Source: getV1ParameterGlobalPError of `compilers/concrete-compiler/compiler/lib/Support/V0Parameters.cpp`.
-    """
-    p_error = wanted
-    solution = _solve(flat, parts, p_error)
-    for _ in range(GLOBAL_TRIES - 1):
-        one, all_ = _failures(parts, solution, p_error)
-        if all_ <= wanted or not np.isfinite(solution.total):
-            break
-        ratio = log1p(-one) / log1p(-all_) if all_ < 1 else 0.0
-        surrogate = -float(np.expm1(log1p(-wanted) * ratio))
-        p_error = surrogate if 0 < surrogate < 1 else p_error * (one / all_ if one < 0.1 else 0.1)
-        solution = _solve(flat, parts, p_error)
-    return p_error, solution
 
 
 def _short(name: str, width: int = 22) -> str:

@@ -21,6 +21,8 @@ from fheq.program import (
     Value,
 )
 
+PARTS = 8  # of a constant, at most: each is an addition
+
 
 class Emitter:
     """A list of instructions under construction. Methods return the name of the value that they make."""
@@ -113,6 +115,23 @@ class Emitter:
         if not np.any(amount) and (low, high) == (value.low, value.high):
             return x
         return self._add(Shift(self._name("shift"), (x,), amount), value.shape, low, high)
+
+    def offset(self, x: str, amount: np.ndarray, bits: int, narrowed: bool) -> str:
+        """Adds a clear integer array to what a table of `bits` bits reads.
+
+        A constant wider than the table would widen every value that leveled operations connect, so it is added in parts. A
+        table that concrete narrows to its own width reads modulo 2^(bits+1), the bit of padding included; any other reads
+        at the width of what is connected.
+        """
+        amount, most = np.asarray(amount, np.int64), (1 << bits) - 1
+        if narrowed:
+            amount = amount % (2 << bits)
+        elif amount.min() < 0 or amount.max() > PARTS * most:
+            return self.shift(x, amount, most)
+        shifted = self.shift(x, np.minimum(amount, most), most)
+        while np.any(amount := np.maximum(amount - most, 0)):
+            shifted = self.shift(shifted, np.minimum(amount, most), most)
+        return shifted
 
     def scale(self, x: str, factor: np.ndarray) -> str:
         """Multiplies by a clear integer array."""

@@ -21,6 +21,7 @@ from fheq.integers import (
     operand_decoder,
     quantize_weight,
 )
+from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams
@@ -175,9 +176,10 @@ class _Lowering:
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
         amount = shift.astype(np.int64)
-        if not self.decoded(step.out):  # tables read it modulo its width, and a wide constant would widen the whole block
-            amount = amount % (1 << bits)
-        shifted = self.emit.shift(value, amount, (1 << bits) - 1)
+        if self.decoded(step.out):
+            shifted = self.emit.shift(value, amount, (1 << bits) - 1)
+        else:
+            shifted = self.emit.offset(value, amount, bits, lsbs > 0 or bits <= WIDEST_CAST)
         shifted = self.emit.gather((shifted,), np.arange(int(np.prod(step.shape))), None, step.shape)
         self.accs[step.out] = shifted
         self.decoders[step.out] = (scale.ravel(), (offset - scale * shift).ravel())

@@ -1,4 +1,4 @@
-"""Exact, batched evaluation of an integer program in JAX."""
+"""Batched evaluation of an integer program in JAX: exact, or with the noise of encrypted runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.batching import join, over_samples, split
+from fheq.batching import join, split, split_all
 from fheq.errors import DataError
 from fheq.evaluate import unwrap
+from fheq.failures import Ciphertexts
+from fheq.noise import Noise
+from fheq.noise import noise as noise_of_parameters
 from fheq.program import (
     Convolution,
     Gather,
@@ -28,24 +31,49 @@ from fheq.program import (
 )
 
 Array = Any
+NOISY_REACH = 2  # tables that change the sign of their results at most double what values and partial sums reach
 
 
-def simulate(program: IntProgram, *inputs: Array) -> np.ndarray | tuple[np.ndarray, ...]:
-    """Runs the program on integers: what the circuit computes without noise, for whole batches.
+def simulate(
+    program: IntProgram,
+    *inputs: Array,
+    p_error: float | None = None,
+    noise: Noise | None = None,
+    key: Array | None = None,
+) -> np.ndarray | tuple[np.ndarray, ...]:
+    """Runs the program on integers, for whole batches: exactly, or with the noise of an encrypted run.
+
+    Without a key it computes what the circuit computes when nothing fails: its clear evaluation. With one, tables read
+    neighbouring entries as often as in encrypted runs, and values beyond an accumulator's width change the sign of its table
+    (see `fheq.failures`). Other noise, and another p_error, compile nothing anew.
 
     Args:
         inputs: integer arrays in the model's layout, each within its entry's [qmin, qmax].
+        p_error: probability that one table fails, that parameters are chosen for; needs a key.
+        noise: in its place what `fheq.noise` or a report of `fheq.cost` gives, to reuse it; needs a key.
+        key: a key of `jax.random`. The same key gives the same results; noise differs by sample and element.
 
     Returns:
-        Integer outputs in the model's layout.
+        Integer outputs in the model's layout; noise can drive them out of their quantizers' range.
 
     Raises:
         DataError: an array of another type or shape, or out of range; the message names the input.
+        CompileError: no secure parameters are precise enough for p_error.
+        ValueError: a key without p_error or noise, these without a key or together, or a p_error outside of (0, 1).
     """
+    if p_error is not None and noise is not None:
+        raise ValueError("give either p_error or noise")
+    noisy = p_error is not None or noise is not None
+    if noisy and key is None:
+        raise ValueError("p_error and noise need a key: give key=jax.random.key(seed), or neither to simulate without noise")
+    if key is not None and not noisy:
+        raise ValueError("key needs p_error (or noise): give p_error=1e-2, or no key to simulate without noise")
     arrays = check_integers(program, inputs)
+    if p_error is not None:
+        noise = noise_of_parameters(program, p_error)
     with enable_x64():
         tables = tuple(lookup.table for lookup in program.lookups)
-        return unwrap([np.asarray(out) for out in _simulate(program, tables, *arrays)])
+        return unwrap([np.asarray(out) for out in _simulate(program, tables, noise, key, *arrays)])
 
 
 def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.ndarray]:
@@ -67,33 +95,60 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
 
 
 @partial(jax.jit, static_argnums=0)
-def _simulate(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) -> list[Array]:
+def _simulate(
+    program: IntProgram, tables: tuple[Array, ...], noise: Noise | None, key: Array | None, *inputs: Array
+) -> list[Array]:
     """Tables are arguments: as constants of the compiled function they would make compiling slow."""
-    parts = over_samples(partial(_sample, program, tables), [e.port for e in program.inputs], inputs)
+    samples = split_all([e.port for e in program.inputs], inputs)
+    # by the sample's place, so that a sample's noise does not depend on the size of its batch
+    keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(samples[0])))
+    parts = jax.vmap(partial(_sample, program, tables, noise))(keys, *samples)
     return [join(e.port, part) for e, part in zip(program.outputs, parts)]
 
 
-def _sample(program: IntProgram, tables: tuple[Array, ...], *sample: Array) -> tuple[Array, ...]:
-    dtype = jnp.int32 if all(v.low > -(2**31) and v.high < 2**31 for v in program.values.values()) else jnp.int64
+def _sample(
+    program: IntProgram, tables: tuple[Array, ...], noise: Noise | None, key: Array | None, *sample: Array
+) -> tuple[Array, ...]:
+    ciphertexts = None if noise is None else Ciphertexts(program, noise, key)
+    env = sample_values(program, tables, ciphertexts, sample)
+    outputs = [env[entry.value] for entry in program.outputs]
+    if ciphertexts is not None:
+        settled = [ciphertexts.settle(entry.value, x) for entry, x in zip(program.outputs, outputs)]
+        outputs = [ciphertexts.decrypt(i, x) for i, x in enumerate(settled)]
+    return tuple(x.astype(jnp.int64) for x in outputs)
+
+
+def sample_values(
+    program: IntProgram, tables: tuple[Array, ...], ciphertexts: Ciphertexts | None, sample: tuple[Array, ...]
+) -> dict[str, Array]:
+    """Every value of a program for one sample, by name: exact, or as encrypted runs have them."""
+    spare = 1 if ciphertexts is None else NOISY_REACH
+    limit = 2**31 // spare
+    dtype = jnp.int32 if all(v.low > -limit and v.high < limit for v in program.values.values()) else jnp.int64
     env = {entry.value: x.astype(dtype) for entry, x in zip(program.inputs, sample)}
     waiting = iter(tables)
     for instruction in program.instructions:
         args = [env[a] for a in instruction.args]
         if isinstance(instruction, Lookup):
-            result = _lookup(instruction, next(waiting), args[0])
+            read = _lookup if ciphertexts is None else ciphertexts.lookup
+            result = read(instruction, next(waiting), args[0])
+        elif isinstance(instruction, Round) and ciphertexts is not None:
+            result = ciphertexts.round(instruction, args[0])
         else:
-            result = _run(program, instruction, args)
+            if ciphertexts is not None:
+                args = [ciphertexts.settle(*pair) for pair in zip(instruction.args, args)]
+            result = _run(program, instruction, args, spare)
         env[instruction.out] = result.astype(dtype)
-    return tuple(env[entry.value].astype(jnp.int64) for entry in program.outputs)
+    return env
 
 
-def _run(program: IntProgram, instruction: Instruction, args: list[Array]) -> Array:
+def _run(program: IntProgram, instruction: Instruction, args: list[Array], spare: int) -> Array:
     x = args[0]
     shape = program.values[instruction.out].shape
     if isinstance(instruction, Gather):
         return _gather(instruction, args, shape)
     if isinstance(instruction, (MatMul, Convolution)):
-        return _linear(instruction, x, _float_type(program, instruction))
+        return _linear(instruction, x, _float_type(program, instruction, spare))
     if isinstance(instruction, SumLast):
         return jnp.sum(x, axis=-1, dtype=x.dtype)
     if isinstance(instruction, Shift):
@@ -122,7 +177,7 @@ def _gather(instruction: Gather, args: list[Array], shape: tuple[int, ...]) -> A
     return jnp.where(instruction.index < 0, instruction.fill.astype(values.dtype), values)
 
 
-def _float_type(program: IntProgram, instruction: MatMul | Convolution) -> Any:
+def _float_type(program: IntProgram, instruction: MatMul | Convolution, spare: int) -> Any:
     """The float type in which every partial sum is an exact integer: float products are far faster than integer ones."""
     value = program.values[instruction.args[0]]
     weight = np.abs(instruction.weight)
@@ -130,7 +185,7 @@ def _float_type(program: IntProgram, instruction: MatMul | Convolution) -> Any:
         terms = weight.sum(axis=-1 if instruction.left else -2)
     else:
         terms = weight.reshape(len(weight), -1).sum(axis=1)
-    reach = int(terms.max()) * max(abs(value.low), abs(value.high))
+    reach = int(terms.max()) * max(abs(value.low), abs(value.high)) * spare
     return jnp.float32 if reach < 2**24 else jnp.float64
 
 

@@ -61,6 +61,8 @@ class Leveled:
         outputs: nodes that are decrypted.
         tables: the table node of every lookup, by its value's name; -1 where the table is constant.
         extras: further tables that each lookup needs: those of exact rounding, or of a rounded value that is moved.
+        roundings: the tables that make a rounded value: one per bit that exact rounding removes, or the identity by which an
+            approximately rounded value is read by anything but a table.
         widths: width of every program value once concrete has made connected values equally wide.
     """
 
@@ -68,6 +70,7 @@ class Leveled:
     outputs: list[int] = field(default_factory=list)
     tables: dict[str, int] = field(default_factory=dict)
     extras: dict[str, list[int]] = field(default_factory=dict)
+    roundings: dict[str, list[int]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
 
     def add(self, node: Node) -> int:
@@ -114,6 +117,7 @@ class _Builder:
             if instruction.approximate:
                 self.at[name] = self.add("table", name, (self.at[name],), reads=self.cell(instruction))
                 self.waiting.setdefault(name, []).append(self.at[name])
+                self.made.roundings[name] = [self.at[name]]
         return self.at[name]
 
     def cell(self, instruction: Round) -> int:
@@ -148,6 +152,7 @@ class _Builder:
             lowest = self.add("linear", x, (node,), (2.0 ** (width - bit),))
             table = self.add("table", x, (lowest,), reads=0)
             self.waiting.setdefault(instruction.out, []).append(table)
+            self.made.roundings.setdefault(instruction.out, []).append(table)
             node = self.add("linear", x, (node, table), (1.0, 1.0))
         return node
 

@@ -1,0 +1,119 @@
+"""Noise in simulation, against the Gaussian's law and concrete's own simulation.
+
+Rates are compared within 5 standard deviations of the binomial (or of two): a right program fails one in a million times.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from test_cost import calibrated, program
+
+import fheq
+from fheq.optimizer.noise import failure, quantile
+
+KEY = jax.random.key(0)
+SIGMAS = 5
+
+
+def data(built: fheq.IntProgram, samples: int, seed: int = 0) -> np.ndarray:
+    (entry,) = built.inputs
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, int(np.max(entry.affine.qmax)) + 1, size=(samples, *entry.shape))
+
+
+def test_tables_fail_as_often_as_the_gaussian_says() -> None:
+    """The rate at which exact cells are left, by samples of one table whose entries tell neighbours apart."""
+    from fheq.failures import Ciphertexts
+
+    built = program("mlp", "none")
+    (lookup,) = built.lookups
+    deviation, draws = 0.3, 200_000
+    reader = Ciphertexts(built, fheq.noise(built, p_error=0.1), KEY)
+    inside = np.full(draws, (1 << lookup.bits) // 2)
+    cells = np.asarray(reader.cell(jax.numpy.asarray(inside), 0, lookup.bits, deviation)) - inside
+    expected = failure(deviation**2, 0.25, 1.0)
+    assert abs(np.mean(cells != 0) - expected) < SIGMAS * np.sqrt(expected / draws)
+    assert set(np.unique(cells)) <= {-2, -1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("rounding", ["none", "approximate", "exact"])
+@pytest.mark.parametrize("p_error", [0.1, 1e-5])
+def test_noise_is_within_its_bound_and_is_what_the_report_has(rounding: str, p_error: float) -> None:
+    built = program("residual", rounding)
+    found = fheq.noise(built, p_error)
+    bound = 1 / (2 * quantile(p_error))
+    assert found == fheq.cost(built, p_error).noise
+    assert set(found.tables) == {t.args[0] for t in built.lookups}
+    assert all(0 < v <= bound * (1 + 1e-9) for v in [*found.tables.values(), *found.outputs])
+
+
+def test_keys_decide_and_samples_are_independent() -> None:
+    built = program("mlp", "approximate")
+    q = data(built, 100)
+    noisy = lambda key, x: fheq.simulate(built, x, p_error=0.1, key=key)
+    first = noisy(KEY, q)
+    np.testing.assert_array_equal(first, noisy(KEY, q))
+    np.testing.assert_array_equal(first, fheq.simulate(built, q, noise=fheq.noise(built, 0.1), key=KEY))
+    np.testing.assert_array_equal(first[:7], noisy(KEY, q[:7]))  # whatever the size of the batch
+    np.testing.assert_array_equal(noisy(jax.random.PRNGKey(3), q), noisy(jax.random.PRNGKey(3), q))
+    assert np.any(first != noisy(jax.random.key(1), q))
+    same = noisy(KEY, np.repeat(q[:1], 100, axis=0))
+    assert len(np.unique(same, axis=0)) > 1
+
+
+def test_other_noise_compiles_nothing() -> None:
+    from fheq.simulate import _simulate
+
+    built = program("mlp", "approximate")
+    q = data(built, 10)
+    fheq.simulate(built, q, p_error=0.1, key=KEY)
+    before = _simulate._cache_size()
+    for p_error in (1e-2, 1e-3, 2.0**-40):
+        fheq.simulate(built, q, p_error=p_error, key=jax.random.key(5))
+    assert _simulate._cache_size() == before
+
+
+def test_without_failures_nothing_changes() -> None:
+    """Every channel's offset brings it into its width in the padding too: clear and encrypted runs agree."""
+    for kind in ("mlp", "residual"):
+        for rounding in ("none", "exact"):
+            built = program(kind, rounding)
+            graph, _ = calibrated(kind)
+            x = np.random.default_rng(9).normal(size=(100, *graph.inputs[0].type.shape[1:])).astype(np.float32)
+            q = built.quantize(x)
+            assert all(row.share == 0 for row in fheq.overflow(built, *q).rows)
+            np.testing.assert_array_equal(
+                fheq.simulate(built, *q), fheq.simulate(built, *q, p_error=1e-12, key=KEY), f"{kind} {rounding}"
+            )
+
+
+@pytest.mark.parametrize("rounding, p_error", [("approximate", 0.1), ("exact", 1e-5)])
+def test_concretes_simulation_errs_as_often(rounding: str, p_error: float) -> None:
+    """Out-of-range inputs of accumulators included: the data fill the inputs' ranges. Outputs of a sample are not
+    independent, so samples are counted."""
+    built = program("mlp", rounding)
+    q = data(built, 60)
+    exact = fheq.simulate(built, q)
+    ours = fheq.simulate(built, q, p_error=p_error, key=KEY)
+    theirs = fheq.compile(built, p_error=p_error).simulate(q, quantized=True)
+    rates = [np.mean(np.any(got != exact, axis=1)) for got in (ours, theirs)]
+    spread = np.sqrt(2 * max(rates[0] * (1 - rates[0]), 1 / len(q)) / len(q))
+    assert abs(rates[0] - rates[1]) <= SIGMAS * spread
+
+
+def test_overflow_is_counted_and_certified() -> None:
+    built = program("mlp", "approximate")
+    found = fheq.overflow(built, data(built, 2000))
+    (row,) = found.rows
+    assert row.certified != built.accumulators[row.accumulator].can_wrap
+    assert 0 < row.share < 0.5
+    assert "samples" in str(found) and row.accumulator in str(found)
+
+
+@pytest.mark.parametrize("options", [{"p_error": 0.1}, {"key": KEY}, {"p_error": 2.0, "key": KEY}])
+def test_bad_options(options: dict) -> None:
+    built = program("mlp", "approximate")
+    with pytest.raises(ValueError, match="p_error"):
+        fheq.simulate(built, data(built, 2), **options)
