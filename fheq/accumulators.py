@@ -18,6 +18,7 @@ from fheq.integers import (
     accumulator_decoder,
     add_multipliers,
     apply_form,
+    array_namespace,
     operand_axis,
     operand_decoder,
     quantize_weight,
@@ -197,6 +198,24 @@ def accumulator_affine(layout: Plan, qparams: QParams, step: Step, bounds: Bound
         scale, zero_point = scale[0], zero_point[0]
     whole = lambda v: np.full_like(scale, v)
     return Affine(scale, zero_point, whole(0.0), whole(2.0**width - 1), np.asarray(float(lsbs)), axis, rounding=mode)
+
+
+def same_range(layout: Plan, qparams: QParams) -> QParams:
+    """The accumulators brought to the units that the other quantizers now give them, their ranges centred as before.
+
+    For quantizers that were edited after `fit`; leaves may be tracers.
+    """
+    accumulators = {}
+    for step in layout.steps:
+        if makes_accumulator(step):
+            a, axis = qparams.accumulators[step.out], channel_axis(layout, step.out)
+            scale = accumulator_decoder(layout, qparams, step)[0]
+            xp = array_namespace(scale)
+            unit = xp.ravel(first_of_channel(xp.broadcast_to(scale, step.shape), axis)).reshape(np.shape(a.scale))
+            unit = xp.maximum(xp.abs(unit), 1e-30)
+            middle = (a.qmin + a.qmax) / 2
+            accumulators[step.out] = replace(a, scale=unit, zero_point=middle - a.scale * (middle - a.zero_point) / unit)
+    return replace(qparams, accumulators=accumulators)
 
 
 def first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:

@@ -170,7 +170,8 @@ class _Lowering:
         axis = channel_axis(self.layout, step.out)
         unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
         floor = affine.scale * (affine.qmin - affine.zero_point)  # real value at the lower end
-        shift = -np.round((floor - constant) / np.where(unit == 0, 1, unit))
+        cell = 2.0 ** np.max(affine.lsbs)  # whole cells: the offset must not change what rounding does
+        shift = -np.round((floor - constant) / np.where(unit == 0, 1, unit) / cell) * cell
         bits = max(1, int(np.max(affine.qmax - affine.qmin)).bit_length())
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fheq.accumulators import same_range
 from fheq.batching import check_arrays
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
@@ -139,7 +140,8 @@ def applied(layout: Plan, qparams: QParams, learned: Learned) -> tuple[Plan, QPa
         name: replace(a, scale=a.scale * xp.exp(learned.scales[name])) if name in learned.scales else a
         for name, a in qparams.tensors.items()
     }
-    return replace(layout, steps=steps), replace(qparams, tensors=tensors)
+    tuned = replace(layout, steps=steps)
+    return tuned, same_range(tuned, replace(qparams, tensors=tensors))
 
 
 class Targets(NamedTuple):
