@@ -21,6 +21,7 @@ from fheq.integers import (
     operand_decoder,
     quantize_weight,
 )
+from fheq.passes import simplify
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams
@@ -42,7 +43,7 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
     layout = plan(graph)
     _check(layout, qparams)
     qparams = unsigned(qparams)
-    return _Lowering(layout, qparams).program(graph)
+    return simplify(_Lowering(layout, qparams).program(graph))
 
 
 def _check(layout: Plan, qparams: QParams) -> None:
