@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fheq.passes.dead_elements import without_dead_elements
 from fheq.passes.liveness import live_elements
+from fheq.passes.numbering import first_equals
 from fheq.passes.ranges import element_ranges
 from fheq.program import IntProgram
 
@@ -15,6 +14,6 @@ def simplify(program: IntProgram) -> IntProgram:
     ranges = element_ranges(program)
     known = {name: low == high for name, (low, high) in ranges.items()}
     integers = {name: low for name, (low, _) in ranges.items()}
-    first = {name: np.arange(mask.size) for name, mask in known.items()}
+    first = first_equals(program, known, integers)
     live = live_elements(program, known, first)
     return without_dead_elements(program, live, known, integers, first)
