@@ -212,7 +212,7 @@ def _what(instruction: Instruction) -> tuple[Any, ...]:
 
 
 def _digest(array: np.ndarray) -> tuple[Any, ...]:
-    return array.shape, array.dtype.str, blake2b(np.ascontiguousarray(array)).digest()
+    return array.shape, array.dtype.str, blake2b(array.tobytes()).digest()
 
 
 def _product_range(value: Value, down: np.ndarray, up: np.ndarray) -> tuple[int, int]:

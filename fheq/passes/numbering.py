@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fheq.passes.rows import distinct
 from fheq.program import (
     Convolution,
     Gather,
@@ -47,8 +48,7 @@ def first_equals(
             first[instruction.out] = np.arange(len(found))
         else:
             keys = _keys(instruction, args, shape, program.values[instruction.args[0]].shape)
-            _, at, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-            which = which.ravel()
+            at, which = distinct(keys)
             first[instruction.out] = at[which]
             found = count + which
             count += len(at)
@@ -108,4 +108,4 @@ def _convolution_keys(instruction: Convolution, shape: tuple[int, ...]) -> np.nd
 
 def _classes(rows: np.ndarray) -> np.ndarray:
     """The class of each row; equal rows are of one class."""
-    return np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+    return distinct(rows)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fheq.passes.linear_maps import apply_weight
+from fheq.passes.rows import distinct
 from fheq.program import (
     Convolution,
     Gather,
@@ -87,7 +88,7 @@ def _looked_up(instruction: Lookup, low: np.ndarray, high: np.ndarray) -> Range:
     first, last = reached(instruction, low, high)
     group = np.broadcast_to(instruction.group, low.shape)
     reads = np.stack([group.ravel(), first.ravel(), last.ravel()], axis=1)
-    reads, which = np.unique(reads, axis=0, return_inverse=True)
-    rows = [instruction.table[g, a : b + 1] for g, a, b in reads]
+    at, which = distinct(reads)
+    rows = [instruction.table[g, a : b + 1] for g, a, b in reads[at]]
     smallest, largest = (np.array([f(row) for row in rows], np.int64) for f in (np.min, np.max))
     return smallest[which].reshape(low.shape), largest[which].reshape(low.shape)
