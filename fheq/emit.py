@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ class Emitter:
     def __init__(self) -> None:
         self.values: dict[str, Value] = {}
         self._instructions: list[Instruction] = []
-        self._rounded: dict[tuple[str, int, bool], str] = {}
+        self._made: dict[tuple[Any, ...], str] = {}
 
     def finish(self, outputs: Sequence[str]) -> tuple[Instruction, ...]:
         """The instructions that the outputs need, in order; values that nobody needs are dropped."""
@@ -149,16 +151,11 @@ class Emitter:
         return self._add(Plus(self._name("plus"), (a, b), sign), x.shape, low, high)
 
     def round(self, x: str, lsbs: int, approximate: bool) -> str:
-        """Removes low bits; the same value is rounded once, however many tables read it."""
+        """Removes low bits."""
         if lsbs == 0:
             return x
-        key = (x, lsbs, approximate)
-        if key not in self._rounded:
-            value = self.values[x]
-            self._rounded[key] = self._add(
-                Round(self._name("round"), (x,), lsbs, approximate), value.shape, 0, value.high >> lsbs << lsbs
-            )
-        return self._rounded[key]
+        high = self.values[x].high >> lsbs << lsbs
+        return self._add(Round(self._name("round"), (x,), lsbs, approximate), self.values[x].shape, 0, high)
 
     def lookup(
         self, x: str, table: np.ndarray, group: np.ndarray, lsbs: int, bits: int, origin: str, accumulator: str = ""
@@ -218,8 +215,23 @@ class Emitter:
         return name
 
     def _add(self, instruction: Instruction, shape: tuple[int, ...], low: int, high: int) -> str:
+        """Appends an instruction, unless one that makes the same of the same is there already."""
+        key = (*_what(instruction), shape, low, high)
+        if key in self._made:
+            return self._made[key]
+        self._made[key] = instruction.out
         self._instructions.append(instruction)
         return self._value(instruction.out, shape, low, high)
+
+
+def _what(instruction: Instruction) -> tuple[Any, ...]:
+    """What an instruction computes, whatever its result and, for a table, what it stands for are called."""
+    parts = [getattr(instruction, f.name) for f in fields(instruction) if f.name not in ("out", "origin", "accumulator")]
+    return type(instruction), *(_digest(part) if isinstance(part, np.ndarray) else part for part in parts)
+
+
+def _digest(array: np.ndarray) -> tuple[Any, ...]:
+    return array.shape, array.dtype.str, blake2b(array.tobytes()).digest()
 
 
 def _product_range(value: Value, down: np.ndarray, up: np.ndarray) -> tuple[int, int]:

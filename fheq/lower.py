@@ -22,6 +22,7 @@ from fheq.integers import (
     quantize_weight,
 )
 from fheq.optimizer.leveled import WIDEST_CAST
+from fheq.passes import simplify
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams
@@ -43,7 +44,7 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
     layout = plan(graph)
     _check(layout, qparams)
     qparams = unsigned(qparams)
-    return _Lowering(layout, qparams).program(graph)
+    return simplify(_Lowering(layout, qparams).program(graph))
 
 
 def _check(layout: Plan, qparams: QParams) -> None:
