@@ -162,7 +162,7 @@ def sweep(
         QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
     """
     layout = plan(graph)
-    count = configurations(qparams)
+    count, qparams = configurations(qparams), _uniform(qparams)
     blocks = _blocks(graph, inputs, targets, batch_size)
     names = None if tensors is None else _known(layout, tensors)
     measures = {name: as_score(score) for name, score in scores.items()}
@@ -170,7 +170,8 @@ def sweep(
     chunk = min(chunk, count)
     found = []
     for start in track(range(0, count, chunk), "sweeping", progress):
-        sums = _sums(graph, static, names, _part(qparams, start, chunk), blocks)
+        at = np.minimum(np.arange(start, start + chunk), count - 1)  # the last one is repeated to fill
+        sums = _sums(graph, static, names, jax.tree.map(partial(np.take, indices=at, axis=0), qparams), blocks)
         found.append([np.asarray(v, np.float64).sum(axis=0)[: count - start] for v in jax.tree.leaves(sums)])
     n = int(np.sum(blocks[2]))
     means = jax.tree.unflatten(jax.tree.structure(sums), [np.concatenate(v) / n for v in zip(*found)])
@@ -193,12 +194,11 @@ def configurations(qparams: QParams) -> int:
     return next(iter(sizes))
 
 
-def _part(qparams: QParams, start: int, size: int) -> QParams:
-    """Configurations from `start` on, the last one repeated to fill; what does not matter to values is made equal."""
-    at = np.minimum(np.arange(start, start + size), configurations(qparams) - 1)
-    part = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float))[at], qparams)
+def _uniform(qparams: QParams) -> QParams:
+    """Leaves on the host in one type, and what does not matter to values made equal: all configurations compile to one."""
+    leaves = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.result_type(float)), qparams)
     is_affine = lambda x: isinstance(x, affine.Affine)
-    return jax.tree.map(lambda a: replace(a, rounding="exact"), part, is_leaf=is_affine)
+    return jax.tree.map(lambda a: replace(a, rounding="exact"), leaves, is_leaf=is_affine)
 
 
 def _finish(score: Score, means: Any) -> Any:
