@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from fheq import post_training as post_training
 from fheq.affine import Affine as Affine
+from fheq.attribute import Attribution as Attribution
+from fheq.attribute import attribute as attribute
 from fheq.calibrate import CalibrationWarning as CalibrationWarning
 from fheq.calibrate import calibrate as calibrate
 from fheq.check import Problem as Problem

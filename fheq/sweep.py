@@ -264,8 +264,12 @@ def _exact(graph: Graph, names: tuple[str, ...] | None, *sample: Array) -> Any:
 
 
 def _quantized(layout: Plan, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
+    ports = layout.graph.outputs
+    found = {port.name: v for port, v in zip(ports, output_values(layout, qparams, env))}
     if names is None:
-        found = output_values(layout, qparams, env)
-        return unwrap([v.reshape(port.shape) for port, v in zip(layout.graph.outputs, found)])
-    read = lambda name: affine.fake_quant(qparams.tensors[name], env[name]) if name in layout.points else env[name]
-    return {name: read(name) for name in names}
+        return unwrap([found[port.name].reshape(port.shape) for port in ports])
+    for name in names:
+        if name not in found:
+            planted = name in layout.points  # read as quantized, made as real
+            found[name] = affine.fake_quant(qparams.tensors[name], env[name]) if planted else env[name]
+    return {name: found[name] for name in names}
