@@ -21,6 +21,10 @@ from fheq.circuit import Circuit as Circuit
 from fheq.circuit import compile as compile
 from fheq.cost import Report as Report
 from fheq.cost import cost as cost
+from fheq.edits import chain as chain
+from fheq.edits import masked as masked
+from fheq.edits import partition as partition
+from fheq.edits import select as select
 from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant
@@ -40,6 +44,7 @@ from fheq.spec import Override as Override
 from fheq.spec import Rounding as Rounding
 from fheq.spec import Spec as Spec
 from fheq.spec import Symmetry as Symmetry
+from fheq.sweep import Results as Results
 from fheq.sweep import grid as grid
 from fheq.sweep import stack as stack
 from fheq.sweep import sweep as sweep
