@@ -31,6 +31,8 @@ from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
+from fheq.many import Compiled as Compiled
+from fheq.many import compile_many as compile_many
 from fheq.observers import MeanSquaredError as MeanSquaredError
 from fheq.observers import MinMax as MinMax
 from fheq.observers import Percentile as Percentile

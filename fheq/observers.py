@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -109,6 +110,13 @@ def merge(a: TensorStats, b: TensorStats) -> TensorStats:
         a.squares + b.squares,
         a.histogram + b.histogram,
     )
+
+
+def merge_over(stats: TensorStats, axis: str) -> TensorStats:
+    """`merge` over the devices along an axis of a mesh, inside of `jax.shard_map`."""
+    add = lambda leaf: jax.lax.psum(leaf, axis)
+    least, most = jax.lax.pmin(stats.minimum, axis), jax.lax.pmax(stats.maximum, axis)
+    return TensorStats(add(stats.count), least, most, add(stats.total), add(stats.squares), add(stats.histogram))
 
 
 def per_tensor(stats: TensorStats) -> TensorStats:
