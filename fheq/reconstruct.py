@@ -85,6 +85,21 @@ def reconstruct(
     Raises:
         DataError: the data do not fit.
     """
+    learned = tune(graph, qparams, *inputs, key=key, p_error=p_error, teacher=teacher, training=training, progress=progress)
+    return with_learned(graph, qparams, learned)
+
+
+def tune(
+    graph: Graph,
+    qparams: QParams,
+    *inputs: Array,
+    key: Array,
+    p_error: float,
+    teacher: Graph | None,
+    training: Training | None,
+    progress: bool | None,
+) -> Learned:
+    """What `reconstruct` learns, with its arguments; on the host."""
     training = training or Training()
     if training.steps < 1:
         raise DataError(f"training.steps must be at least 1, got {training.steps}")
@@ -92,17 +107,22 @@ def reconstruct(
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     task = _Task(layout, qparams, _targets(layout, teacher or graph, data), 1 / (2 * quantile(p_error)), training)
-    if not task.initial.weights:
-        return graph, qparams
-    moved, state = jax.tree.map(jnp.zeros_like, task.initial), None
+    moved = jax.tree.map(jnp.zeros_like, task.initial)
     optimizer = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
     state = optimizer.init(moved)
     run = jax.jit(partial(_train, task, optimizer))
     for at in track(range(0, training.steps, BLOCK), "reconstructing", progress):
-        moved, state = run(moved, state, data, jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at)))
-    learned = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
+        moved, state = run(
+            moved, state, data, jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
+        )
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
+
+
+def with_learned(graph: Graph, qparams: QParams, learned: Learned) -> tuple[Graph, QParams]:
+    """The graph and the quantizers with what `tune` learned for them."""
+    layout = plan(graph)
     tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
-    changed = {step.out: step for step in tuned.steps if step.out in learned.weights}
+    changed = {s.out: s for s in tuned.steps if isinstance(s, Linear) and s.out in learned.weights}
     return with_weights(layout.graph, changed), qparams
 
 
