@@ -84,8 +84,8 @@ class Activation:
             if self.name == "Affine":
                 return algebra.apply("Add", algebra.apply("Mul", x, alpha), beta)
             return algebra.apply("Mul", algebra.apply("Tanh", algebra.apply("Mul", x, beta)), alpha)
-        given = (("alpha", self.alpha), ("beta", self.beta))
-        return algebra.apply(self.name, x, **{key: value for key, value in given if value is not None})
+        given: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta}
+        return algebra.apply(self.name, x, **{key: value for key, value in given.items() if value is not None})
 
 
 def activations_of(node: Node) -> list[tuple[Activation, ...]]:
@@ -260,7 +260,7 @@ def unroll(
     ]
     hidden, count = parameters[1].shape[-1], len(directions)
     every = [y for t in range(time) for y in (d[0][t] for d in directions)]
-    results = [(every, (time, count, samples, hidden), (2, 0, 1, 3))]
+    results: list[tuple[Any, ...]] = [(every, (time, count, samples, hidden), (2, 0, 1, 3))]
     results += [([d[k] for d in directions], (count, samples, hidden), (1, 0, 2)) for k in range(1, len(_outputs(node)))]
     names = names or ["y"] * len(results)
     return [

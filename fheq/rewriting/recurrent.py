@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
 from fheq.ops.recurrent import GATES, Values, sizes_of, unroll
 from fheq.rewriting.edit import Draft
@@ -30,11 +31,16 @@ class Nodes:
 
 
 def _recurrent(draft: Draft, node: Node) -> bool:
-    """One Gemm, some tables and a few products per time step."""
+    """One Gemm, some tables and a few products per time step.
+
+    Raises:
+        UnsupportedError: weights that depend on data.
+    """
     x, w, r, b, lengths, h, c, p = (*node.inputs, *[""] * 8)[:8]
     known = draft.constants
-    if x in known or any(name and name not in known for name in (w, r, b, p, lengths)):
-        return False
+    computed = [name for name in (w, r, b, p, lengths) if name and name not in known]
+    if computed:
+        raise UnsupportedError(f"{describe(node)}: its weights {computed} depend on data; fheq takes known weights here")
 
     def state(name: str) -> str | None:
         """A state; None for zero."""
