@@ -77,7 +77,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 ACTIVATIONS = {
     "relu family": (["HardSigmoid", "LeakyRelu", "Elu"], {"activation_alpha": [0.3, 0.2, 0.9], "activation_beta": [0.4]}),
-    "defaults": (["hardsigmoid", "Softsign", "RELU"], {}),
+    "defaults": (["HardSigmoid", "Softsign", "Relu"], {}),
     "affine": (["Affine", "ScaledTanh", "Softplus"], {"activation_alpha": [0.3, 0.8], "activation_beta": [0.1, 0.7]}),
 }
 CASES = {f"{op}, {name}": recurrent(op, **form) for op in GATES for name, form in FORMS.items()} | {
