@@ -185,7 +185,7 @@ def _affine(
         scale = _scale(low, high, bits)
     else:
         scale = np.max([scales[m] for m in members], axis=0)
-        if _read_beyond_sums(layout, key):
+        if sharing.group[key] not in sharing.exact and _read_beyond_sums(layout, key):
             scale = scale / finer(scale, scales[key])
     return affine_between(low, high, scale, bits, axis)
 

@@ -132,12 +132,13 @@ class Elements:
         """
         size = int(np.prod(self._graph.types[tensor].shape))
         columns: list[np.ndarray] = []
-        seen: set[tuple[str, bytes]] = set()
+        seen: set[tuple[str, bytes, bytes]] = set()
 
         def visit(name: str, need: np.ndarray, at: np.ndarray) -> None:
-            if (name, need.tobytes()) in seen:
+            key = name, need.tobytes(), at.tobytes()  # the same elements may be read again for other places
+            if key in seen:
                 return
-            seen.add((name, need.tobytes()))
+            seen.add(key)
 
             def add(values: np.ndarray) -> None:
                 column = np.full(size, -1, np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import build_models
@@ -10,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from build_models import model, node
+from models import prepared
 
 import fheq
-from fheq.check import problem
+from fheq.check import problem, survey
 from fheq.errors import FheqError, ModelError, UnsupportedError
 
 
@@ -118,3 +120,21 @@ def test_errors_taken_apart(error: FheqError, expected: tuple[str, str, str]):
     found = problem(error)
     assert (found.node, found.cause) == expected[:2]
     assert expected[2] in found.remedy
+
+
+@pytest.mark.parametrize(
+    "name", ["activation_with_branches", "product_of_two_inputs", "max_and_min_of_two", "residual_with_different_scales"]
+)
+def test_predicted_tables_are_those_of_the_program(name: str):
+    ready = prepared(name)
+    program = fheq.lower(ready.graph, fheq.fit(ready.graph, ready.stats, 4))
+    applied = sum(math.prod(program.values[lookup.out].shape) for lookup in program.lookups)
+    tables = survey(ready.proto).tables
+    assert tables is not None and sum(tables.values()) == applied
+
+
+def test_a_survey_of_a_bad_model_says_what_it_takes():
+    found = survey(CASES["open shape"][0])
+    assert found.inputs == (("x", "float32", ("N", "width")),)
+    assert (found.outputs, dict(found.ops), found.tables) == ((), {"Relu": 1}, None)
+    assert len(found.problems) == 1

@@ -48,17 +48,39 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 
 def test_check(files: dict[str, str], capsys):
-    assert run(capsys, "check", files["m.onnx"]) == (0, f"{files['m.onnx']}: no problems found\n", "")
+    code, out, err = run(capsys, "check", files["m.onnx"])
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "input      x: float32 (N, 2)",
+        "output     y: float32 (N, 2)",
+        "operators  MatMul 1, Relu 1",
+        "tables     2 for one sample (activations 2)",
+        "widths     up to 2 n + 1 bits at n bits: sums have up to 2 terms",
+        "no problems found",
+    ]
     code, out, _ = run(capsys, "check", files["bad.onnx"])
     assert code == 1
-    assert out.startswith("1. node 'make_y' (ArgMax, output 'y')\n   problem: ")
+    assert out.startswith("input      x: float32 (N, 2)\n")
+    assert "operators  ArgMax 1\n1. node 'make_y' (ArgMax, output 'y')\n   problem: " in out
     assert "   remedy: " in out
     assert max(map(len, out.splitlines())) <= 80
 
 
 def test_check_json(files: dict[str, str], capsys):
     code, out, _ = run(capsys, "check", files["m.onnx"], "--json")
-    assert (code, json.loads(out)) == (0, {"model": files["m.onnx"], "ok": True, "problems": []})
+    assert (code, json.loads(out)) == (
+        0,
+        {
+            "model": files["m.onnx"],
+            "ok": True,
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", 2]}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": ["N", 2]}],
+            "operators": {"MatMul": 1, "Relu": 1},
+            "tables": {"activations": 2, "products": 0, "maxima": 0},
+            "largest_sum": 2,
+            "problems": [],
+        },
+    )
     code, out, _ = run(capsys, "check", "--json", files["bad.onnx"])
     assert code == 1
     (found,) = json.loads(out)["problems"]

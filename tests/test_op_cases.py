@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,9 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from build_models import node_cases
 from jax.experimental import enable_x64
 from onnx import defs, helper, numpy_helper
-from onnx.backend.test.loader import load_model_tests
 from onnx.reference import ReferenceEvaluator
 
 import fheq
@@ -74,10 +73,7 @@ def onnx_cases() -> tuple[Case, ...]:
     """The operator cases of the onnx package for operators with a row."""
     names = {(row.domain, row.name) for row in rows()}
     cases = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = load_model_tests(kind="node")
-    for case in found:
+    for case in node_cases():
         nodes = case.model.graph.node
         if len(nodes) != 1 or (nodes[0].domain, nodes[0].op_type) not in names:
             continue
@@ -377,5 +373,5 @@ def test_rows_start_where_their_schema_does() -> None:
 
 def test_exclusions_match() -> None:
     """The exclusions still exclude something."""
-    names = [case.name for case in load_model_tests(kind="node")]
+    names = [case.name for case in node_cases()]
     assert [p for p in EXCLUDED if not any(re.search(p, name, re.IGNORECASE) for name in names)] == []

@@ -13,7 +13,7 @@ import numpy as np
 
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting import primitives
+from fheq.rewriting import primitives, recurrent
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.primitives import CODES
 
@@ -262,4 +262,5 @@ RULES = {
     "Pow": _power,
     "Where": _where,
     **primitives.RULES,
+    **recurrent.RULES,
 }
