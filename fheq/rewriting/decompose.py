@@ -11,9 +11,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting import primitives
+from fheq.rewriting import einsum, matrices, normalizations, primitives, scatter, selection
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.primitives import CODES
 
@@ -21,11 +20,7 @@ COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
 def decompose(graph: Graph) -> Graph:
-    """The graph in simple operators; the same values up to rounding (Softmax overflows where exp does).
-
-    Raises:
-        UnsupportedError: Pow with base and exponent both computed.
-    """
+    """The graph in simple operators; the same values up to rounding."""
     draft = Draft(graph, hook=_rewritten)
     for node in graph.nodes:
         draft.write(node)
@@ -79,11 +74,19 @@ def _division(draft: Draft, node: Node) -> bool:
 
 
 def _power(draft: Draft, node: Node) -> bool:
-    if _computed(draft, node.inputs):
-        raise UnsupportedError(
-            f"{describe(node)}: base and exponent both depend on data; use a known exponent, or Exp and Log"
-        )
-    return False
+    """a ** b of two computed tensors, for a above 0: exp(b * log(a))."""
+    a, b = node.inputs
+    if not _computed(draft, (b,)):
+        return False
+    kind = draft.types[node.outputs[0]].dtype
+    if not _is_float(draft, a):
+        return False
+    if a in draft.constants:
+        log = draft.constant(f"{a}/log", np.log(draft.constants[a]))
+    else:
+        log = draft.apply(node, "Log", a)
+    draft.apply(node, "Exp", draft.apply(node, "Mul", _cast(draft, node, b, kind), log), out=node.outputs[0])
+    return True
 
 
 def _comparison(draft: Draft, node: Node) -> bool:
@@ -261,5 +264,10 @@ RULES = {
     "PRelu": _prelu,
     "Pow": _power,
     "Where": _where,
+    **einsum.RULES,
+    **matrices.RULES,
+    **normalizations.RULES,
     **primitives.RULES,
+    **scatter.RULES,
+    **selection.RULES,
 }
