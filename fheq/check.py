@@ -14,6 +14,7 @@ from fheq.graph import Graph, Node
 from fheq.plan import Planner, plan
 from fheq.rewrites import decompose
 from fheq.steps import Linear
+from fheq.tail import split_tail
 
 if TYPE_CHECKING:
     from fheq.onnx.loading import Source
@@ -94,13 +95,13 @@ def _not_a_number(graph: Graph) -> Iterator[FheqError]:
 def _unplanned(graph: Graph) -> list[FheqError]:
     """Nodes without an integer form, and what lowering refuses whatever the data."""
     try:
-        collector = _Collector(decompose(graph))
+        collector = _Collector(decompose(split_tail(graph)[0]))
         if collector.errors:
             return collector.errors
         layout = plan(graph)
     except FheqError as error:
         return [error]
-    missing = [port.name for port in graph.outputs if port.name not in layout.regions]
+    missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]
     errors: list[FheqError] = [
         UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
     ]

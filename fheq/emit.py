@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Emitter:
     def __init__(self) -> None:
         self.values: dict[str, Value] = {}
         self._instructions: list[Instruction] = []
-        self._rounded: dict[tuple[str, int, bool], str] = {}
+        self._made: dict[tuple[Any, ...], str] = {}
 
     def finish(self, outputs: Sequence[str]) -> tuple[Instruction, ...]:
         """The instructions that the outputs need, in order; values that nobody needs are dropped."""
@@ -133,13 +134,9 @@ class Emitter:
         """Removes low bits; the same value is rounded once, however many tables read it."""
         if lsbs == 0:
             return x
-        key = (x, lsbs, approximate)
-        if key not in self._rounded:
-            value = self.values[x]
-            self._rounded[key] = self._add(
-                Round(self._name("round"), (x,), lsbs, approximate), value.shape, 0, value.high >> lsbs << lsbs
-            )
-        return self._rounded[key]
+        value = self.values[x]
+        made = Round(self._name("round"), (x,), lsbs, approximate)
+        return self._add(made, value.shape, 0, value.high >> lsbs << lsbs)
 
     def lookup(
         self, x: str, table: np.ndarray, group: np.ndarray, lsbs: int, bits: int, origin: str, accumulator: str = ""
@@ -199,8 +196,19 @@ class Emitter:
         return name
 
     def _add(self, instruction: Instruction, shape: tuple[int, ...], low: int, high: int) -> str:
-        self._instructions.append(instruction)
-        return self._value(instruction.out, shape, low, high)
+        """Adds an instruction, unless there is one that computes the same: maximum and minimum share their comparisons."""
+        key = (_content(instruction), shape, low, high)
+        if key not in self._made:
+            self._instructions.append(instruction)
+            self._made[key] = self._value(instruction.out, shape, low, high)
+        return self._made[key]
+
+
+def _content(instruction: Instruction) -> tuple[Any, ...]:
+    """What an instruction computes, hashable: all but the name of its result."""
+    values = (getattr(instruction, f.name) for f in fields(instruction) if f.name not in ("out", "origin", "accumulator"))
+    plain = ((v.shape, v.dtype.str, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
+    return type(instruction), *plain
 
 
 def _product_range(value: Value, down: np.ndarray, up: np.ndarray) -> tuple[int, int]:

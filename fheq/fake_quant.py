@@ -11,7 +11,7 @@ import numpy as np
 
 from fheq import affine
 from fheq.batching import join, over_samples
-from fheq.evaluate import unwrap
+from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
 from fheq.integers import (
     accumulator_decoder,
@@ -69,7 +69,11 @@ def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]
     for port in layout.graph.outputs:
         operand = layout.outputs.get(port.name)
         outputs.append(read(port.name) if operand is None else operand_values(qparams, operand, env))
-    return tuple(outputs)
+    if layout.tail is None:
+        return tuple(outputs)
+    named = dict(zip((port.name for port in layout.graph.outputs), outputs))
+    found = evaluate_sample(layout.tail, *(named[port.name] for port in layout.tail.inputs))
+    return tuple(named.get(port.name, value) for port, value in zip(layout.tail.outputs, found))
 
 
 def operand_values(qparams: QParams, operand: Operand, env: dict[str, Array]) -> Array:

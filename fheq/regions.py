@@ -71,6 +71,19 @@ def broadcast_elements(shape: tuple[int, ...], out: tuple[int, ...]) -> np.ndarr
     return np.broadcast_to(np.arange(int(np.prod(shape))).reshape(shape), out).ravel()
 
 
+def is_boolean(graph: Graph, name: str) -> bool:
+    """Whether a tensor holds nothing but 0 and 1, being made from a comparison."""
+    producers = graph.producers()
+    node = producers.get(name)
+    while node is not None:
+        if graph.types[node.outputs[0]].dtype == np.bool_:
+            return True
+        if node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT:
+            return False
+        node = producers.get(node.inputs[0])
+    return False
+
+
 class Elements:
     """Evaluates chosen elements of the tensors of one graph as functions of source elements.
 

@@ -10,26 +10,24 @@ from fheq.graph import Node
 from fheq.ops.normalizations import lrn_pads
 from fheq.ops.windows import covered, window_of
 from fheq.rewriting.edit import Draft
-from fheq.rewriting.primitives import reduced, scalar, square
+from fheq.rewriting.primitives import log_sum_exp, reduced, scalar, square
 
 INT64 = np.dtype(np.int64)
 
 
 def _softmax(draft: Draft, node: Node) -> bool:
-    """Softmax and LogSoftmax; before opset 13 over `axis` and all that follow.
+    """Softmax as exp(x - t) and LogSoftmax as x - t, where t = log(sum(exp(x))); before opset 13 over `axis` and all that
+    follow.
 
-    The maximum is taken off first, as everybody does: else the powers of a row are all tiny where those of others are not.
+    Without a product of encrypted tensors: exp(x) / sum(exp(x)) takes two tables more for each element.
     """
     x, out, rank = node.inputs[0], node.outputs[0], len(draft.types[node.inputs[0]].shape)
     axis = node.attrs["axis"] % rank if rank else 0
-    axes = (axis,) if node.version >= 13 else tuple(range(axis, rank))
-    below = draft.apply(node, "Sub", x, reduced(draft, node, "ReduceMax", x, axes))
-    powers = draft.apply(node, "Exp", below)
-    total = reduced(draft, node, "ReduceSum", powers, axes)
+    total = log_sum_exp(draft, node, x, (axis,) if node.version >= 13 else tuple(range(axis, rank)))
     if node.op == "LogSoftmax":
-        draft.apply(node, "Sub", below, draft.apply(node, "Log", total), out=out)
+        draft.apply(node, "Sub", x, total, out=out)
     else:
-        draft.apply(node, "Mul", powers, draft.apply(node, "Reciprocal", total), out=out)
+        draft.apply(node, "Exp", draft.apply(node, "Sub", x, total), out=out)
     return True
 
 

@@ -44,21 +44,33 @@ def square(draft: Draft, node: Node, x: str) -> str:
     return draft.apply(node, "Mul", x, x)
 
 
+def log_sum_exp(draft: Draft, node: Node, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
+    """m + log(sum(exp(x - m))) for the maximum m: without it the powers of one row are all tiny where another's are not."""
+    top = reduced(draft, node, "ReduceMax", x, axes)
+    powers = draft.apply(node, "Exp", draft.apply(node, "Sub", x, top))
+    rest = draft.apply(node, "Log", reduced(draft, node, "ReduceSum", powers, axes, keep))
+    if not keep:
+        shape = draft.constant(f"{node.outputs[0]}/shape", draft.types[rest].shape, np.dtype(np.int64))
+        top = draft.apply(node, "Reshape", top, shape, allowzero=1)
+    return draft.apply(node, "Add", rest, top, out=out)
+
+
 def _reduction(draft: Draft, node: Node) -> bool:
     """ReduceL1, L2, LogSum, LogSumExp, SumSquare: an elementwise op, ReduceSum, an elementwise op."""
     axes = _axes(draft, node)
     if axes is None:
         return False
     x, out, keep = node.inputs[0], node.outputs[0], bool(node.attrs["keepdims"])
+    if node.op == "ReduceLogSumExp":
+        log_sum_exp(draft, node, x, axes, keep, out)
+        return True
     if node.op == "ReduceL1":
         before = draft.apply(node, "Abs", x)
-    elif node.op == "ReduceLogSumExp":
-        before = draft.apply(node, "Exp", x)
     elif node.op == "ReduceLogSum":
         before = x
     else:
         before = square(draft, node, x)
-    after = {"ReduceL2": "Sqrt", "ReduceLogSum": "Log", "ReduceLogSumExp": "Log"}.get(node.op, "")
+    after = {"ReduceL2": "Sqrt", "ReduceLogSum": "Log"}.get(node.op, "")
     total = reduced(draft, node, "ReduceSum", before, axes, keep, out="" if after else out)
     if after:
         draft.apply(node, after, total, out=out)
