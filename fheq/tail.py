@@ -49,7 +49,7 @@ def _tail(graph: Graph) -> tuple[Node, ...]:
 
 
 def _is_simple(graph: Graph, node: Node) -> bool:
-    """Whether it computes little and tells no weights: a selection by one-hot rows, as import makes of Gather, does so too."""
+    """Whether it is for a client: it has no weights. A selection by one-hot rows, as import makes of Gather, counts too."""
     selects = node.op == "MatMul" and is_boolean(graph, node.inputs[0])
     return lookup(node).kind in _SIMPLE or selects
 

@@ -118,7 +118,7 @@ def einsum_terms(node: Node, ranks: list[int]) -> tuple[list[str], str]:
     if len(terms) != len(ranks) or any(not set(t.replace("...", "")) <= set(ascii_letters) for t in (*terms, right)):
         raise ValueError(f"the equation {equation!r} does not fit {len(ranks)} inputs")
     widths = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks)]
-    if any(width and "..." not in term or width < 0 for term, width in zip(terms, widths)):
+    if any((width and "..." not in term) or width < 0 for term, width in zip(terms, widths)):
         raise ValueError(f"the equation {equation!r} does not fit inputs of {ranks} axes")
     wide = digits[: max([w for t, w in zip(terms, widths) if "..." in t], default=0)]
     if not arrow:

@@ -145,12 +145,16 @@ def axis_matrices(node: Node, shape: tuple[int, ...], known: Sequence[np.ndarray
     Args:
         known: the node's inputs after the first.
     """
-    if node.attrs.get("extrapolation_value", 0.0) and node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+    crops = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    if crops and node.attrs["extrapolation_value"]:
         return None
     roi, scales, sizes = (None, *known, None)[:3] if len(known) < 2 else (*known, None)[:3]
     changes = _changes(node, shape, roi, node.attrs["scales"] if not known else scales, sizes)
     with enable_x64():
-        matrices = {a: np.asarray(_resize_axis(node, jnp.eye(shape[a]), 0, *how)) for a, *how in changes}
+        matrices = {
+            axis: np.asarray(_resize_axis(node, jnp.eye(shape[axis]), 0, length, factor, span))
+            for axis, length, factor, span in changes
+        }
     return {a: m for a, m in matrices.items() if m.shape[0] != m.shape[1] or not np.array_equal(m, np.eye(len(m)))}
 
 

@@ -1,4 +1,4 @@
-"""Scattering, selection and reversal by known indices: what lands on one place more than once is combined, the rest moves."""
+"""Scattering, selection and reversal by known indices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = Any
 
 
 def scatter_places(node: Node, shape: tuple[int, ...], indices: np.ndarray) -> np.ndarray:
-    """For each update of a Scatter, ScatterElements or ScatterND node, flat, the flat element of the data that it goes to."""
+    """For each update of a ScatterElements or ScatterND node, flat: the flat element of the data that it is for."""
     numbers = np.arange(int(np.prod(shape))).reshape(shape)
     if node.op == "ScatterND":
         columns = tuple(wrapped_indices(indices[..., i], shape[i]) for i in range(indices.shape[-1]))
@@ -49,7 +49,7 @@ def _tensor_scatter(node: Node, cache: Array, update: Array, starts: np.ndarray 
     places = starts[:, None] + np.arange(count)
     if node.attrs["mode"] == "circular":
         places = places % length
-    elif np.any(places < 0) or np.any(places >= length):
+    elif places.min(initial=0) < 0 or places.max(initial=0) >= length:
         raise IndexError(f"an update of {count} places from {starts} is outside of {length}")
     grid = list(np.indices(update.shape, sparse=True))
     grid[axis] = places.reshape(-1, *(count if i == axis else 1 for i in range(1, cache.ndim)))

@@ -81,10 +81,7 @@ def _power(draft: Draft, node: Node) -> bool:
     kind = draft.types[node.outputs[0]].dtype
     if not _is_float(draft, a):
         return False
-    if a in draft.constants:
-        log = draft.constant(f"{a}/log", np.log(draft.constants[a]))
-    else:
-        log = draft.apply(node, "Log", a)
+    log = draft.apply(node, "Log", a)
     draft.apply(node, "Exp", draft.apply(node, "Mul", _cast(draft, node, b, kind), log), out=node.outputs[0])
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class _Writer:
     node: Node
     size: dict[str, int]
 
-    def apply(self, op: str, *inputs: str, **attrs: object) -> str:
+    def apply(self, op: str, *inputs: str, **attrs: Any) -> str:
         return self.draft.apply(self.node, op, *inputs, **attrs)
 
     def known(self, values: object) -> str:

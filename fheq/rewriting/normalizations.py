@@ -107,7 +107,9 @@ def _lp_pool(draft: Draft, node: Node) -> bool:
     """An average pool of powers, times the number of places that it averages."""
     x, shape = node.inputs[0], draft.types[node.inputs[0]].shape
     window = window_of(node, shape[2:], node.attrs["kernel_shape"])
-    pool = {name: node.attrs[name] for name in ("auto_pad", "ceil_mode", "dilations", "pads", "strides") if name in node.attrs}
+    pool = {
+        name: node.attrs[name] for name in ("auto_pad", "ceil_mode", "dilations", "pads", "strides") if name in node.attrs
+    }
     average = draft.apply(
         node, "AveragePool", _powers(draft, node, x), kernel_shape=window.kernel, count_include_pad=1, **pool
     )
@@ -120,7 +122,8 @@ def _lrn(draft: Draft, node: Node) -> bool:
     """x * (bias + alpha * average of the squares of neighbouring channels) ** -beta."""
     x, shape = node.inputs[0], draft.types[node.inputs[0]].shape
     flat, back = (
-        draft.constant(f"{node.outputs[0]}/shape", v, INT64) for v in ((shape[0], 1, shape[1], int(np.prod(shape[2:]))), shape)
+        draft.constant(f"{node.outputs[0]}/shape", v, INT64)
+        for v in ((shape[0], 1, shape[1], int(np.prod(shape[2:]))), shape)
     )
     squares = draft.apply(node, "Reshape", square(draft, node, x), flat, allowzero=0)
     before, after = lrn_pads(node)

@@ -41,8 +41,10 @@ def _extreme_index(draft: Draft, node: Node) -> bool:
 
 
 def _before_extreme(draft: Draft, node: Node, x: str, axis: int, largest: bool, last: bool) -> str:
-    """1 at each element up to which there is no extreme one (from the end if `last`), without the element where there must be
-    one, which would be the last of them."""
+    """1 at each element up to which there is no extreme one (from the end if `last`).
+
+    The last of them is left out: up to it there is one.
+    """
     count = draft.types[x].shape[axis]
     axes = draft.constant(f"{node.outputs[0]}/axes", [axis], INT64)
     op = "ReduceMax" if largest else "ReduceMin"
