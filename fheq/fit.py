@@ -18,7 +18,7 @@ from fheq.integers import absorbed_weight
 from fheq.observers import TensorStats, per_tensor
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.regions import is_boolean
+from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.steps import Add, Linear
 
@@ -98,7 +98,12 @@ def _divisible(layout: Plan, key: str) -> bool:
 
 
 def _stated(layout: Plan, key: str) -> Affine | None:
-    return layout.adopted.get(key) or layout.graph.pinned.get(key)
+    """The quantizer that the model or a rewrite states for a tensor, or for integers that it copies."""
+    found = layout.adopted.get(key) or layout.graph.pinned.get(key)
+    if found is not None:
+        return found
+    copied = (layout.graph.pinned.get(n) for n in copied_from(layout.graph, key) if layout.graph.types[n].dtype.kind in "iu")
+    return next((affine for affine in copied if affine is not None and affine.axis is None), None)
 
 
 def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
@@ -126,6 +131,9 @@ def _range(layout: Plan, key: str, stats: TensorStats, spec: Spec, axis: int | N
         low, high = (np.zeros(1), np.ones(1)) if is_boolean(layout.graph, key) else (seen.minimum, seen.maximum)
         bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
         low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
+    elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:
+        low = np.min(seen.minimum, keepdims=True)
+        high = low + 2.0**bits - 1
     else:
         observer = spec.override(*_names(layout, key)).observer
         observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
