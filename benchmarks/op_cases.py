@@ -41,6 +41,7 @@ EXCLUDED = {
     r"identity_sequence|identity_opt": "sequences and optionals are not supported",
     r"maxpool_with_argmax": "the Indices output of MaxPool is refused",
     r"sequence_map": "sequences and optionals are not supported",
+    r"attention.*bf16": "bfloat16 products are rounded in another order than in the cases",
     r"test_bernoulli": "its result is random",
     r"affine_grid|linear_attention": "its function has control flow",
 }
