@@ -26,6 +26,7 @@ from fheq.integers import (
 from fheq.observers import tails
 from fheq.plan import Plan
 from fheq.qparams import QParams
+from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
 
@@ -109,8 +110,9 @@ def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin
 
 
 def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:
-    """The range that sizes an accumulator: never wider than the worst case."""
-    if spec.accumulators is AccumulatorRange.WORST_CASE:
+    """The range that sizes an accumulator: never wider than the worst case, and all of it for counts, which are narrow and
+    where a value that calibration never met (a class without samples) is none the less as likely as any."""
+    if spec.accumulators is AccumulatorRange.WORST_CASE or all(is_boolean(layout.graph, o.key) for o in step.operands):
         return worst
     seen = observed_bounds(layout, qparams, stats, step, spec.margin)
     low = np.clip(seen.low, worst.low, worst.high)

@@ -16,6 +16,7 @@ from fheq.plan import Plan, Planner, plan
 from fheq.prediction import largest_sum, predicted_tables
 from fheq.rewrites import decompose
 from fheq.steps import Linear
+from fheq.tail import split_tail
 
 if TYPE_CHECKING:
     from fheq.onnx.loading import Source
@@ -149,10 +150,10 @@ def _planned(graph: Graph) -> tuple[Plan | None, list[FheqError]]:
         layout = plan(graph)
     except FheqError as error:
         try:
-            return None, _Collector(decompose(graph)).errors or [error]
+            return None, _Collector(decompose(split_tail(graph)[0])).errors or [error]
         except FheqError as other:
             return None, [other]
-    missing = [port.name for port in graph.outputs if port.name not in layout.regions]
+    missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]
     errors: list[FheqError] = [
         UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
     ]

@@ -57,7 +57,7 @@ def evaluate(graph: Graph, *inputs: Array) -> Array | tuple[Array, ...]:
         return unwrap(_evaluate(graph, *inputs))
     arrays = [np.asarray(x) for x in inputs]
     for port, array in zip(graph.inputs, arrays):
-        if array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biuf" and array.dtype != port.type.dtype:
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected {port.type.dtype}")
     with enable_x64():
         return unwrap(_evaluate(graph, *[a.astype(p.type.dtype, copy=False) for p, a in zip(graph.inputs, arrays)]))

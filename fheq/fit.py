@@ -16,9 +16,9 @@ from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
 from fheq.observers import TensorStats, per_tensor
-from fheq.ops.table import Kind, lookup
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
+from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.steps import Add, Linear
 
@@ -94,24 +94,16 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
 
 def _divisible(layout: Plan, key: str) -> bool:
     port = next((p for p in layout.graph.inputs if p.name == key), None)
-    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout, key)
+    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout.graph, key)
 
 
 def _stated(layout: Plan, key: str) -> Affine | None:
-    return layout.adopted.get(key) or layout.graph.pinned.get(key)
-
-
-def is_boolean(layout: Plan, key: str) -> bool:
-    """Whether a tensor holds nothing but 0 and 1, being made from a comparison."""
-    producers = layout.graph.producers()
-    node = producers.get(key)
-    while node is not None:
-        if layout.graph.types[node.outputs[0]].dtype == np.bool_:
-            return True
-        if node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT:
-            return False
-        node = producers.get(node.inputs[0])
-    return False
+    """The quantizer that the model or a rewrite states for a tensor, or for integers that it copies."""
+    found = layout.adopted.get(key) or layout.graph.pinned.get(key)
+    if found is not None:
+        return found
+    copied = (layout.graph.pinned.get(n) for n in copied_from(layout.graph, key) if layout.graph.types[n].dtype.kind in "iu")
+    return next((affine for affine in copied if affine is not None and affine.axis is None), None)
 
 
 def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
@@ -132,13 +124,16 @@ Range = tuple[np.ndarray, np.ndarray, int]
 def _range(layout: Plan, key: str, stats: TensorStats, spec: Spec, axis: int | None) -> Range:
     """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it."""
     port = next((p for p in layout.graph.inputs if p.name == key), None)
-    exact = is_boolean(layout, key) or (port is not None and port.type.dtype.kind in "iub")
+    exact = is_boolean(layout.graph, key) or (port is not None and port.type.dtype.kind in "iub")
     bits = tensor_bits(layout, key, spec)
     seen = stats if axis is not None else per_tensor(stats)
     if exact:  # integers stand for themselves
-        low, high = (np.zeros(1), np.ones(1)) if is_boolean(layout, key) else (seen.minimum, seen.maximum)
+        low, high = (np.zeros(1), np.ones(1)) if is_boolean(layout.graph, key) else (seen.minimum, seen.maximum)
         bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
         low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
+    elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:
+        low = np.min(seen.minimum, keepdims=True)
+        high = low + 2.0**bits - 1
     else:
         observer = spec.override(*_names(layout, key)).observer
         observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)

@@ -93,9 +93,9 @@ class _Lowering:
             self.hold(port.name, value)
         for step in self.layout.steps:
             self.step(step)
-        outputs = tuple(self.output(port) for port in graph.outputs)
+        outputs = tuple(self.output(port) for port in self.layout.graph.outputs)
         emitted = self.emit.finish([o.value for o in outputs])
-        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators)
+        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators, self.layout.tail)
 
     def hold(self, key: str, value: str) -> None:
         """Registers a quantized source (an input, a join or a maximum)."""

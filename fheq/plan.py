@@ -25,6 +25,7 @@ from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.rewrites import decompose
 from fheq.steps import Join, Operand, Step
+from fheq.tail import split_tail
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,7 @@ class Plan:
             table.
         adopted: graph inputs that take over a quantizer stated by the model.
         elements: evaluates regions.
+        tail: makes the model's outputs of those of `graph` after decryption; None where they are the same.
     """
 
     graph: Graph
@@ -70,6 +72,7 @@ class Plan:
     outputs: Mapping[str, Operand | None]
     adopted: Mapping[str, Affine]
     elements: Elements
+    tail: Graph | None
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the graph, or of a step's result."""
@@ -88,7 +91,8 @@ def plan(graph: Graph) -> Plan:
     Raises:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
-    return Planner(decompose(graph)).finish()
+    head, tail = split_tail(graph)
+    return Planner(decompose(head)).finish(tail)
 
 
 class Planner:
@@ -107,13 +111,13 @@ class Planner:
         for node in graph.nodes:
             self.visit(node)
 
-    def finish(self) -> Plan:
+    def finish(self, tail: Graph | None) -> Plan:
         outputs: dict[str, Operand | None] = {}
         for port in self.graph.outputs:
             if port.name in self.regions:
                 affine = self.regions[port.name].affine
                 outputs[port.name] = None if affine else self.operand(port.name)
-        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, self.evaluator())
+        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, self.evaluator(), tail)
 
     def evaluator(self) -> Elements:
         sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.graph import Port
+from fheq.evaluate import evaluate
+from fheq.graph import Graph, Port
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,11 @@ class IntProgram:
     """An integer program.
 
     Args:
-        inputs, outputs: in the model's order.
+        inputs, outputs: in the model's order; outputs are what `tail` reads, where there is one.
         instructions: in order of evaluation.
         values: shape and range of every value.
         accumulators: by name, what lowering knows of them.
+        tail: makes the model's outputs of the program's own after decryption (ArgMax); None where they are the same.
     """
 
     inputs: tuple[Entry, ...]
@@ -189,6 +191,7 @@ class IntProgram:
     instructions: tuple[Instruction, ...]
     values: dict[str, Value]
     accumulators: dict[str, Accumulator]
+    tail: Graph | None = None
 
     @property
     def lookups(self) -> tuple[Lookup, ...]:
@@ -200,5 +203,11 @@ class IntProgram:
         return tuple(entry.affine.quantize(np.asarray(x)) for entry, x in zip(self.inputs, inputs))
 
     def dequantize(self, *outputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Integer outputs, in the model's layout, to real values."""
-        return tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))
+        """Integer outputs of the program to the model's outputs, in the model's layout."""
+        real = tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))
+        if self.tail is None:
+            return real
+        named = dict(zip((entry.name for entry in self.outputs), real))
+        found = evaluate(self.tail, *(named[port.name] for port in self.tail.inputs))
+        values = found if isinstance(found, tuple) else (found,)
+        return tuple(named.get(port.name, value) for port, value in zip(self.tail.outputs, values))

@@ -7,7 +7,7 @@ and evaluates that function; `fheq.plan` decides where regions begin and end, `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,30 @@ def movements(graph: Graph, node: Node) -> dict[str, Movement]:
 def broadcast_elements(shape: tuple[int, ...], out: tuple[int, ...]) -> np.ndarray:
     """For each element of the shape `out`, the flat index of the element of `shape` that broadcasts to it."""
     return np.broadcast_to(np.arange(int(np.prod(shape))).reshape(shape), out).ravel()
+
+
+def copied_from(graph: Graph, name: str) -> Iterator[str]:
+    """The tensors whose values a tensor has, itself first: those before casts and movements of one tensor."""
+    producers = graph.producers()
+    while True:
+        yield name
+        node = producers.get(name)
+        if node is None or (node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT):
+            return
+        if len({n for n in node.inputs if n and n not in graph.constants}) > 1:
+            return
+        name = node.inputs[0]
+
+
+def is_boolean(graph: Graph, name: str) -> bool:
+    """Whether a tensor holds nothing but 0 and 1, being made from a comparison."""
+    made = graph.producers()
+    return any(n in made and graph.types[n].dtype == np.bool_ for n in copied_from(graph, name))
+
+
+def is_integer(graph: Graph, name: str) -> bool:
+    """Whether a tensor holds whole numbers, being made from integers."""
+    return any(graph.types[n].dtype.kind in "iu" for n in copied_from(graph, name))
 
 
 class Elements:

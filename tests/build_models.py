@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from onnx.backend.test.loader import load_model_tests
 
 RNG = np.random.default_rng(0)
 
@@ -93,11 +90,3 @@ def reference(proto: onnx.ModelProto, *inputs: np.ndarray) -> list[np.ndarray]:
     """The outputs that onnxruntime gives."""
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     return session.run(None, dict(zip([i.name for i in session.get_inputs()], inputs)))
-
-
-@cache
-def node_cases() -> tuple[Any, ...]:
-    """The operator cases of the onnx package; it takes many seconds to make them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tuple(load_model_tests(kind="node"))

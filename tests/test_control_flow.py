@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from build_models import model, node, node_cases, reference, tensor
+from build_models import model, node, reference, tensor
 from models import as_tuple
 from onnx import TensorProto, helper, numpy_helper
 
 import fheq
+from benchmarks.op_cases import node_cases
 from fheq.errors import UnsupportedError
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

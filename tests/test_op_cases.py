@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import jax
@@ -13,78 +14,27 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from build_models import node_cases
 from jax.experimental import enable_x64
-from onnx import defs, helper, numpy_helper
+from onnx import defs, helper
 from onnx.reference import ReferenceEvaluator
 
 import fheq
+from benchmarks.op_cases import (
+    EXCLUDED,
+    NEWEST,
+    OLDEST,
+    PAGE,
+    Case,
+    assert_equal,
+    at_opset,
+    case_names,
+    onnx_cases,
+    page,
+    with_known_inputs,
+)
 from fheq.graph import Node
 from fheq.interpret import interpret
 from fheq.ops import Kind, Op, find, rows
-from fheq.ops.quantizers import QUANT_DOMAINS
-
-OLDEST = 7
-NEWEST = defs.onnx_opset_version()
-
-# Cases of ONNX that are not run: a pattern of their names, and the reason.
-EXCLUDED = {
-    r"float8|float4|e8m0|e4m3|e5m2": "floats of 8 bits or less are not supported",
-    r"cast.*_to_u?int2|^test_quantizelinear_u?int2": "integers of 2 bits are not supported",
-    r"BFLOAT16_to": "a tensor of bfloat16 must be an initializer, and these hold NaN, which is refused",
-    r"training": "training mode is refused: it is random, or learns",
-    r"equal_string": "strings are not supported",
-    r"identity_sequence|identity_opt": "sequences and optionals are not supported",
-    r"maxpool_with_argmax": "the Indices output of MaxPool is refused",
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model of one node with inputs and expected outputs (None: those of another runtime)."""
-
-    name: str
-    model: onnx.ModelProto
-    inputs: Sequence[np.ndarray]
-    outputs: Sequence[np.ndarray] | None
-    rtol: float = 1e-3
-    atol: float = 1e-7
-
-    @property
-    def node(self) -> Node:
-        """The node, without its attributes."""
-        proto = self.model.graph.node[0]
-        versions = {entry.domain: entry.version for entry in self.model.opset_import}
-        return Node("", proto.op_type, tuple(proto.input), tuple(proto.output), {}, proto.domain, versions[proto.domain])
-
-
-def _arrays(values: Sequence[Any]) -> list[Any]:
-    return [numpy_helper.to_array(v) if isinstance(v, onnx.TensorProto) else np.asarray(v) for v in values]
-
-
-def _at_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """The model with ai.onnx at another opset, its nodes as they are."""
-    others = [entry for entry in model.opset_import if entry.domain]
-    return helper.make_model(model.graph, opset_imports=[*others, helper.make_opsetid("", version)], ir_version=10)
-
-
-@cache
-def onnx_cases() -> tuple[Case, ...]:
-    """The operator cases of the onnx package for operators with a row."""
-    names = {(row.domain, row.name) for row in rows()}
-    cases = []
-    for case in node_cases():
-        nodes = case.model.graph.node
-        if len(nodes) != 1 or (nodes[0].domain, nodes[0].op_type) not in names:
-            continue
-        if any(re.search(pattern, case.name, re.IGNORECASE) for pattern in EXCLUDED):
-            continue
-        version = {entry.domain: entry.version for entry in case.model.opset_import}.get("", NEWEST)
-        model = _at_opset(case.model, max(version, OLDEST))
-        for i, (inputs, outputs) in enumerate(case.data_sets):
-            name = f"{case.name.removeprefix('test_')}{f'-{i}' if i else ''}"
-            cases.append(Case(name, model, _arrays(inputs), _arrays(outputs), case.rtol, case.atol))
-    return tuple(cases)
 
 
 @cache
@@ -115,12 +65,12 @@ def older_cases() -> Iterator[Case]:
     """For each schema version without a case: the first case of the operator that is also valid there."""
     groups: dict[str, list[Case]] = {row.name: [] for row in rows() if not row.domain}
     for case in onnx_cases():
-        if not case.node.domain:
+        if not case.node.domain and case.node.op in groups:
             groups[case.node.op].append(case)
     for name, cases in groups.items():
         covered = {schema_version(case.node) for case in cases}
         for version in (v for v in versions_of(name) if v not in covered):
-            models = (_at_opset(case.model, version) for case in cases)
+            models = (at_opset(case.model, version) for case in cases)
             found = next(((case, model) for case, model in zip(cases, models) if _is_valid(model)), None)
             if found is not None:
                 yield Case(f"{found[0].name}-opset{version}", found[1], found[0].inputs, None)
@@ -222,6 +172,9 @@ def own_cases() -> Iterator[Case]:
     yield own("MaxPool", 10, image, kernel_shape=[3, 2], dilations=[2, 2], ceil_mode=1, strides=[2, 2], pads=[1, 1, 0, 1])
     yield own("MaxPool", 10, _real(2, 3, 8), kernel_shape=[3], strides=[3], ceil_mode=1)
     yield own("MaxPool", 12, np.arange(-60, 60, dtype=np.int8).reshape(1, 2, 10, 6), kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    for version, p in ((7, 2), (22, 3)):
+        norms = np.sum(np.abs(image.astype(np.float64)) ** p, axis=(2, 3), keepdims=True) ** (1 / p)
+        yield own("GlobalLpPool", version, image, p=p, result=norms.astype(np.float32))
     yield own("BatchNormalization", 7, image, *np.abs(_real(4, 4)))
     yield own("Gemm", 7, _real(4, 3), _real(5, 4), _real(3, 1), alpha=0.5, beta=2.0, transA=1, transB=1)
     yield own("Gemm", 11, _real(3, 4), _real(4, 5))
@@ -247,8 +200,28 @@ def own_cases() -> Iterator[Case]:
     yield own("QuantizeLinear", 10, x, np.float32(0.1))
     yield own("QuantizeLinear", 13, weights, scale, np.zeros(4, np.int8), axis=-4)
     yield own("DequantizeLinear", 10, np.array([-5, 70000], np.int32), np.float32(0.1))
+    yield from _selection_cases(x)
     yield from _machine_learning_cases(x)
     yield from _quantizer_cases()
+
+
+def _selection_cases(x: np.ndarray) -> Iterator[Case]:
+    """ArgMax and its relatives where several elements are the largest, and the older forms of TopK and Hardmax."""
+    ties = np.array([[3, 1, 3, 2, 3], [0, 0, 0, 0, 0]], np.float32)
+    for op, last in product(("ArgMax", "ArgMin"), (0, 1)):
+        yield own(op, 12, ties, axis=1, select_last_index=last, keepdims=0)
+    for version in (7, 11):
+        yield own("Hardmax", version, x, axis=1)
+    yield own("Hardmax", 13, ties, axis=-1)
+    yield own("TopK", 7, x, k=2, axis=1, outputs=2)
+    yield own("TopK", 10, x, np.array([3]), axis=2, outputs=2)
+    for largest in (0, 1):
+        yield own("TopK", 11, ties, np.array([4]), largest=largest, outputs=2)
+    yield own("Compress", 9, x, np.array([True, False, True]), axis=1)
+    for equation in ("ij,jk", "i...,i...->...", "bij,bjk,bk->b", "iij->ji", "...ij->...ji", "ab,cb->", "i,j"):
+        terms = equation.partition("->")[0].split(",")
+        arrays = [_real(*(3 for _ in term.replace("...", "x"))) for term in terms]
+        yield own("Einsum", 12, *arrays, equation=equation)
 
 
 def _machine_learning_cases(x: np.ndarray) -> Iterator[Case]:
@@ -288,40 +261,10 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def with_known_inputs(case: Case) -> tuple[onnx.ModelProto, list[np.ndarray]]:
-    """The model with inputs made initializers where they cannot be data, and the inputs that remain.
-
-    Those are the inputs that a row needs to know, parameters of quantizers, empty tensors, and types that numpy lacks.
-    """
-    row = find(case.node)
-    assert row is not None
-    known = {n for i, n in enumerate(case.node.inputs) if row.is_static(i) or (i > 0 and row.domain in QUANT_DOMAINS)}
-    model = onnx.ModelProto()
-    model.CopyFrom(case.model)
-    del model.graph.input[:]
-    remaining = []
-    for value, array in zip(case.model.graph.input, case.inputs):
-        if value.name in known or array.size == 0 or array.dtype.kind not in "biuf":
-            model.graph.initializer.append(numpy_helper.from_array(array, value.name))
-        else:
-            model.graph.input.append(value)
-            remaining.append(array)
-    return model, remaining
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str) -> None:
     case = CASES[name]
-    model, inputs = with_known_inputs(case)
-    results = fheq.evaluate(fheq.import_onnx(model), *inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    wanted = expected(case.model, case.inputs) if case.outputs is None else case.outputs
-    assert len(results) == len(wanted)
-    for got, want in zip(map(np.asarray, results), map(np.asarray, wanted)):
-        assert (got.dtype, got.shape) == (want.dtype, want.shape)
-        if got.dtype.kind == "V":
-            got, want = got.astype(np.float32), want.astype(np.float32)
-        np.testing.assert_allclose(got, want, rtol=case.rtol, atol=case.atol)
+    assert_equal(case, expected(case.model, case.inputs) if case.outputs is None else case.outputs)
 
 
 MOVEMENTS = [row for row in rows() if row.kind is Kind.MOVEMENT]
@@ -373,5 +316,10 @@ def test_rows_start_where_their_schema_does() -> None:
 
 def test_exclusions_match() -> None:
     """The exclusions still exclude something."""
-    names = [case.name for case in node_cases()]
+    names = [name for names in case_names().values() for name in names]
     assert [p for p in EXCLUDED if not any(re.search(p, name, re.IGNORECASE) for name in names)] == []
+
+
+def test_page_lists_every_case() -> None:
+    """It is made from the same cases, none of which fails."""
+    assert PAGE.read_text(encoding="utf-8") == page({}), "run: python -m benchmarks.op_cases"

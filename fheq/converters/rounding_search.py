@@ -117,7 +117,7 @@ def smallest_rounding(
             candidate = fit(graph, stats, replace(spec, rounding=rounding))
             if distance(graph.outputs, unrounded, _faked(graph, candidate, chunks)) > SCREEN * tolerance:
                 continue
-            if distance(graph.outputs, unrounded, _simulated(lower(graph, candidate), chunks)) <= tolerance:
+            if distance(graph.outputs, unrounded, _simulated(graph, lower(graph, candidate), chunks)) <= tolerance:
                 return candidate, rounding
     warnings.warn(
         f"no rounding to {FEWEST} .. {MOST} bits keeps the outputs within {tolerance:g} of the unrounded ones: accumulators "
@@ -169,9 +169,9 @@ def _faked(graph: Graph, qparams: QParams, chunks: list[list[np.ndarray]]) -> Ou
     return _joined(graph.outputs, [fake_quant(graph, qparams, *chunk) for chunk in chunks])
 
 
-def _simulated(program: IntProgram, chunks: list[list[np.ndarray]]) -> Outputs:
+def _simulated(graph: Graph, program: IntProgram, chunks: list[list[np.ndarray]]) -> Outputs:
     results = []
     for chunk in chunks:
         q = simulate(program, *program.quantize(*chunk))
         results.append(program.dequantize(*(q if isinstance(q, tuple) else (q,))))
-    return _joined([entry.port for entry in program.outputs], results)
+    return _joined(graph.outputs, results)

@@ -66,6 +66,12 @@ def _mod(node: Node, a: Array, b: Array) -> Array:
     return jnp.fmod(a, b) if node.attrs["fmod"] else jnp.remainder(a, b)
 
 
+def _bit_shift(node: Node, x: Array, count: Array) -> Array:
+    """ONNX BitShift; bits that leave the type are lost, and the sign stays."""
+    shifts = {"LEFT": jnp.left_shift, "RIGHT": jnp.right_shift}
+    return shifts[node.attrs["direction"]](*jnp.broadcast_arrays(x, count))
+
+
 def _clip(x: Array, low: Array | None = None, high: Array | None = None) -> Array:
     """ONNX Clip: the upper bound wins when the bounds cross."""
     x = x if low is None else jnp.maximum(x, low)
@@ -107,6 +113,10 @@ _PLAIN: tuple[tuple[str, int, Callable[..., Array]], ...] = (
     ("Asinh", 9, jnp.arcsinh),
     ("Atan", 7, jnp.arctan),
     ("Atanh", 9, jnp.arctanh),
+    ("BitwiseAnd", 18, jnp.bitwise_and),
+    ("BitwiseNot", 18, jnp.bitwise_not),
+    ("BitwiseOr", 18, jnp.bitwise_or),
+    ("BitwiseXor", 18, jnp.bitwise_xor),
     ("Ceil", 7, jnp.ceil),
     ("Clip", 11, _clip),
     ("Cos", 7, jnp.cos),
@@ -149,7 +159,6 @@ _PLAIN: tuple[tuple[str, int, Callable[..., Array]], ...] = (
 _AFFINE: tuple[tuple[str, tuple[int, ...], Callable[..., Array]], ...] = (
     ("Add", (0, 1), jnp.add),
     ("Div", (0,), _div),
-    ("Identity", (0,), lambda x: x),
     ("Mean", ANY_POSITION, lambda *inputs: functools.reduce(jnp.add, inputs) / len(inputs)),
     ("Mul", (0, 1), jnp.multiply),
     ("Neg", (0,), jnp.negative),
@@ -159,6 +168,7 @@ _AFFINE: tuple[tuple[str, tuple[int, ...], Callable[..., Array]], ...] = (
 
 # Operators with attributes: name, first opset, function of the node and its inputs.
 _WITH_ATTRIBUTES: tuple[tuple[str, int, Evaluate], ...] = (
+    ("BitShift", 11, _bit_shift),
     ("Cast", 7, lambda node, x: _converted(x, dtype_of(node, node.attrs["to"]))),
     ("CastLike", 15, lambda node, x, like: _converted(x, checked(node, like.dtype))),
     ("Celu", 12, lambda node, x: _exponential_below_zero(x, node.attrs["alpha"], node.attrs["alpha"])),

@@ -188,7 +188,7 @@ def _known_outputs(
         shapes_alone = op.kind is Kind.CONSTANT and all(
             not op.is_static(i) or name in known for i, name in enumerate(node.inputs) if name
         )
-        return _evaluate(node, known, types) if shapes_alone else None
+        return evaluated(node, known, types) if shapes_alone else None
     if reuse is not None and names and all(known[name] is reuse.constants.get(name) for name in names):
         old = {name: reuse.constants[name] for name in node.outputs if name in reuse.constants}
         if old:
@@ -200,13 +200,13 @@ def _known_outputs(
         if affine is not None:
             pins[node.outputs[0]] = affine
         return {node.outputs[0]: value}
-    values = _evaluate(node, known, types)
+    values = evaluated(node, known, types)
     if op.kind is Kind.MOVEMENT and names[0] in pins:
         pins.update(_moved_pins(node, known, pins[names[0]]))
     return values
 
 
-def _evaluate(node: Node, known: Mapping[str, np.ndarray], types: Mapping[str, TensorType]) -> dict[str, np.ndarray]:
+def evaluated(node: Node, known: Mapping[str, np.ndarray], types: Mapping[str, TensorType]) -> dict[str, np.ndarray]:
     """Values of a node whose result depends on known tensors and shapes alone."""
     _guard_announced(node, known)
     if node.op != "Constant":
