@@ -51,7 +51,7 @@ def _tensor_scatter(node: Node, cache: Array, update: Array, starts: np.ndarray 
         places = places % length
     elif places.min(initial=0) < 0 or places.max(initial=0) >= length:
         raise IndexError(f"an update of {count} places from {starts} is outside of {length}")
-    grid = list(np.indices(update.shape, sparse=True))
+    grid: list[np.ndarray] = list(np.indices(update.shape, sparse=True))
     grid[axis] = places.reshape(-1, *(count if i == axis else 1 for i in range(1, cache.ndim)))
     return jnp.asarray(cache).at[tuple(grid)].set(update)
 
