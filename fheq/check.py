@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fheq.client import split
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError, describe
 from fheq.graph import Graph, Node
 from fheq.plan import Planner, plan
@@ -94,13 +95,13 @@ def _not_a_number(graph: Graph) -> Iterator[FheqError]:
 def _unplanned(graph: Graph) -> list[FheqError]:
     """Nodes without an integer form, and what lowering refuses whatever the data."""
     try:
-        collector = _Collector(decompose(graph))
+        collector = _Collector(decompose(split(graph)[0]))
         if collector.errors:
             return collector.errors
         layout = plan(graph)
     except FheqError as error:
         return [error]
-    missing = [port.name for port in graph.outputs if port.name not in layout.regions]
+    missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]
     errors: list[FheqError] = [
         UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
     ]

@@ -21,7 +21,7 @@ from fheq.integers import (
     operand_axis,
     quantize_weight,
 )
-from fheq.interpret import run_node
+from fheq.interpret import interpret, run_node
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
@@ -41,7 +41,8 @@ def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[
         inputs: as for `evaluate`.
 
     Returns:
-        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled).
+        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled); labels that are strings as their numbers in
+        `Port.labels` of the output.
     """
     return unwrap(_fake_quant(graph, qparams, *inputs))
 
@@ -69,7 +70,10 @@ def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]
     for port in layout.graph.outputs:
         operand = layout.outputs.get(port.name)
         outputs.append(read(port.name) if operand is None else operand_values(qparams, operand, env))
-    return tuple(outputs)
+    if layout.client is None:
+        return tuple(outputs)
+    found = interpret(layout.client, {port.name: value for port, value in zip(layout.client.inputs, outputs)})
+    return tuple(found[port.name] for port in layout.client.outputs)
 
 
 def operand_values(qparams: QParams, operand: Operand, env: dict[str, Array]) -> Array:

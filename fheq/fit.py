@@ -16,8 +16,7 @@ from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
 from fheq.observers import TensorStats, per_tensor
-from fheq.ops.table import Kind, lookup
-from fheq.plan import Plan, plan
+from fheq.plan import Plan, is_boolean, plan
 from fheq.qparams import QParams
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.steps import Add, Linear
@@ -99,19 +98,6 @@ def _divisible(layout: Plan, key: str) -> bool:
 
 def _stated(layout: Plan, key: str) -> Affine | None:
     return layout.adopted.get(key) or layout.graph.pinned.get(key)
-
-
-def is_boolean(layout: Plan, key: str) -> bool:
-    """Whether a tensor holds nothing but 0 and 1, being made from a comparison."""
-    producers = layout.graph.producers()
-    node = producers.get(key)
-    while node is not None:
-        if layout.graph.types[node.outputs[0]].dtype == np.bool_:
-            return True
-        if node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT:
-            return False
-        node = producers.get(node.inputs[0])
-    return False
 
 
 def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:

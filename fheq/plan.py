@@ -12,12 +12,13 @@ Calibration observes the points and sources, `fit` gives them quantizers, `fake_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from fheq.affine import Affine
+from fheq.client import split
 from fheq.errors import UnsupportedError, describe
 from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
@@ -61,6 +62,7 @@ class Plan:
             table.
         adopted: graph inputs that take over a quantizer stated by the model.
         elements: evaluates regions.
+        client: what the client makes of the outputs after decryption, or None where they are the model's (`fheq.client`).
     """
 
     graph: Graph
@@ -70,6 +72,7 @@ class Plan:
     outputs: Mapping[str, Operand | None]
     adopted: Mapping[str, Affine]
     elements: Elements
+    client: Graph | None = None
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the graph, or of a step's result."""
@@ -88,7 +91,25 @@ def plan(graph: Graph) -> Plan:
     Raises:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
-    return Planner(decompose(graph)).finish()
+    server, client = split(graph)
+    return replace(Planner(decompose(server)).finish(), client=client)
+
+
+def is_boolean(layout: Plan, key: str) -> bool:
+    """Whether a tensor holds nothing but 0 and 1, being made from comparisons."""
+    producers = layout.graph.producers()
+
+    def visit(name: str) -> bool:
+        node = producers.get(name)
+        if node is None:
+            return False
+        if layout.graph.types[name].dtype == np.bool_:
+            return True
+        moved = lookup(node).kind is Kind.MOVEMENT
+        data = [n for n in node.inputs if n not in layout.graph.constants]
+        return (moved or node.op == "Cast") and bool(data) and all(map(visit, data))
+
+    return visit(key)
 
 
 class Planner:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from fheq.estimators import expand_estimators
 from fheq.graph import Graph, Node, TensorType
 from fheq.ops.table import Kind, lookup
 from fheq.qat import normalise_quantizers
@@ -65,6 +66,7 @@ def untie_constants(graph: Graph) -> Graph:
 
 
 DEFAULT_REWRITES: tuple[Rewrite, ...] = (
+    expand_estimators,
     normalise_quantizers,
     remove_identities,
     untie_constants,

@@ -131,10 +131,13 @@ def smallest_rounding(
 def distance(ports: Sequence[Port], wanted: Outputs, got: Outputs) -> float:
     """`1 - R2` of `got` against `wanted`, of the worst output: squared error over the variance across samples.
 
-    An output that is the same for all samples is measured against its square.
+    An output that is the same for all samples is measured against its square; labels count by the share that differs.
     """
     worst = 0.0
     for port, y, z in zip(ports, wanted, got):
+        if np.asarray(y).dtype.kind not in "fc":
+            worst = max(worst, float(np.mean(np.asarray(y) != np.asarray(z))))
+            continue
         axis = port.batch_axis or 0
         error = float(np.sum((z - y) ** 2))
         spread = float(np.sum((y - np.mean(y, axis=axis, keepdims=True)) ** 2))

@@ -8,10 +8,9 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.errors import QuantizationError, describe
-from fheq.fit import is_boolean
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
-from fheq.plan import Plan
+from fheq.plan import Plan, is_boolean
 from fheq.steps import Join, Linear, Maximum, Operand, Product, Step, Sum
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from types import MappingProxyType
 
@@ -15,6 +16,7 @@ from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
 from fheq.onnx.parse import Parsed, Report, parse
 from fheq.onnx.shapes import grown, input_ports, is_symbolic, output_ports
+from fheq.onnx.strings import number_strings
 from fheq.qat import constant_quantizer
 from fheq.rewrites import DEFAULT_REWRITES
 from fheq.rewriting.fold import Inferred, infer
@@ -58,10 +60,14 @@ def _import(proto: onnx.ModelProto, dims: Mapping[str, int] | None, report: Repo
     collect = None if report is None else note
     with reading("the model"):
         parsed = parse(proto, collect)
+        numbered = number_strings(parsed.nodes, parsed.constants)
+    parsed = replace(parsed, nodes=numbered.nodes, constants=numbered.constants)
     graph = _typed(parsed, dims, collect, reported)
     if graph is None:
         return Graph((), (), (), {}, {})
     _refuse_infinite_weights(graph)
+    labels = {name: numbered.strings for name in numbered.holders}
+    graph = graph.replace(outputs=tuple(replace(port, labels=labels.get(port.name)) for port in graph.outputs))
     return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
 
 

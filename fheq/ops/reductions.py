@@ -140,6 +140,7 @@ def _normalizer(node: Node, x: Array) -> Array:
         "L1": lambda a: jnp.sum(a, axis=-1, keepdims=True),
         "L2": lambda a: jnp.sqrt(jnp.sum(a * a, axis=-1, keepdims=True)),
     }
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)
     return x / jnp.maximum(norms[node.attrs["norm"]](jnp.abs(x)), 1e-30)
 
 
@@ -154,5 +155,5 @@ register(
     Op("LogSoftmax", 13, Kind.COMPOSITE, _over_axis(jax.nn.log_softmax)),
     Op("Softmax", 7, Kind.COMPOSITE, _over_rest(jax.nn.softmax)),
     Op("Softmax", 13, Kind.COMPOSITE, _over_axis(jax.nn.softmax)),
-    Op("Normalizer", 1, Kind.CLIENT, _normalizer, domain="ai.onnx.ml"),
+    Op("Normalizer", 1, Kind.COMPOSITE, _normalizer, domain="ai.onnx.ml"),
 )

@@ -100,6 +100,44 @@ def _softmax(draft: Draft, node: Node) -> bool:
     return True
 
 
+def _normalizer(draft: Draft, node: Node) -> bool:
+    """Normalizer: the input over its norm along the last axis."""
+    x, out, axis = node.inputs[0], node.outputs[0], len(draft.types[node.inputs[0]].shape) - 1
+    if draft.types[x].dtype.kind != "f":
+        x = draft.apply(node, "Cast", x, to=1)
+    if node.attrs["norm"] == "L2":
+        norm = draft.apply(node, "Sqrt", _reduce(draft, node, "ReduceSum", _square(draft, node, x), (axis,)))
+    else:
+        norm = _reduce(draft, node, {"L1": "ReduceSum", "MAX": "ReduceMax"}[node.attrs["norm"]], draft.apply(node, "Abs", x), (axis,))
+    norm = draft.apply(node, "Max", norm, _scalar(draft, node, "least", 1e-30, norm))
+    draft.apply(node, "Mul", x, draft.apply(node, "Reciprocal", norm), out=out)
+    return True
+
+
+def _imputer(draft: Draft, node: Node) -> bool:
+    """Imputer: the identity for missing values marked as NaN, which encrypted inputs cannot be; else a choice."""
+    x, out, kind = node.inputs[0], node.outputs[0], draft.types[node.inputs[0]].dtype
+    values, replaced = imputed(node)
+    if np.isnan(replaced) and x in {port.name for port in draft.graph.inputs}:
+        draft.apply(node, "Identity", x, out=out)
+        return True
+    missing = (
+        draft.apply(node, "IsNaN", x)
+        if np.isnan(replaced)
+        else draft.apply(node, "Equal", x, draft.constant(f"{out}/replaced", replaced, kind))
+    )
+    draft.apply(node, "Where", missing, draft.constant(f"{out}/imputed", values, kind), x, out=out)
+    return True
+
+
+def imputed(node: Node) -> tuple[np.ndarray, float]:
+    """The values of an Imputer, per feature or one for all, and what they stand in for."""
+    attrs = node.attrs
+    if attrs.get("imputed_value_floats"):
+        return np.asarray(attrs["imputed_value_floats"]), attrs.get("replaced_value_float", 0.0)
+    return np.asarray(attrs.get("imputed_value_int64s") or (0,)), attrs.get("replaced_value_int64", 0)
+
+
 def _layer_normalization(draft: Draft, node: Node) -> bool:
     x, rank = node.inputs[0], len(draft.types[node.inputs[0]].shape)
     axes = tuple(range(node.attrs["axis"] % rank, rank))
@@ -167,7 +205,9 @@ RULES = {
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"), _reduction),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     "DequantizeLinear": _dequantize_linear,
+    "Imputer": _imputer,
     "LayerNormalization": _layer_normalization,
+    "Normalizer": _normalizer,
     "QuantizeLinear": _quantize_linear,
     "ReduceProd": _product,
 }
