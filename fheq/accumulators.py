@@ -26,7 +26,7 @@ from fheq.observers import tails
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
-from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
+from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
 OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
@@ -121,14 +121,9 @@ def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin
     return np.clip(excess * missed, least, np.maximum(span / 2, least))
 
 
-def counts_decisions(step: Linear) -> bool:
-    """Whether a step counts or weighs decisions, whose tight worst case any input may reach."""
-    return bool(step.options.get("exact")) or "exclusive" in step.options
-
-
 def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:
     """The range that sizes an accumulator: never wider than the worst case."""
-    if spec.accumulators is AccumulatorRange.WORST_CASE or (isinstance(step, Linear) and counts_decisions(step)):
+    if spec.accumulators is AccumulatorRange.WORST_CASE or counts_decisions(step):
         return worst
     seen = observed_bounds(layout, qparams, stats, step, spec.margin)
     low = np.clip(seen.low, worst.low, worst.high)

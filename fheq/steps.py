@@ -166,6 +166,11 @@ class Join(Step):
         return self.pieces
 
 
+def counts_decisions(step: Step) -> bool:
+    """Whether a step counts or weighs decisions: its worst case is tight, and any input may reach it."""
+    return isinstance(step, Linear) and ("exact" in step.options or "exclusive" in step.options)
+
+
 def varies_only_along(labels: np.ndarray, axis: int) -> bool:
     """Whether labels (-1 matches anything) are equal along every axis but `axis`."""
     rows = np.moveaxis(labels, axis, 0).reshape(labels.shape[axis], -1)
