@@ -67,4 +67,6 @@ def evaluate(graph: Graph, *inputs: Array) -> Array | tuple[Array, ...]:
         if array.dtype.kind not in "biuf":
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected {port.type.dtype}")
     with enable_x64():
-        return unwrap(named(graph, _evaluate(graph, *[a.astype(p.type.dtype, copy=False) for p, a in zip(graph.inputs, arrays)])))
+        return unwrap(
+            named(graph, _evaluate(graph, *[a.astype(p.type.dtype, copy=False) for p, a in zip(graph.inputs, arrays)]))
+        )

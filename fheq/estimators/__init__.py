@@ -62,6 +62,4 @@ def _evaluate(node: Node, *inputs: Any) -> tuple[Any, ...]:
     return tuple(env[name] if name else None for name in node.outputs)
 
 
-register(
-    *(Op(name, since, Kind.COMPOSITE, _evaluate, domain=DOMAIN) for name, versions, _ in _BODIES for since in versions)
-)
+register(*(Op(name, since, Kind.COMPOSITE, _evaluate, domain=DOMAIN) for name, versions, _ in _BODIES for since in versions))

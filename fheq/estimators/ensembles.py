@@ -15,10 +15,20 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.errors import ModelError, UnsupportedError, describe
-from fheq.estimators.outputs import TRANSFORMS, class_labels, constant_like, linear, real_input, transformed, two_columns, write_label
+from fheq.estimators.outputs import (
+    TRANSFORMS,
+    class_labels,
+    constant_like,
+    linear,
+    real_input,
+    transformed,
+    two_columns,
+    write_label,
+)
 from fheq.estimators.trees import Leaf, Test, Tree, number, trees_of
 from fheq.graph import Node
 from fheq.rewriting.edit import Draft
+from fheq.rewriting.primitives import CODES
 
 MAX_ENTRIES = 2**27  # of the matrices from tests to leaves, all trees together
 AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")
@@ -120,9 +130,11 @@ def _decisions(draft: Draft, node: Node, x: str, tests: Sequence[Test]) -> str:
             part = draft.apply(node, "Or", part, same) if part else same
         missing = np.array([tests[i].missing for i in chosen])
         if np.any(missing):
-            unknown = draft.apply(node, "And", draft.apply(node, "IsNaN", value), draft.constant(f"{value}/missing", missing))
+            unknown = draft.apply(
+                node, "And", draft.apply(node, "IsNaN", value), draft.constant(f"{value}/missing", missing)
+            )
             part = draft.apply(node, "Or", part, unknown)
-        parts.append(draft.apply(node, "Cast", part, to=1))
+        parts.append(draft.apply(node, "Cast", part, to=CODES[draft.types[x].dtype]))
     bits = parts[0] if len(parts) == 1 else draft.apply(node, "Concat", *parts, axis=1)
     if order == sorted(order):
         return bits
@@ -164,7 +176,7 @@ def _reached(draft: Draft, node: Node, bits: str, tests: Sequence[Test], found: 
     counts = draft.apply(node, "Reshape", right, flat, allowzero=0)
     counts = draft.apply(node, "Gather", counts, draft.constant(f"{base}/leaves", columns), axis=1)
     all_right = draft.apply(node, "Greater", counts, constant_like(draft, node, "level", level, counts))
-    return draft.apply(node, "Cast", all_right, to=1)
+    return draft.apply(node, "Cast", all_right, to=CODES[draft.types[counts].dtype])
 
 
 # Operators
@@ -182,29 +194,42 @@ def tree_regressor(draft: Draft, node: Node) -> None:
     """ai.onnx.ml TreeEnsembleRegressor."""
     targets = node.attrs.get("n_targets") or 1
     scores = ensemble_scores(draft, node, trees_of(node), targets, node.attrs["aggregate_function"], _base(node, targets))
-    transformed(draft, node, scores, node.attrs["post_transform"], node.outputs[0])
+    transformed(draft, node, _single(draft, node, scores), node.attrs["post_transform"], node.outputs[0])
 
 
 def tree_classifier(draft: Draft, node: Node) -> None:
-    """ai.onnx.ml TreeEnsembleClassifier; where all leaf values are for one of two classes, they score the positive one."""
-    labels, transform = class_labels(node), node.attrs["post_transform"]
-    trees = trees_of(node)
+    """ai.onnx.ml TreeEnsembleClassifier.
+
+    Where all leaf values are for one of two classes, they score the positive one, as shares of 1 if none is negative. What
+    the scores of both are then, ONNX leaves open: it is what onnxruntime makes of them.
+    """
+    labels, transform, trees = class_labels(node), node.attrs["post_transform"], trees_of(node)
     targets = {target for leaves in trees for leaf in leaves for target, _ in leaf.weights}
     label, output = node.outputs[0], node.outputs[1] if len(node.outputs) > 1 else ""
+    count = max(len(labels), max(targets, default=0) + 1)
     if len(labels) == 2 and len(targets) == 1:
         positive = tuple(tuple(Leaf(f.path, tuple((0, w) for _, w in f.weights)) for f in leaves) for leaves in trees)
         base = number(node, "base_values")
         score = ensemble_scores(draft, node, positive, 1, "SUM", base[-1:] if len(base) else np.zeros(1))
+        score = _single(draft, node, score)
         shares = all(w >= 0 for leaves in trees for leaf in leaves for _, w in leaf.weights)
-        scores = two_columns(draft, node, score, complement=shares)
-        transform, count = "NONE" if shares and transform != "PROBIT" else transform, 2
+        ranked = scores = two_columns(draft, node, score, complement=shares)
+        if targets == {1}:
+            nothing = draft.apply(node, "Mul", score, constant_like(draft, node, "nothing", 0, score))
+            scores = draft.apply(node, "Concat", nothing, score, axis=1)
+        elif shares or transform != "LOGISTIC":
+            transform = "NONE"
     else:
-        count = max(len(labels), max(targets, default=0) + 1)
-        scores = ensemble_scores(draft, node, trees, count, "SUM", _base(node, count))
+        scores = ranked = _single(draft, node, ensemble_scores(draft, node, trees, count, "SUM", _base(node, count)))
     if label:
-        write_label(draft, node, scores, labels if len(labels) else np.arange(count), label)
+        write_label(draft, node, ranked, labels if len(labels) else np.arange(count), label)
     if output:
         transformed(draft, node, scores, transform, output)
+
+
+def _single(draft: Draft, node: Node, scores: str) -> str:
+    """Scores as float32, which these operators give of float64 features too."""
+    return scores if draft.types[scores].dtype == np.float32 else draft.apply(node, "Cast", scores, to=1)
 
 
 def _base(node: Node, targets: int) -> np.ndarray:

@@ -21,7 +21,8 @@ def scaler(draft: Draft, node: Node) -> None:
     """ai.onnx.ml Scaler."""
     x = real_input(draft, node)
     offset, scale = (
-        constant_like(draft, node, name, node.attrs.get(name) or (neutral,), x) for name, neutral in (("offset", 0), ("scale", 1))
+        constant_like(draft, node, name, node.attrs.get(name) or (neutral,), x)
+        for name, neutral in (("offset", 0), ("scale", 1))
     )
     draft.apply(node, "Mul", draft.apply(node, "Sub", x, offset), scale, out=node.outputs[0])
 
@@ -92,7 +93,9 @@ def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
     if len(found) < 2 or len(found["keys"][1]) != len(found["values"][1]) or not len(found["keys"][1]):
         raise ModelError(f"{describe(node)}: its keys and values do not fit together; export the model again")
     kind, values = found["values"]
-    name = {"floats": "default_float", "int64s": "default_int64", "strings": "default_string", "tensor": "default_tensor"}[kind]
+    name = {"floats": "default_float", "int64s": "default_int64", "strings": "default_string", "tensor": "default_tensor"}[
+        kind
+    ]
     default = attrs.get(name)
     return found["keys"][1], values, (0 if values.dtype.kind == "f" else -1) if default is None else np.ravel(default)[0]
 

@@ -44,7 +44,9 @@ def _threshold_label(draft: Draft, node: Node, score: str, labels: np.ndarray, o
     seen = transformed(draft, node, score, node.attrs["post_transform"])
     limit = 0.0 if node.attrs["post_transform"] == "NONE" else 0.5
     above = draft.apply(node, "GreaterOrEqual", seen, constant_like(draft, node, "limit", limit, seen))
-    named = [draft.constant(f"{out}/{k}", v, np.dtype(np.int64)) for k, v in (("on", labels[0] if len(labels) else 1), ("off", 0))]
+    named = [
+        draft.constant(f"{out}/{k}", v, np.dtype(np.int64)) for k, v in (("on", labels[0] if len(labels) else 1), ("off", 0))
+    ]
     flat = draft.constant(f"{out}/shape", np.array([-1]), np.dtype(np.int64))
     draft.apply(node, "Reshape", draft.apply(node, "Where", above, *named), flat, out=out, allowzero=0)
 
@@ -178,4 +180,6 @@ def _votes(draft: Draft, node: Node, scores: str, classes: int) -> str:
     counted = draft.apply(
         node, "MatMul", draft.apply(node, "Cast", won, to=7), draft.constant(f"{node.outputs[0]}/votes", table)
     )
-    return draft.apply(node, "Add", counted, draft.constant(f"{node.outputs[0]}/losses", np.bincount(second, minlength=classes)))
+    return draft.apply(
+        node, "Add", counted, draft.constant(f"{node.outputs[0]}/losses", np.bincount(second, minlength=classes))
+    )

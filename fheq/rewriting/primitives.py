@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from fheq.graph import Node
 from fheq.ops.arguments import DTYPES
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import VERSION, Draft
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LARGEST_PRODUCT = 64
@@ -108,7 +109,9 @@ def _normalizer(draft: Draft, node: Node) -> bool:
     if node.attrs["norm"] == "L2":
         norm = draft.apply(node, "Sqrt", _reduce(draft, node, "ReduceSum", _square(draft, node, x), (axis,)))
     else:
-        norm = _reduce(draft, node, {"L1": "ReduceSum", "MAX": "ReduceMax"}[node.attrs["norm"]], draft.apply(node, "Abs", x), (axis,))
+        norm = _reduce(
+            draft, node, {"L1": "ReduceSum", "MAX": "ReduceMax"}[node.attrs["norm"]], draft.apply(node, "Abs", x), (axis,)
+        )
     norm = draft.apply(node, "Max", norm, _scalar(draft, node, "least", 1e-30, norm))
     draft.apply(node, "Mul", x, draft.apply(node, "Reciprocal", norm), out=out)
     return True
@@ -126,7 +129,9 @@ def _imputer(draft: Draft, node: Node) -> bool:
         if np.isnan(replaced)
         else draft.apply(node, "Equal", x, draft.constant(f"{out}/replaced", replaced, kind))
     )
-    draft.apply(node, "Where", missing, draft.constant(f"{out}/imputed", values, kind), x, out=out)
+    chosen = draft.constant(f"{out}/imputed", values, kind)
+    # Not as a product, which the rule for Where makes of it: a missing value times 0 is missing still.
+    draft.nodes.append(replace(node, op="Where", inputs=(missing, chosen, x), attrs={}, domain="", version=VERSION))
     return True
 
 
