@@ -32,11 +32,12 @@ def split(graph: Graph) -> tuple[Graph, Graph | None]:
     The client's graph reads outputs of the server's, in its order, and gives the outputs of the whole.
     """
     kept = _ancestors(graph, [node for node in graph.nodes if _has_weights(graph, node)])
-    ends = [node for node in graph.nodes if node.outputs[0] not in kept and _is_end(node)]
+    summed = _after_sums(graph)
+    ends = [node for node in graph.nodes if node.outputs[0] not in kept and _is_end(node, summed)]
     if not ends:
         return graph, None
     mine = _descendants(graph, ends)
-    mine |= _before(graph, mine, kept, _limit(graph, ends))
+    mine |= _before(graph, mine, kept, summed, _limit(graph, ends))
     theirs = tuple(node for node in graph.nodes if node.outputs[0] not in mine)
     own = tuple(node for node in graph.nodes if node.outputs[0] in mine)
     made = {name for node in own for name in node.outputs}
@@ -46,8 +47,8 @@ def split(graph: Graph) -> tuple[Graph, Graph | None]:
     return server, _of_client(graph, own, server)
 
 
-def _is_end(node: Node) -> bool:
-    return node.op in ENDS or lookup(node).kind is Kind.CLIENT
+def _is_end(node: Node, summed: set[str]) -> bool:
+    return lookup(node).kind is Kind.CLIENT or (node.op in ENDS and any(name in summed for name in node.inputs))
 
 
 def _has_weights(graph: Graph, node: Node) -> bool:
@@ -83,13 +84,18 @@ def _limit(graph: Graph, ends: list[Node]) -> int:
     return REACH * max(sum(size(port.name) for port in graph.outputs), *(size(node.inputs[0]) for node in ends))
 
 
-def _before(graph: Graph, mine: set[str], kept: set[str], limit: int) -> set[str]:
-    """Nodes that only the client's part reads, as far as they are beyond the last sums and maxima."""
-    readers, outputs = graph.consumers(), {port.name for port in graph.outputs}
+def _after_sums(graph: Graph) -> set[str]:
+    """Tensors that depend on a product with weights, a sum or a maximum."""
     summed: set[str] = set()
     for node in graph.nodes:
         if lookup(node).kind in (Kind.LINEAR, Kind.MAX) or any(name in summed for name in node.inputs):
             summed.update(node.outputs)
+    return summed
+
+
+def _before(graph: Graph, mine: set[str], kept: set[str], summed: set[str], limit: int) -> set[str]:
+    """Nodes that only the client's part reads, as far as they are beyond the last sums and maxima."""
+    readers, outputs = graph.consumers(), {port.name for port in graph.outputs}
     found: set[str] = set()
     for node in reversed(graph.nodes):
         computed = [name for name in node.inputs if name and name not in graph.constants]

@@ -123,6 +123,8 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
     exact = port is not None and port.type.dtype.kind in "iub"
     bits = tensor_bits(layout, key, spec)
     seen = stats if axis is not None else per_tensor(stats)
+    if not exact and layout.graph.types[key].dtype.kind in "iu":
+        exact = float(np.max(seen.maximum) - np.min(seen.minimum)) < 2.0**bits
     if exact:  # integers stand for themselves
         low, high = seen.minimum, seen.maximum
         bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))

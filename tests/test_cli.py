@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     nodes = [build_models.node("MatMul", ["x", "w"], ["h"]), build_models.node("Relu", ["h"], ["y"])]
     w = np.array([[1.0, -0.5], [0.25, 1.0]], np.float32)
     onnx.save(build_models.model(nodes, {"x": ["N", 2]}, ["y"], {"w": w}), folder / "m.onnx")
-    bad = [build_models.node("ArgMax", ["x"], ["y"], axis=1)]
+    bad = [build_models.node("NonZero", ["x"], ["y"])]
     onnx.save(build_models.model(bad, {"x": ["N", 2]}, ["y"], kinds={"y": onnx.TensorProto.INT64}), folder / "bad.onnx")
     np.savez(folder / "d.npz", x_train=X, x_test=X[::-1], y_train=np.zeros(60))
     np.savez(folder / "wrong.npz", a=X, b=X)
@@ -51,7 +51,7 @@ def test_check(files: dict[str, str], capsys):
     assert run(capsys, "check", files["m.onnx"]) == (0, f"{files['m.onnx']}: no problems found\n", "")
     code, out, _ = run(capsys, "check", files["bad.onnx"])
     assert code == 1
-    assert out.startswith("1. node 'make_y' (ArgMax, output 'y')\n   problem: ")
+    assert out.startswith("1. node 'make_y' (NonZero, output 'y')\n   problem: ")
     assert "   remedy: " in out
     assert max(map(len, out.splitlines())) <= 80
 
@@ -146,7 +146,7 @@ FAILURES = [
     (["quantize", "m.onnx", "--data", "text.npz"], 1, "cannot be read"),
     (["quantize", "m.onnx", "--data", "wrong.npz"], 1, "needs 'x' or 'x_train' or 'in0'"),
     (["quantize", "m.onnx", "--data", "nan.npz"], 1, "NaN"),
-    (["quantize", "bad.onnx", "--data", "d.npz"], 1, "ArgMax"),
+    (["quantize", "bad.onnx", "--data", "d.npz"], 1, "NonZero"),
     (["quantize", "absent.onnx", "--data", "d.npz"], 1, "does not exist"),
 ]
 

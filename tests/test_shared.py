@@ -15,7 +15,7 @@ from fheq.errors import FheqError
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ZOO, WORKLOADS = SHARED / "zoo", SHARED / "workloads"
 NAMES = sorted(path.stem for path in ZOO.glob("*.onnx"))
-NOT_IMPORTED = {"skl_random_forest", "skl_scaler_logreg_pipeline", "own_lstm"}  # operators without a row
+NOT_IMPORTED = {"own_lstm"}  # operators without a row
 
 pytestmark = [
     pytest.mark.skipif(not NAMES, reason="the models are not here"),
@@ -34,6 +34,9 @@ QUANTIZED = (
     "net_with_concat_unsqueeze",
     "shape_ops",
     "simple_net",
+    "skl_mlp_classifier",
+    "skl_random_forest",
+    "skl_scaler_logreg_pipeline",
     "sum_axis1",
     "torch_multiply",
     "univariate_reshape",
