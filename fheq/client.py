@@ -1,7 +1,7 @@
 """What the client computes after decryption.
 
-Models end in labels and probabilities. The label of the greatest score is no secret to whoever decrypts the scores, and costs
-many tables; so is a softmax. `split` divides a graph in two: the server evaluates one part on encrypted data, the client the
+Models end in labels and probabilities. Whoever decrypts the scores can find the label of the greatest one, or their softmax,
+which would cost many tables on encrypted data. `split` divides a graph in two: the server evaluates one part on encrypted data, the client the
 other on what it decrypts, in floating point and at no cost.
 
 The client's part begins with `ENDS` (ArgMax, Softmax and the like) that no product with weights follows, and has all that

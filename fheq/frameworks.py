@@ -1,14 +1,14 @@
 """Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
 
-Each needs a package that fheq does not install by itself; `pip install "fheq[sklearn]"`, `"fheq[torch]"` and `"fheq[jax]"` do.
-Keras has no function here: the exporters tf2onnx and `keras.Model.export` need TensorFlow, whose releases do not share a numpy
-and an ml_dtypes with concrete-python and jax 0.7.1. Export such a model elsewhere, and give the file to `import_onnx`.
+Each needs a package that `pip install "fheq[sklearn]"`, `"fheq[torch]"` or `"fheq[jax]"` installs.
+Keras has no function here: its export needs TensorFlow. Export such a model elsewhere and give the file to `import_onnx`.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,7 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
     (row,) = _arrays([example])
     if row.ndim != 2:
         raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
-    classes = getattr(estimator, "classes_", None)
-    options = {id(estimator): {"zipmap": False}} if classes is not None else None
-    call = lambda: skl2onnx.to_onnx(estimator, row[:1], options=options, target_opset={"": OPSET, "ai.onnx.ml": 3})
+    call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset={"": OPSET, "ai.onnx.ml": 3})
     return _read(_exported("skl2onnx", estimator, call))
 
 
@@ -115,7 +113,9 @@ def _extra(package: str, extra: str) -> Any:
 def _exported(exporter: str, model: Any, call: Callable[[], Any]) -> Any:
     """What an exporter gives, its refusals as one error."""
     try:
-        return call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return call()
     except Exception as error:
         cause = (str(error) or type(error).__name__).strip().splitlines()[0]
         name = getattr(model, "__name__", type(model).__name__)

@@ -210,10 +210,12 @@ class IntProgram:
     def dequantize(self, *outputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Integer outputs of the program to the model's outputs, in its layout.
 
-        They are real values (float64), and labels where the client computes those, strings included.
+        They are real values (float64), and labels where the client computes those, strings included. A value that leaves the
+        domain of a client's function (the root of a distance a little below 0) gives 0, as in tables.
         """
         real = tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))
         if self.client is None:
             return real
         results = evaluate(self.client, *(r.astype(port.type.dtype) for port, r in zip(self.client.inputs, real)))
-        return tuple(np.asarray(r) for r in (results if isinstance(results, tuple) else (results,)))
+        arrays = (np.asarray(r) for r in (results if isinstance(results, tuple) else (results,)))
+        return tuple(np.where(np.isnan(r), 0, r) if r.dtype.kind == "f" else r for r in arrays)

@@ -177,6 +177,36 @@ def test_as_a_program(files: dict[str, str]):
     assert all(name in done.stdout for name in ("check", "quantize", "compile", "run", "demo"))
 
 
+def test_labels_are_shown_and_saved(tmp_path: Path, capsys):
+    """A classifier with string labels through the commands: the client's part is in what is saved."""
+    classifier = build_models.node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "scores"],
+        domain="ai.onnx.ml",
+        coefficients=[1.0, -1.0, -1.0, 1.0],
+        intercepts=[0.0, 0.1],
+        classlabels_strings=["left", "right"],
+        post_transform="SOFTMAX",
+    )
+    kinds = {"label": onnx.TensorProto.STRING}
+    onnx.save(
+        build_models.model([classifier], {"x": ["N", 2]}, ["label", "scores"], kinds=kinds, domains={"ai.onnx.ml": 1}),
+        tmp_path / "m.onnx",
+    )
+    np.savez(tmp_path / "d.npz", x_train=X)
+    argv = ["--data", str(tmp_path / "d.npz"), "--n-bits", "4"]
+    code, out, err = run(capsys, "run", str(tmp_path / "m.onnx"), *argv)
+    assert (code, err) == (0, "") and ("left" in out or "right" in out)
+    code, out, _ = run(capsys, "run", str(tmp_path / "m.onnx"), *argv, "--rounding", "auto", "--json")
+    labels = [sample["quantized"][0] for sample in json.loads(out)["ran"]["samples"]]
+    assert code == 0 and set(np.ravel(labels)) <= {"left", "right"}
+    code, _, _ = run(capsys, "quantize", str(tmp_path / "m.onnx"), *argv, "-o", str(tmp_path / "q.json"))
+    client = json.loads((tmp_path / "q.json").read_text())["client"]
+    assert code == 0 and client["outputs"][0]["labels"] == ["left", "right"]
+    assert {"ArgMax", "Softmax"} <= {node["op"] for node in client["nodes"]}
+
+
 # What it is made of
 
 

@@ -37,8 +37,19 @@ def test_torch() -> None:
     with torch.no_grad():
         want = module.eval()(torch.as_tensor(x)).numpy()
     np.testing.assert_allclose(fheq.evaluate(graph, x), want, atol=1e-5)
-    twice = fheq.from_torch(torch.nn.Bilinear(5, 5, 2), torch.as_tensor(x[:, 0]), x[:, 0])
-    assert [port.type.shape for port in twice.inputs] == [(1, 5), (1, 5)]
+
+
+def test_torch_with_two_inputs() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Scaled(torch.nn.Module):
+        def forward(self, a, b):
+            return a * torch.sigmoid(b)
+
+    graph = fheq.from_torch(Scaled(), torch.as_tensor(X), X)
+    assert [port.type.shape for port in graph.inputs] == [(1, 5), (1, 5)]
+    x = X.astype(np.float32)
+    np.testing.assert_allclose(fheq.evaluate(graph, x, x), x / (1 + np.exp(-x)), atol=1e-5)
 
 
 def test_jax() -> None:

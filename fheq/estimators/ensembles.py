@@ -1,6 +1,6 @@
 """Tree ensembles in simple operators: comparisons, counts of decisions, leaf values.
 
-Without branching on encrypted data every test of every tree is made: one table per different test, `x <= threshold`, which is
+There is no branching on encrypted data, so every test of every tree is made: one table per test `x <= threshold`, which is
 exact on the integers of a quantized feature. A leaf is reached when all tests on its path turn out right, so the number of
 right ones, a sum of bits, equals the path's length: a small table per leaf. What is left is a product with the leaf values.
 Of each tree one leaf is left out: the others' values are relative to it, and it is reached when they are not.

@@ -71,7 +71,7 @@ def _label_encoder(node: Node, x: Array) -> Array:
         x = jnp.where(jnp.isnan(x), np.inf, x)
         keys = np.where(np.isnan(keys), np.inf, keys)
     at = jnp.clip(jnp.searchsorted(jnp.asarray(keys), x), 0, len(keys) - 1)
-    return jnp.where(jnp.asarray(keys)[at] == x, jnp.asarray(values)[at], jnp.asarray(default, values.dtype))
+    return jnp.where(jnp.asarray(keys)[at] == x, jnp.asarray(values)[at], np.asarray(default, values.dtype))
 
 
 def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:

@@ -96,7 +96,7 @@ def _from_ids(node: Node) -> tuple[Tree, ...]:
         children |= {then, otherwise}
         feature = a["nodes_featureids"][i]
         branches[key] = _branch(feature, modes[i], (float(thresholds[i]),), bool(missing[i]), then, otherwise)
-    roots = {}
+    roots: dict[int, tuple[int, int]] = {}
     for key in branches:
         if key not in children:
             roots.setdefault(key[0], key)
@@ -109,7 +109,7 @@ def _from_lists(node: Node) -> tuple[Tree, ...]:
     """Nodes and leaves as two lists (TreeEnsemble)."""
     a = node.attrs
     modes, splits = np.ravel(a["nodes_modes"]), np.ravel(a["nodes_splits"]).astype(np.float64)
-    members = iter(np.ravel(a.get("membership_values") if a.get("membership_values") is not None else ()))
+    members = iter(number(node, "membership_values"))
     missing = a.get("nodes_missing_value_tracks_true") or [0] * len(modes)
     leaf_weights = np.ravel(a["leaf_weights"]).astype(np.float64)
     branches: dict[tuple[str, int], Any] = {

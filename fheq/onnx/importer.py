@@ -66,7 +66,7 @@ def _import(proto: onnx.ModelProto, dims: Mapping[str, int] | None, report: Repo
     if graph is None:
         return Graph((), (), (), {}, {})
     _refuse_infinite_weights(graph)
-    labels = {name: numbered.strings for name in numbered.holders}
+    labels = dict.fromkeys(numbered.holders, numbered.strings)
     graph = graph.replace(outputs=tuple(replace(port, labels=labels.get(port.name)) for port in graph.outputs))
     return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
 

@@ -52,7 +52,7 @@ def number_strings(nodes: Sequence[Node], constants: Mapping[str, np.ndarray]) -
     for node in nodes:
         if _makes_strings(node, holders):
             holders.add(node.outputs[0])
-            if node.op in ("Split",):
+            if node.op == "Split":
                 holders.update(node.outputs)
         changed.append(_rewritten(node, number, holders))
     return Numbered(tuple(changed), known, strings, frozenset(holders))
@@ -91,7 +91,7 @@ def _makes_strings(node: Node, holders: set[str]) -> bool:
             or (isinstance(tensor, np.ndarray) and tensor.dtype == object)
             or (("classes_strings" in node.attrs or node.op == "CategoryMapper") and node.inputs[0] not in holders)
         )
-        return to_strings or bool(node.attrs.get("classlabels_strings")) and node.op != "ZipMap"
+        return to_strings or (bool(node.attrs.get("classlabels_strings")) and node.op != "ZipMap")
     if node.op == "Constant":
         return any(_of_node(node))
     if node.op in _CARRIERS:
@@ -105,7 +105,8 @@ def _rewritten(node: Node, number: Mapping[str, int], holders: set[str]) -> Node
     if node.op == "Cast" and not node.domain and node.attrs["to"] == STRING:
         if node.inputs[0] not in holders:
             raise UnsupportedError(
-                f"{describe(node)}: casts numbers to strings; fheq takes strings as labels of classes only, so leave them numbers"
+                f"{describe(node)}: casts numbers to strings; fheq takes strings as labels of classes only: leave them "
+                "numbers"
             )
         return replace(node, op="Identity", attrs=MappingProxyType({}))
     attrs = {}
