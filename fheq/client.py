@@ -1,8 +1,8 @@
 """What the client computes after decryption.
 
 Models end in labels and probabilities. Whoever decrypts the scores can find the label of the greatest one, or their softmax,
-which would cost many tables on encrypted data. `split` divides a graph in two: the server evaluates one part on encrypted data, the client the
-other on what it decrypts, in floating point and at no cost.
+which would cost many tables on encrypted data. `split` divides a graph in two: the server evaluates one part on encrypted
+data, the client the other on what it decrypts, in floating point and at no cost.
 
 The client's part begins with `ENDS` (ArgMax, Softmax and the like) that no product with weights follows, and has all that
 follows them. It grows backwards over what only it reads, such as the sigmoids before an ArgMax, up to the last products with

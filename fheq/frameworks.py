@@ -1,7 +1,8 @@
 """Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
 
-Each needs a package that `pip install "fheq[sklearn]"`, `"fheq[torch]"` or `"fheq[jax]"` installs.
-Keras has no function here: its export needs TensorFlow. Export such a model elsewhere and give the file to `import_onnx`.
+Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. There is no function for JAX: the one
+release of jax2onnx whose requirements fit jax 0.7.1 and numpy 1.26 (0.7.1) fails with them; nor for Keras, whose export needs
+TensorFlow. Export such models elsewhere, and give the file to `import_onnx`.
 """
 
 from __future__ import annotations
@@ -85,22 +86,6 @@ def from_torch(module: Any, *example: Any) -> Graph:
         return file.getvalue()
 
     return _read(_exported("torch.onnx", module, call))
-
-
-def from_jax(function: Callable[..., Any], *example: Any) -> Graph:
-    """A JAX function, through jax2onnx.
-
-    Args:
-        function: pure, of one array per argument; parameters are closed over.
-        example: one array per argument, samples along axis 0.
-
-    Raises:
-        MissingExtraError: jax2onnx is not installed.
-        UnsupportedError: jax2onnx does not export the function.
-    """
-    jax2onnx = _extra("jax2onnx", "jax")
-    shapes = [("B", *x.shape[1:]) for x in _arrays(example)]
-    return _read(_exported("jax2onnx", function, lambda: jax2onnx.to_onnx(function, shapes, opset=OPSET + 3)))
 
 
 def _extra(package: str, extra: str) -> Any:

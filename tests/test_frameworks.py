@@ -52,22 +52,10 @@ def test_torch_with_two_inputs() -> None:
     np.testing.assert_allclose(fheq.evaluate(graph, x, x), x / (1 + np.exp(-x)), atol=1e-5)
 
 
-def test_jax() -> None:
-    pytest.importorskip("jax2onnx")
-    import jax.numpy as jnp
-
-    weight = jnp.asarray(X[:5, :3], jnp.float32)
-    function = lambda x: jnp.tanh(x @ weight)
-    graph = fheq.from_jax(function, X)
-    np.testing.assert_allclose(fheq.evaluate(graph, X.astype(np.float32)), function(X), atol=1e-5)
-    assert graph.outputs[0].type.shape == (1, 3) and graph.outputs[0].batch_axis == 0
-
-
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, extra, call in (
         ("skl2onnx", "sklearn", lambda: fheq.from_sklearn(None, X)),
         ("torch", "torch", lambda: fheq.from_torch(None, X)),
-        ("jax2onnx", "jax", lambda: fheq.from_jax(abs, X)),
     ):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError, match=rf'pip install "fheq\[{extra}\]"'):
@@ -86,6 +74,6 @@ def test_what_cannot_be_exported_is_refused() -> None:
 
 
 def test_no_framework_is_imported_unasked() -> None:
-    code = "import sys, fheq; print([m for m in ('sklearn', 'skl2onnx', 'torch', 'jax2onnx') if m in sys.modules])"
+    code = "import sys, fheq; print([m for m in ('sklearn', 'skl2onnx', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
