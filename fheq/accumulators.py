@@ -28,7 +28,7 @@ from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
-from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
+from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
 OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
@@ -56,6 +56,8 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
     if isinstance(step, Linear):
         x = operand_decoder(layout, qparams, step.x, operand_axis(step))
         w = quantize_weight(layout, qparams, step).integers
+        if "exclusive" in step.options:
+            return _exclusive_bounds(step, x.low, x.high, w)
         up, down = np.maximum(w, 0), np.minimum(w, 0)
         low = apply_form(step, x.low, up) + apply_form(step, x.high, down)
         return low, apply_form(step, x.high, up) + apply_form(step, x.low, down)
@@ -73,6 +75,18 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
     corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
     low, high = np.min(np.stack(corners), axis=0), np.max(np.stack(corners), axis=0)
     return (np.sum(low, -1), np.sum(high, -1)) if step.contract else (low, high)
+
+
+def _exclusive_bounds(step: Linear, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of a product with bits of which at most one per group is 1."""
+    group = np.unique(step.options["exclusive"], return_inverse=True)[1]
+    ends = []
+    for smaller in (np.minimum, np.maximum):
+        terms = smaller(low[..., None] * weight, high[..., None] * weight)
+        total = np.zeros((*terms.shape[:-2], group.max() + 1, terms.shape[-1]))
+        smaller.at(np.moveaxis(total, -2, 0), group, np.moveaxis(terms, -2, 0))
+        ends.append(total.sum(axis=-2).reshape(step.shape))
+    return ends[0], ends[1]
 
 
 def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
@@ -112,7 +126,8 @@ def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin
 def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:
     """The range that sizes an accumulator: never wider than the worst case, and all of it for counts, which are narrow and
     where a value that calibration never met (a class without samples) is none the less as likely as any."""
-    if spec.accumulators is AccumulatorRange.WORST_CASE or all(is_boolean(layout.graph, o.key) for o in step.operands):
+    counted = counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
+    if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
         return worst
     seen = observed_bounds(layout, qparams, stats, step, spec.margin)
     low = np.clip(seen.low, worst.low, worst.high)
@@ -154,8 +169,8 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
 
 
 def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
-    """How the accumulator of a step is rounded; not at all when no table reads it."""
-    if step.out not in layout.points.values():
+    """How the accumulator of a step is rounded; not at all when no table reads it, or the table needs every integer."""
+    if step.out not in layout.points.values() or (isinstance(step, Linear) and step.options.get("exact")):
         return None
     return spec.override(step.out, step.node.name).rounding or spec.rounding
 

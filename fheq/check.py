@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fheq.client import split
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError, describe
 from fheq.graph import Graph, Node, Port
 from fheq.plan import Plan, Planner, plan
 from fheq.prediction import largest_sum, predicted_tables
 from fheq.rewrites import decompose
 from fheq.steps import Linear
-from fheq.tail import split_tail
 
 if TYPE_CHECKING:
     from fheq.onnx.loading import Source
@@ -150,7 +150,7 @@ def _planned(graph: Graph) -> tuple[Plan | None, list[FheqError]]:
         layout = plan(graph)
     except FheqError as error:
         try:
-            return None, _Collector(decompose(split_tail(graph)[0])).errors or [error]
+            return None, _Collector(decompose(split(graph)[0])).errors or [error]
         except FheqError as other:
             return None, [other]
     missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]

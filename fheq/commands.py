@@ -199,7 +199,7 @@ def _summary(args: Namespace, graph: Graph, chosen: Chosen, module: QuantizedMod
     parts = check_arrays(graph.inputs, chosen.arrays)
     some = [join(port, part[:COMPARED]) for port, part in zip(graph.inputs, parts)]
     wanted, got = (_as_list(v) for v in (evaluate(graph, *some), module.forward(*some)))
-    gap = distance(graph.outputs, [w.astype(np.float64) for w in wanted], got)
+    gap = distance(graph.outputs, wanted, got)
     removed = [{"name": n, "bits": a.bits - a.lsbs} for n, a in module.program.accumulators.items() if a.lsbs]
     return {
         "model": args.model,
@@ -275,6 +275,8 @@ def _print_tables(program: IntProgram) -> None:
 def _brief(values: np.ndarray) -> str:
     """An output in few characters: where its maximum is, or its values."""
     flat = np.ravel(values)
+    if flat.dtype == object:  # labels
+        return " ".join(map(str, flat[:4]))
     if flat.size > 4:
         return f"max {number(float(flat.max()))} at {int(flat.argmax())}"
     return " ".join(number(float(v)) for v in flat)

@@ -42,7 +42,8 @@ def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[
         inputs: as for `evaluate`.
 
     Returns:
-        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled).
+        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled); labels that are strings as their numbers in
+        `Port.labels` of the output.
     """
     return unwrap(_fake_quant(graph, qparams, *inputs))
 
@@ -61,11 +62,7 @@ def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]
 
 def results(layout: Plan, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
     """The model's outputs: those of the planned graph, or what the client makes of them."""
-    if layout.tail is None:
-        return outputs
-    named = dict(zip((port.name for port in layout.graph.outputs), outputs))
-    found = evaluate_sample(layout.tail, *(named[port.name] for port in layout.tail.inputs))
-    return tuple(named.get(port.name, value) for port, value in zip(layout.tail.outputs, found))
+    return outputs if layout.client is None else evaluate_sample(layout.client, *outputs)
 
 
 class Prepared(NamedTuple):

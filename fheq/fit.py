@@ -83,7 +83,7 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         axis = stated[key].axis if key in stated else (-1 if granularity is Granularity.PER_CHANNEL else None)
         wanted[key] = axis is not None and _divisible(layout, key)
     sharing = share(layout, wanted)
-    ranges = {key: _range(layout, key, stats[key], spec, sharing.axis[key]) for key in keys}
+    ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     scales = {key: _scale(*ranges[key]) for key in keys}
     result: dict[str, Affine] = {}
     for key in keys:
@@ -121,14 +121,16 @@ def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
 Range = tuple[np.ndarray, np.ndarray, int]
 
 
-def _range(layout: Plan, key: str, stats: TensorStats, spec: Spec, axis: int | None) -> Range:
+def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None) -> Range:
     """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it."""
+    if stats is None:  # decisions
+        return np.zeros(()), np.ones(()), 1
     port = next((p for p in layout.graph.inputs if p.name == key), None)
-    exact = is_boolean(layout.graph, key) or (port is not None and port.type.dtype.kind in "iub")
+    exact = port is not None and port.type.dtype.kind in "iub"
     bits = tensor_bits(layout, key, spec)
     seen = stats if axis is not None else per_tensor(stats)
     if exact:  # integers stand for themselves
-        low, high = (np.zeros(1), np.ones(1)) if is_boolean(layout.graph, key) else (seen.minimum, seen.maximum)
+        low, high = seen.minimum, seen.maximum
         bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
         low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
     elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:

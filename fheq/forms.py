@@ -119,7 +119,8 @@ def _matmul(planner: Planner, node: Node) -> Step:
         weight = _constant(planner, node, 1)
         weight = weight[:, None] if weight.ndim == 1 else weight
         x = planner.operand(node.inputs[0], along(-1))
-        return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1)
+        options = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
+        return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1, options)
     weight = _constant(planner, node, 0)
     rank = len(planner.graph.types[node.inputs[1]].shape)
     x = planner.operand(node.inputs[1], along(-2 if rank > 1 else -1))

@@ -95,7 +95,7 @@ class _Lowering:
             self.step(step)
         outputs = tuple(self.output(port) for port in self.layout.graph.outputs)
         emitted = self.emit.finish([o.value for o in outputs])
-        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators, self.layout.tail)
+        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators, self.layout.client)
 
     def hold(self, key: str, value: str) -> None:
         """Registers a quantized source (an input, a join or a maximum)."""
@@ -200,7 +200,10 @@ class _Lowering:
         weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
         if step.form == "conv":
             return self.emit.convolution(x, weight, step.options)
-        return self.emit.matmul(x, weight, step.form == "left")
+        product = self.emit.matmul(x, weight, step.form == "left")
+        if "exclusive" in step.options:
+            self.emit.bound(product, *worst_case(self.layout, self.qparams, step))
+        return product
 
     def add(self, step: Add) -> str:
         a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from fheq.affine import Affine
+from fheq.client import split
 from fheq.errors import UnsupportedError, describe
 from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
@@ -25,7 +26,6 @@ from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.rewrites import decompose
 from fheq.steps import Join, Operand, Step
-from fheq.tail import split_tail
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Plan:
             table.
         adopted: graph inputs that take over a quantizer stated by the model.
         elements: evaluates regions.
-        tail: makes the model's outputs of those of `graph` after decryption; None where they are the same.
+        client: what the client makes of the outputs after decryption, or None where they are the model's (`fheq.client`).
     """
 
     graph: Graph
@@ -72,7 +72,7 @@ class Plan:
     outputs: Mapping[str, Operand | None]
     adopted: Mapping[str, Affine]
     elements: Elements
-    tail: Graph | None
+    client: Graph | None
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the graph, or of a step's result."""
@@ -91,8 +91,8 @@ def plan(graph: Graph) -> Plan:
     Raises:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
-    head, tail = split_tail(graph)
-    return Planner(decompose(head)).finish(tail)
+    server, client = split(graph)
+    return Planner(decompose(server)).finish(client)
 
 
 class Planner:
@@ -111,13 +111,14 @@ class Planner:
         for node in graph.nodes:
             self.visit(node)
 
-    def finish(self, tail: Graph | None) -> Plan:
+    def finish(self, client: Graph | None) -> Plan:
         outputs: dict[str, Operand | None] = {}
         for port in self.graph.outputs:
             if port.name in self.regions:
                 affine = self.regions[port.name].affine
                 outputs[port.name] = None if affine else self.operand(port.name)
-        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, self.evaluator(), tail)
+        elements = self.evaluator()
+        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, elements, client)
 
     def evaluator(self) -> Elements:
         sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])

@@ -19,6 +19,7 @@ from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays
 from fheq.calibrate import wide
+from fheq.client import rejoined
 from fheq.errors import DataError
 from fheq.fake_quant import operand_values
 from fheq.graph import Graph, Node
@@ -27,7 +28,7 @@ from fheq.interpret import run_node
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, with_weights
-from fheq.steps import Linear, Operand
+from fheq.steps import Linear
 
 CHUNK = 64  # samples whose inputs are multiplied out together
 RIDGE = 1e-4  # of the mean variance of a layer's inputs: what keeps few samples from fitting noise
@@ -56,7 +57,7 @@ def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
         return graph
     with enable_x64():
         changed = _Walk(layout, groups, tolerance).run(arrays)
-    return with_weights(layout.graph, changed) if changed else graph
+    return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,11 @@ def _rows(step: Linear, x: Any) -> np.ndarray:
     """The inputs of a step's outputs, `(positions, features)`, the features of a channel side by side."""
     if step.form == "conv":
         patches = jax.lax.conv_general_dilated_patches(
-            x.reshape(-1, *x.shape[2:]), step.weight.shape[2:], step.options["strides"], "VALID", rhs_dilation=step.options["dilations"]
+            x.reshape(-1, *x.shape[2:]),
+            step.weight.shape[2:],
+            step.options["strides"],
+            "VALID",
+            rhs_dilation=step.options["dilations"],
         )
         x = jnp.moveaxis(patches, 1, -1)
     return np.asarray(x).reshape(-1, x.shape[-1])

@@ -21,7 +21,7 @@ from fheq.batching import check_arrays
 from fheq.console import number, text_table
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
-from fheq.fake_quant import output_values, prepare, tensor_values
+from fheq.fake_quant import output_values, prepare, results, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
 from fheq.plan import Plan, plan
@@ -239,7 +239,7 @@ def _sums(
         exact = jax.vmap(partial(_exact, graph, names))(*parts)
 
         def measure(q: QParams, known: Any, target: Any, want: Any, *sample: Array) -> dict[str, Any]:
-            y = _quantized(layout, names, q, tensor_values(layout, q, known, *sample))
+            y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample))
             return {name: found(y, want, target) for name, found in measures}
 
         def total(q: QParams, known: Any) -> dict[str, Any]:
@@ -263,9 +263,10 @@ def _exact(graph: Graph, names: tuple[str, ...] | None, *sample: Array) -> Any:
     return interpret(decomposed, dict(zip(plan(graph).inputs, sample)), targets=names)
 
 
-def _quantized(layout: Plan, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
+def _quantized(graph: Graph, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
+    layout = plan(graph)
     if names is None:
-        found = output_values(layout, qparams, env)
-        return unwrap([v.reshape(port.shape) for port, v in zip(layout.graph.outputs, found)])
+        found = results(layout, output_values(layout, qparams, env))
+        return unwrap([v.reshape(port.shape) for port, v in zip(graph.outputs, found)])
     read = lambda name: affine.fake_quant(qparams.tensors[name], env[name]) if name in layout.points else env[name]
     return {name: read(name) for name in names}

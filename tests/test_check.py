@@ -34,19 +34,18 @@ CASES = {
         [("node 'make_y' (Det, output 'y')", "no row", "rewrite")],
     ),
     "op without an integer form": (
-        model([node("ArgMax", ["x"], ["y"], axis=1)], {"x": ["N", 3]}, ["y"]),
-        [("node 'make_y' (ArgMax, output 'y')", "no integer form", "rewrite")],
+        model([node("Mod", ["x", "z"], ["y"], fmod=1)], {"x": ["N", 3], "z": ["N", 3]}, ["y"]),
+        [("node 'make_y' (Mod, output 'y')", "no integer form", "rewrite")],
     ),
     "two of them": (
         model(
-            [node("ArgMax", ["x"], ["i"], axis=1), node("Relu", ["x"], ["r"]), node("ArgMin", ["r"], ["j"], axis=1)],
-            {"x": ["N", 3]},
+            [node("Mod", ["x", "z"], ["i"], fmod=1), node("Relu", ["x"], ["r"]), node("Mod", ["z", "r"], ["j"], fmod=1)],
+            {"x": ["N", 3], "z": ["N", 3]},
             ["i", "j"],
-            kinds={"i": onnx.TensorProto.INT64, "j": onnx.TensorProto.INT64},
         ),
         [
-            ("node 'make_i' (ArgMax, output 'i')", "no integer form", "rewrite"),
-            ("node 'make_j' (ArgMin, output 'j')", "no integer form", "rewrite"),
+            ("node 'make_i' (Mod, output 'i')", "no integer form", "rewrite"),
+            ("node 'make_j' (Mod, output 'j')", "no integer form", "rewrite"),
         ],
     ),
     "NaN in a weight": (

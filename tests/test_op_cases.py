@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 from jax.experimental import enable_x64
-from onnx import defs, helper
+from onnx import defs, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import fheq
@@ -227,8 +227,155 @@ def _selection_cases(x: np.ndarray) -> Iterator[Case]:
 def _machine_learning_cases(x: np.ndarray) -> Iterator[Case]:
     domain, table = "ai.onnx.ml", x.reshape(4, 6)
     yield own("Scaler", 1, table, domain=domain, offset=[0.5] * 6, scale=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    yield own("Scaler", 1, table.astype(np.int64), domain=domain, offset=[0.5], scale=[2.0])
     for norm in ("MAX", "L1", "L2"):
         yield own("Normalizer", 1, np.abs(table), domain=domain, norm=norm)
+    holes = np.where(np.abs(table) < 0.5, np.nan, table).astype(np.float32)
+    fills = [float(i) for i in range(6)]
+    yield own("Imputer", 1, holes, domain=domain, imputed_value_floats=fills, replaced_value_float=float("nan"))
+    whole = np.arange(12).reshape(3, 4) % 5
+    yield own("Imputer", 1, whole, domain=domain, imputed_value_int64s=[9], replaced_value_int64=3)
+    yield own("FeatureVectorizer", 1, table, table[:, :2], domain=domain, inputdimensions=[5, 3])
+    yield own("OneHotEncoder", 1, whole, domain=domain, cats_int64s=[0, 2, 4, 1], zeros=1)
+    yield own("LabelEncoder", 1, whole, domain=domain, classes_strings=["a", "c", "b"], default_string="other")
+    yield own("LabelEncoder", 2, whole, domain=domain, keys_int64s=[4, 0, 2], values_floats=[0.5, -1.0, 2.0])
+    yield own("LabelEncoder", 2, whole, domain=domain, keys_int64s=[4, 0, 2], values_strings=["u", "v", "w"])
+    keys, values = np.array([2.0, 0.0], np.float32), np.array([7, 8])
+    tensors = {"keys_tensor": keys, "values_tensor": values, "default_tensor": np.array([1])}
+    tensors = {name: numpy_helper.from_array(value, name) for name, value in tensors.items()}
+    yield own("LabelEncoder", 4, whole.astype(np.float32), domain=domain, **tensors)
+    strings = {"cats_int64s": [1, 2], "cats_strings": ["one", "two"], "default_string": "none"}
+    yield own("CategoryMapper", 1, whole, domain=domain, **strings)
+    zipped = [dict(zip((3, 1, 2), row)) for row in table[:, :3]]
+    columns = np.array([[row[key] for key in (3, 1, 2)] for row in zipped], np.float32)
+    yield own("ZipMap", 1, table[:, :3], domain=domain, classlabels_int64s=[3, 1, 2], result=columns)
+    yield from _linear_cases(table)
+    yield from _vector_machine_cases(table)
+    yield from _tree_cases(table)
+
+
+def _linear_cases(x: np.ndarray) -> Iterator[Case]:
+    options: dict[str, Any] = {"domain": "ai.onnx.ml", "outputs": 2}
+    weights = _real(3, 6).ravel().tolist()
+    for transform in ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO"):
+        named = {"classlabels_ints": [5, 3, 4], "post_transform": transform}
+        yield own("LinearClassifier", 1, x, coefficients=weights, intercepts=[0.1, 0.2, -0.3], **named, **options)
+        pair = {"classlabels_strings": ["no", "yes"], "post_transform": transform}
+        yield own("LinearClassifier", 1, x, coefficients=weights[:12], intercepts=[0.1, 0.2], **pair, **options)
+    one = {"coefficients": weights[:6], "intercepts": [0.1], "classlabels_ints": [0, 1], "post_transform": "LOGISTIC"}
+    yield own("LinearClassifier", 1, x, **one, **options)
+    domain = options["domain"]
+    yield own("LinearRegressor", 1, x, domain=domain, coefficients=weights, intercepts=[1.0, 2.0, 3.0], targets=3)
+    probit = np.clip(np.abs(x), 0.05, 0.95)
+    share = {"coefficients": [0.4, 0.1, 0.05, 0.1, 0.1, 0.1], "intercepts": [0.1], "post_transform": "PROBIT"}
+    yield own(
+        "LinearRegressor", 1, probit, domain=domain, result=_probit(probit @ np.array(share["coefficients"]) + 0.1), **share
+    )
+
+
+def _probit(p: np.ndarray) -> np.ndarray:
+    """By the definition of the approximation: Winitzki's inverse error function."""
+    log = np.log(1 - (2 * p - 1) ** 2)
+    a = 2 / (np.pi * 0.147) + log / 2
+    return (np.sqrt(2) * np.sign(2 * p - 1) * np.sqrt(np.sqrt(a**2 - log / 0.147) - a)).astype(np.float32)[:, None]
+
+
+def _vector_machine_cases(x: np.ndarray) -> Iterator[Case]:
+    domain = "ai.onnx.ml"
+    vectors, coefficients = _real(5, 6), _real(2, 5)
+    for kernel in ("LINEAR", "POLY", "RBF", "SIGMOID"):
+        shared = {"kernel_type": kernel, "kernel_params": [0.3, 0.5, 2.0], "support_vectors": vectors.ravel().tolist()}
+        regression = {"coefficients": coefficients[0].tolist(), "n_supports": 5, "rho": [0.25]}
+        yield own("SVMRegressor", 1, x, domain=domain, **regression, **shared)
+        yield own("SVMRegressor", 1, x, domain=domain, one_class=1, **regression, **shared)
+        classes = {"vectors_per_class": [2, 1, 2], "rho": [0.1, -0.2, 0.3], "coefficients": coefficients.ravel().tolist()}
+        yield own("SVMClassifier", 1, x, domain=domain, outputs=2, classlabels_ints=[2, 0, 1], **classes, **shared)
+        pair = {"vectors_per_class": [2, 3], "rho": [0.1], "coefficients": coefficients[0].tolist()}
+        yield own("SVMClassifier", 1, x, domain=domain, outputs=2, classlabels_strings=["a", "b"], **pair, **shared)
+        platt = {"prob_a": [-1.5, -2.0, -1.0], "prob_b": [0.1, 0.0, -0.1]}
+        yield own("SVMClassifier", 1, x, domain=domain, outputs=2, classlabels_ints=[2, 0, 1], **platt, **classes, **shared)
+    linear = {"coefficients": coefficients.ravel().tolist()[:6], "rho": [0.25]}
+    yield own("SVMRegressor", 1, x, domain=domain, kernel_type="LINEAR", n_supports=0, **linear)
+
+
+def _two_trees(mode: str, second: str) -> dict[str, Any]:
+    """A tree of four leaves, one of them next to the root, and one of two."""
+    return {
+        "nodes_treeids": [0, 0, 0, 0, 0, 0, 0, 1, 1, 1],
+        "nodes_nodeids": [0, 1, 2, 3, 4, 5, 6, 0, 1, 2],
+        "nodes_featureids": [0, 0, 3, 0, 5, 0, 0, 2, 0, 0],
+        "nodes_modes": [mode, "LEAF", mode, "LEAF", second, "LEAF", "LEAF", second, "LEAF", "LEAF"],
+        "nodes_values": [0.1, 0.0, -0.2, 0.0, 0.3, 0.0, 0.0, 0.5, 0.0, 0.0],
+        "nodes_truenodeids": [1, 0, 3, 0, 5, 0, 0, 1, 0, 0],
+        "nodes_falsenodeids": [2, 0, 4, 0, 6, 0, 0, 2, 0, 0],
+    }
+
+
+def _tree_cases(x: np.ndarray) -> Iterator[Case]:
+    domain = "ai.onnx.ml"
+    leaves = {"treeids": [0, 0, 0, 0, 1, 1], "nodeids": [1, 3, 5, 6, 1, 2]}
+    target = {f"target_{k}": v for k, v in leaves.items()}
+    classes = {f"class_{k}": v for k, v in leaves.items()}
+    weights = [0.5, -0.25, 1.0, 0.125, 0.75, -0.5]
+    full = {k: v * 3 for k, v in leaves.items()}  # onnxruntime adds no base value to a target without a leaf value
+    spread = [round(w * f, 4) for f in (1, -0.5, 0.75) for w in weights]
+    for mode, other in (("LEQ", "LEQ"), ("LT", "GTE"), ("GT", "LEQ"), ("EQ", "NEQ")):
+        trees = _two_trees(f"BRANCH_{mode}", f"BRANCH_{other}")
+        edge = np.concatenate([x, np.full_like(x, 0.1), np.full_like(x, 0.3), np.full_like(x, 0.5)])
+        for aggregate in ("SUM", "AVERAGE", "MIN", "MAX") if mode == "LEQ" else ("SUM",):
+            ids = {"target_ids": [0] * 6 + [1] * 6 + [2] * 6, "target_weights": spread, "n_targets": 3}
+            votes = {f"target_{k}": v for k, v in full.items()}
+            found = {**trees, **votes, **ids, "aggregate_function": aggregate}
+            yield own("TreeEnsembleRegressor", 1, edge, domain=domain, base_values=[0.5, 1.0, -0.25], **found)
+        for transform in ("NONE", "SOFTMAX", "LOGISTIC"):
+            many = {**trees, **classes, "class_weights": weights, "post_transform": transform}
+            labels = {"class_ids": [0] * 6 + [1] * 6 + [2] * 6, "classlabels_strings": ["a", "b", "c"]}
+            votes = {**{f"class_{k}": v for k, v in full.items()}, "class_weights": spread}
+            yield own("TreeEnsembleClassifier", 1, edge, domain=domain, outputs=2, **{**many, **votes, **labels})
+            signed = {"class_ids": [0] * 6, "classlabels_int64s": [7, 9], "base_values": [-0.2]}
+            yield own("TreeEnsembleClassifier", 1, edge, domain=domain, outputs=2, **many, **signed)
+            shares = {**many, "class_weights": [0.1, 0.4, 0.2, 0.3, 0.5, 0.35]}
+            yield own(
+                "TreeEnsembleClassifier",
+                1,
+                edge,
+                domain=domain,
+                outputs=2,
+                class_ids=[1] * 6,
+                classlabels_int64s=[7, 9],
+                **shares,
+            )
+    holes = np.where(np.abs(x) < 0.5, np.nan, x).astype(np.float32)
+    for tracked in (0, 1):
+        trees = {**_two_trees("BRANCH_LEQ", "BRANCH_GT"), "nodes_missing_value_tracks_true": [tracked] * 10}
+        yield own(
+            "TreeEnsembleRegressor",
+            1,
+            holes,
+            domain=domain,
+            **trees,
+            **target,
+            target_ids=[0] * 6,
+            target_weights=weights,
+            n_targets=1,
+        )
+    precise = {k: v for k, v in _two_trees("BRANCH_LEQ", "BRANCH_LEQ").items() if k != "nodes_values"}
+    precise["nodes_values_as_tensor"] = numpy_helper.from_array(np.array(_two_trees("", "")["nodes_values"]))
+    doubles = {"target_weights_as_tensor": numpy_helper.from_array(np.array(weights)), "target_ids": [0] * 6, "n_targets": 1}
+    yield own("TreeEnsembleRegressor", 3, x.astype(np.float64), domain=domain, **precise, **target, **doubles)
+    both = {"class_weights_as_tensor": numpy_helper.from_array(np.array(spread)), "class_ids": [0] * 6 + [1] * 6 + [2] * 6}
+    classes = {f"class_{k}": v for k, v in full.items()}
+    yield own(
+        "TreeEnsembleClassifier",
+        3,
+        x.astype(np.float64),
+        domain=domain,
+        outputs=2,
+        classlabels_int64s=[0, 1, 2],
+        **precise,
+        **classes,
+        **both,
+    )
 
 
 def _quantizer_cases() -> Iterator[Case]:

@@ -22,6 +22,7 @@ _FIELDS: dict[int, str] = {
     AttributeProto.STRINGS: "strings",
     AttributeProto.TENSORS: "tensors",
 }
+_WITH_NAN = ("membership_values", "nodes_splits")  # of TreeEnsemble: the end of a set, and a place for it
 _SUBGRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 _OTHERS = (AttributeProto.TYPE_PROTO, AttributeProto.TYPE_PROTOS, AttributeProto.SPARSE_TENSORS)
 _SINGULAR = ("f", "i", "s", "t", "sparse_tensor")
@@ -128,7 +129,7 @@ def _value(proto: AttributeProto, wanted: int | None, where: str) -> Any:
     if kind == AttributeProto.STRING:
         return _text(value)
     if kind == AttributeProto.TENSOR:
-        return to_array(value, label, strings=True)
+        return to_array(value, label, strings=True, nan=proto.name in _WITH_NAN)
     if kind == AttributeProto.SPARSE_TENSOR:
         return to_dense(value, label)
     if kind == AttributeProto.STRINGS:

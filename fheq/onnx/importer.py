@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from types import MappingProxyType
 
@@ -15,6 +15,7 @@ from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
 from fheq.onnx.parse import Parsed, Report, parse
 from fheq.onnx.shapes import grown, input_ports, is_symbolic, output_ports
+from fheq.onnx.strings import number_strings
 from fheq.qat import constant_quantizer
 from fheq.rewrites import DEFAULT_REWRITES
 from fheq.rewriting.fold import Inferred, infer
@@ -72,10 +73,15 @@ def problems(model: Source, *, dims: Mapping[str, int] | None = None) -> list[Fh
 
 def _finished(parsed: Parsed, dims: Mapping[str, int] | None, found: list[FheqError] | None) -> Graph | None:
     """The graph after all rewrites. Errors of single nodes are added to `found`, where it is given, and then it is None."""
+    with reading("the model"):
+        numbered = number_strings(parsed.nodes, parsed.constants)
+    parsed = replace(parsed, nodes=numbered.nodes, constants=numbered.constants)
     graph = _typed(parsed, dims, None if found is None else found.append, [] if found is None else found)
     if graph is None:
         return None
     _refuse_infinite_weights(graph)
+    labels = dict.fromkeys(numbered.holders, numbered.strings)
+    graph = graph.replace(outputs=tuple(replace(port, labels=labels.get(port.name)) for port in graph.outputs))
     return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
 
 

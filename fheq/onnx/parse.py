@@ -264,7 +264,7 @@ def _constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     constants: dict[str, np.ndarray] = {}
     for tensor in graph.initializer:
         _check_new(tensor.name, constants)
-        constants[tensor.name] = to_array(tensor, f"initializer {tensor.name!r}")
+        constants[tensor.name] = to_array(tensor, f"initializer {tensor.name!r}", strings=True)
     for sparse in graph.sparse_initializer:
         _check_new(sparse.values.name, constants)
         constants[sparse.values.name] = to_dense(sparse, f"initializer {sparse.values.name!r}")

@@ -98,11 +98,6 @@ def _dropout(node: Node, x: Array, ratio: np.ndarray | None = None, training: np
     return (x, mask) if len(node.outputs) > 1 else x
 
 
-def _scaler(node: Node, x: Array) -> Array:
-    """ai.onnx.ml Scaler."""
-    return ((x - np.asarray(node.attrs["offset"])) * np.asarray(node.attrs["scale"])).astype(x.dtype)
-
-
 # Operators without attributes: name, first opset, function.
 _PLAIN: tuple[tuple[str, int, Callable[..., Array]], ...] = (
     ("Abs", 7, jnp.abs),
@@ -190,7 +185,6 @@ register(
     *(Op(name, 7, Kind.ELEMENTWISE, _plain(function), affine=positions) for name, positions, function in _AFFINE),
     *(Op(name, since, Kind.ELEMENTWISE, function) for name, since, function in _WITH_ATTRIBUTES),
     Op("Dropout", 7, Kind.ELEMENTWISE, _dropout, static=(1, 2), affine=(0,)),
-    Op("Scaler", 1, Kind.ELEMENTWISE, _scaler, affine=(0,), domain="ai.onnx.ml"),
     Op(
         "Binarizer",
         1,

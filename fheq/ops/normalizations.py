@@ -86,6 +86,7 @@ def _normalizer(node: Node, x: Array) -> Array:
         "L1": lambda a: jnp.sum(a, axis=-1, keepdims=True),
         "L2": lambda a: jnp.sqrt(jnp.sum(a * a, axis=-1, keepdims=True)),
     }
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)
     return x / jnp.maximum(norms[node.attrs["norm"]](jnp.abs(x)), 1e-30)
 
 
@@ -102,5 +103,5 @@ register(
     Op("LRN", 7, Kind.COMPOSITE, _lrn),
     Op("LayerNormalization", 17, Kind.COMPOSITE, _layer_normalization),
     Op("LpNormalization", 7, Kind.COMPOSITE, _lp_normalization),
-    Op("Normalizer", 1, Kind.CLIENT, _normalizer, domain="ai.onnx.ml"),
+    Op("Normalizer", 1, Kind.COMPOSITE, _normalizer, domain="ai.onnx.ml"),
 )

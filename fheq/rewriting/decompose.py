@@ -16,6 +16,7 @@ from fheq.rewriting import einsum, matrices, normalizations, primitives, recurre
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.primitives import CODES
 
+DOMAINS = ("", "ai.onnx.ml")
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -43,8 +44,8 @@ def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mappin
 
 
 def _rewritten(draft: Draft, node: Node) -> bool:
-    rule = RULES.get(node.op)
-    return rule is not None and not node.domain and bool(node.outputs) and rule(draft, node)
+    rule = RULES.get(node.op) if node.domain in DOMAINS else None
+    return rule is not None and bool(node.outputs) and rule(draft, node)
 
 
 def _computed(draft: Draft, names: tuple[str, ...]) -> bool:

@@ -96,6 +96,21 @@ def _lp_normalization(draft: Draft, node: Node) -> bool:
     return True
 
 
+def _normalizer(draft: Draft, node: Node) -> bool:
+    """ai.onnx.ml Normalizer: the input over its norm along the last axis."""
+    x, axes = node.inputs[0], (len(draft.types[node.inputs[0]].shape) - 1,)
+    if draft.types[x].dtype.kind != "f":
+        x = draft.apply(node, "Cast", x, to=1)
+    if node.attrs["norm"] == "L2":
+        norm = draft.apply(node, "Sqrt", reduced(draft, node, "ReduceSum", square(draft, node, x), axes))
+    else:
+        reduction = {"L1": "ReduceSum", "MAX": "ReduceMax"}[node.attrs["norm"]]
+        norm = reduced(draft, node, reduction, draft.apply(node, "Abs", x), axes)
+    norm = draft.apply(node, "Max", norm, scalar(draft, node, "least", 1e-30, norm))
+    draft.apply(node, "Mul", x, draft.apply(node, "Reciprocal", norm), out=node.outputs[0])
+    return True
+
+
 def _global_lp_pool(draft: Draft, node: Node) -> bool:
     x = node.inputs[0]
     axes = range(2, len(draft.types[x].shape))
@@ -153,4 +168,5 @@ RULES = {
     "LayerNormalization": _layer_normalization,
     "LpNormalization": _lp_normalization,
     "LpPool": _lp_pool,
+    "Normalizer": _normalizer,
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 
 from fheq.graph import Node
 from fheq.ops.arguments import DTYPES
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import VERSION, Draft
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LARGEST_PRODUCT = 64
@@ -119,6 +120,32 @@ def _cumulative_product(draft: Draft, node: Node) -> bool:
     return True
 
 
+def _imputer(draft: Draft, node: Node) -> bool:
+    """Imputer: the identity for missing values marked as NaN, which encrypted inputs cannot be; else a choice."""
+    x, out, kind = node.inputs[0], node.outputs[0], draft.types[node.inputs[0]].dtype
+    values, replaced = imputed(node)
+    if np.isnan(replaced) and x in {port.name for port in draft.graph.inputs}:
+        draft.apply(node, "Identity", x, out=out)
+        return True
+    missing = (
+        draft.apply(node, "IsNaN", x)
+        if np.isnan(replaced)
+        else draft.apply(node, "Equal", x, draft.constant(f"{out}/replaced", replaced, kind))
+    )
+    chosen = draft.constant(f"{out}/imputed", values, kind)
+    # Not as a product, which the rule for Where makes of it: a missing value times 0 is missing still.
+    draft.nodes.append(replace(node, op="Where", inputs=(missing, chosen, x), attrs={}, domain="", version=VERSION))
+    return True
+
+
+def imputed(node: Node) -> tuple[np.ndarray, float]:
+    """The values of an Imputer, per feature or one for all, and what they stand in for."""
+    attrs = node.attrs
+    if attrs.get("imputed_value_floats"):
+        return np.asarray(attrs["imputed_value_floats"]), attrs.get("replaced_value_float", 0.0)
+    return np.asarray(attrs.get("imputed_value_int64s") or (0,)), attrs.get("replaced_value_int64", 0)
+
+
 def _parameter(draft: Draft, node: Node, position: int) -> np.ndarray | None:
     """A known scale or zero point in a shape that broadcasts; None where it is computed or per block."""
     if position >= len(node.inputs) or not node.inputs[position]:
@@ -168,6 +195,7 @@ RULES = {
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"), _reduction),
     "CumProd": _cumulative_product,
     "DequantizeLinear": _dequantize_linear,
+    "Imputer": _imputer,
     "QuantizeLinear": _quantize_linear,
     "ReduceProd": _product,
 }
