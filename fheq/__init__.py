@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from fheq import post_training as post_training
 from fheq.affine import Affine as Affine
+from fheq.attribute import Attribution as Attribution
+from fheq.attribute import attribute as attribute
 from fheq.calibrate import CalibrationWarning as CalibrationWarning
 from fheq.calibrate import calibrate as calibrate
 from fheq.check import Problem as Problem
@@ -19,6 +21,10 @@ from fheq.circuit import Circuit as Circuit
 from fheq.circuit import compile as compile
 from fheq.cost import Report as Report
 from fheq.cost import cost as cost
+from fheq.edits import chain as chain
+from fheq.edits import masked as masked
+from fheq.edits import partition as partition
+from fheq.edits import select as select
 from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant
@@ -27,6 +33,8 @@ from fheq.frameworks import from_sklearn as from_sklearn
 from fheq.frameworks import from_torch as from_torch
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
+from fheq.many import Compiled as Compiled
+from fheq.many import compile_many as compile_many
 from fheq.noise import Noise as Noise
 from fheq.noise import noise as noise
 from fheq.observers import MeanSquaredError as MeanSquaredError
@@ -44,6 +52,7 @@ from fheq.spec import Override as Override
 from fheq.spec import Rounding as Rounding
 from fheq.spec import Spec as Spec
 from fheq.spec import Symmetry as Symmetry
+from fheq.sweep import Results as Results
 from fheq.sweep import grid as grid
 from fheq.sweep import stack as stack
 from fheq.sweep import sweep as sweep

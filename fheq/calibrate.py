@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fheq.batching import check_arrays
 from fheq.errors import DataError
 from fheq.granularity import channel_axis
 from fheq.graph import Graph
 from fheq.interpret import interpret
-from fheq.observers import TensorStats, init, merge, update
+from fheq.observers import TensorStats, init, merge, merge_over, update
 from fheq.plan import Plan, plan
 from fheq.regions import is_boolean
+from fheq.sharding import DATA, gather, local_mesh, size
 from fheq.steps import counts_decisions
 
 Stats = Mapping[str, TensorStats]
@@ -39,6 +42,7 @@ def calibrate(
     batches: Iterable[Any] | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, TensorStats]:
     """Statistics of every tensor that quantization needs, by tensor name.
 
@@ -50,6 +54,8 @@ def calibrate(
         batches: instead of `inputs`, an iterable of such arrays (tuples where the model has several inputs).
         batch_size: samples evaluated together; 32 by default.
         progress: whether to show a progress bar for `batches`; by default when standard error is a terminal.
+        mesh: devices that share the work, with an axis "data". In several processes each gives its own samples, and all get
+            the statistics of all (see `fheq.sharding`).
 
     Raises:
         DataError: no data, NaN or infinity, a wrong shape or dtype; the message names the input.
@@ -59,7 +65,8 @@ def calibrate(
     if batch_size is not None and batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}")
     chunks = [inputs] if batches is None else _as_tuples(batches, progress)
-    width = (batch_size or BATCH) * BLOCK
+    local = local_mesh(mesh)
+    width = (batch_size or BATCH) * BLOCK * size(local, (DATA,))
     layout = plan(graph)
     total: dict[str, TensorStats] | None = None
     count = 0
@@ -69,12 +76,17 @@ def calibrate(
         padded = [_pad(part, width).reshape(BLOCK, -1, *part.shape[1:]) for part in block]
         keep = (np.arange(width) < n).reshape(BLOCK, -1)
         with enable_x64():
-            found = _reduce(graph, tuple(padded), keep)
+            found = _reduce(graph, local, tuple(padded), keep)
         found = jax.tree.map(np.asarray, found)
         total = found if total is None else {name: merge(total[name], found[name]) for name in total}
     if total is None:
         raise DataError("the calibration data hold no samples")
-    _warn(layout, total, count)
+    for i, other in enumerate(gather(mesh, (total, count))):
+        if i == 0:
+            total, count = other
+        else:
+            total, count = {name: merge(total[name], other[0][name]) for name in total}, count + other[1]
+    _warn(layout, total, int(count))
     return total
 
 
@@ -97,8 +109,20 @@ def by_channel(layout: Plan, name: str, values: Any) -> Any:
     return moved.reshape(*moved.shape[:2], -1)
 
 
-@partial(jax.jit, static_argnums=0)
-def _reduce(graph: Graph, data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _reduce(graph: Graph, mesh: Mesh | None, data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
+    if mesh is None:
+        return _reduce_part(graph, data, keep)
+
+    def part(data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
+        found = _reduce_part(graph, data, keep)
+        return {name: merge_over(stats, DATA) for name, stats in found.items()}
+
+    shard = P(None, DATA)
+    return jax.shard_map(part, mesh=mesh, in_specs=(shard, shard), out_specs=P(), check_vma=False)(data, keep)
+
+
+def _reduce_part(graph: Graph, data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
     layout = plan(graph)
     names = observed(layout)
 

@@ -8,13 +8,18 @@ counts as zero. So histograms of any data merge by addition, and their resolutio
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import wraps
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = Any
+T = TypeVar("T")
 
 _LOW, _HIGH, _PARTS = -40, 24, 16
 _SIDE = (_HIGH - _LOW) * _PARTS
@@ -60,19 +65,33 @@ def centres() -> np.ndarray:
     return np.concatenate([-magnitude[::-1], [0.0], magnitude])
 
 
-def bin_values(stats: TensorStats) -> np.ndarray:
-    """The value that stands for each bin of each channel, `(C, BINS)`: its centre, within the observed extremes.
+class Bins(NamedTuple):
+    """The bins of a histogram that some channel uses, K of them: the others change no sum over bins.
+
+    centre: `(K,)`; value: `(C, K)` what stands for each bin of each channel; mass: `(C, K)` how many values are there.
+    """
+
+    centre: np.ndarray
+    value: np.ndarray
+    mass: np.ndarray
+
+
+def bins(stats: TensorStats) -> Bins:
+    """The bins in use; the value of each is its centre, within the observed extremes.
 
     The outermost bins in use stand for the extremes themselves, which is exact for values that crowd at a limit, as those of
     a saturated tanh do.
     """
     least, most = (np.asarray(v, np.float64)[:, None] for v in (stats.minimum, stats.maximum))
-    used = np.asarray(stats.histogram) > 0
-    place = np.arange(BINS)[None, :]
+    histogram = np.asarray(stats.histogram)
+    kept = np.flatnonzero(histogram.any(axis=0))
+    mass, centre = histogram[:, kept].astype(np.float64), centres()[kept]
+    used = mass > 0
+    place = np.arange(len(kept))[None, :]
     first = np.argmax(used, axis=1)[:, None]
-    last = BINS - 1 - np.argmax(used[:, ::-1], axis=1)[:, None]
-    value = np.clip(centres()[None, :], least, most)
-    return np.where(place <= first, least, np.where(place >= last, most, value))
+    last = len(kept) - 1 - np.argmax(used[:, ::-1], axis=1)[:, None]
+    value = np.clip(centre[None, :], least, most)
+    return Bins(centre, np.where(place <= first, least, np.where(place >= last, most, value)), mass)
 
 
 def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
@@ -111,6 +130,29 @@ def merge(a: TensorStats, b: TensorStats) -> TensorStats:
     )
 
 
+def merge_over(stats: TensorStats, axis: str) -> TensorStats:
+    """`merge` over the devices along an axis of a mesh, inside of `jax.shard_map`."""
+    add = lambda leaf: jax.lax.psum(leaf, axis)
+    least, most = jax.lax.pmin(stats.minimum, axis), jax.lax.pmax(stats.maximum, axis)
+    return TensorStats(add(stats.count), least, most, add(stats.total), add(stats.squares), add(stats.histogram))
+
+
+def of_statistics(fn: Callable[[TensorStats], T]) -> Callable[[TensorStats], T]:
+    """Remembers a function of statistics while they are alive, so that many fits to the same ones work it out once."""
+    known: dict[tuple[int, ...], tuple[list[weakref.ref], T]] = {}
+
+    @wraps(fn)
+    def remembered(stats: TensorStats) -> T:
+        key = tuple(map(id, stats))
+        if key not in known or any(ref() is not leaf for ref, leaf in zip(known[key][0], stats)):
+            forget = lambda _: known.pop(key, None)
+            known[key] = [weakref.ref(leaf, forget) for leaf in stats], fn(stats)
+        return known[key][1]
+
+    return remembered
+
+
+@of_statistics
 def per_tensor(stats: TensorStats) -> TensorStats:
     """The same data seen as one channel."""
     return TensorStats(
@@ -150,9 +192,9 @@ class Percentile:
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Observer`."""
         del bits
-        below = np.cumsum(np.asarray(stats.histogram), axis=1) / np.maximum(np.asarray(stats.count)[:, None], 1)
+        value, _, mass = bins(stats)
+        below = np.cumsum(mass, axis=1) / np.maximum(np.asarray(stats.count)[:, None], 1)
         tail = (100 - self.percent) / 200
-        value = centres()
         low = value[np.argmax(below > tail, axis=1)]
         high = value[np.argmax(below >= 1 - tail, axis=1)]
         low = np.clip(low, stats.minimum, stats.maximum)
@@ -225,6 +267,7 @@ class Tail(NamedTuple):
         return np.maximum(sums[2][i] - 2 * at * sums[1][i] + at**2 * sums[0][i], 0)
 
 
+@of_statistics
 def tails(stats: TensorStats) -> tuple[Tail, Tail]:
     """The tails below the minimum and above the maximum.
 
@@ -234,8 +277,7 @@ def tails(stats: TensorStats) -> tuple[Tail, Tail]:
     count = np.maximum(np.asarray(stats.count, np.float64), 1)
     mean = stats.total / count
     deviation = np.sqrt(np.maximum(stats.squares / count - mean**2, 1e-60))
-    value = bin_values(stats)
-    histogram = np.asarray(stats.histogram, np.float64)
+    _, value, histogram = bins(stats)
     sides = []
     for sign, extreme in ((-1, stats.minimum), (1, stats.maximum)):
         x, mass = (value, histogram) if sign > 0 else (-value[:, ::-1], histogram[:, ::-1])
@@ -265,13 +307,13 @@ class ClipError:
     def __init__(self, stats: TensorStats):
         self.least, self.most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
         self.ends = tails(stats)
-        mass = np.asarray(stats.histogram, np.float64)
-        value = self.value = bin_values(stats)
+        centre, value, mass = bins(stats)
+        self.value = value
         moments = np.stack([mass, mass * value, mass * value**2])
         edge = np.zeros((*moments.shape[:2], 1))
         self.below = np.concatenate([edge, np.cumsum(moments, axis=2)], axis=2)  # of the bins before i
         self.above = self.below[:, :, -1:] - self.below  # of the bins from i on
-        still = np.where(centres() == 0, mass, 0)
+        still = np.where(centre == 0, mass, 0)
         self.still = np.concatenate([edge[0], np.cumsum(still, axis=1)], axis=1)
 
     def __call__(self, low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+import jax
 import numpy as np
 
 from fheq.affine import Affine
@@ -92,7 +93,8 @@ def plan(graph: Graph) -> Plan:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
     server, client = split(graph)
-    return Planner(decompose(server)).finish(client)
+    with jax.ensure_compile_time_eval():  # also where the caller is being traced
+        return Planner(decompose(server)).finish(client)
 
 
 class Planner:

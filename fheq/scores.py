@@ -82,9 +82,13 @@ def _powers(y: Any, exact: Any, target: Any) -> Any:
     )
 
 
-def _decibels(means: tuple[Any, Any]) -> Any:
-    return jax.tree.map(lambda signal, noise: 10 * jnp.log10(signal / noise), *means)
+def _ratio(means: tuple[Any, Any]) -> Any:
+    return jax.tree.map(lambda signal, noise: noise / signal, *means)
 
 
-snr = Score(_powers, _decibels)
-"""Signal-to-noise ratio to the float model in dB: of each output, or of each tensor that `sweep(tensors=...)` names."""
+noise_to_signal = Score(_powers, _ratio)
+"""Power of the error against the float model over the float model's power: of each output, or of each tensor that
+`sweep(tensors=...)` names."""
+
+snr = Score(_powers, lambda means: jax.tree.map(lambda ratio: -10 * jnp.log10(ratio), _ratio(means)))
+"""`noise_to_signal` as a signal-to-noise ratio in dB."""

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fheq import affine
 from fheq.batching import check_arrays
@@ -28,6 +30,7 @@ from fheq.plan import Plan, plan
 from fheq.progress import track
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
+from fheq.sharding import DATA, configuration_axes, gather, local_mesh, size
 from fheq.spec import Spec
 
 Array = Any
@@ -140,6 +143,7 @@ def sweep(
     chunk: int = CHUNK,
     batch_size: int = BATCH,
     progress: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> Results:
     """Scores many quantizations of a graph with `fake_quant`.
 
@@ -156,24 +160,31 @@ def sweep(
         chunk: configurations evaluated together.
         batch_size: samples evaluated together.
         progress: whether to show a progress bar; by default when standard error is a terminal.
+        mesh: devices that share the work: samples are split along its axis "data", configurations along its other axes;
+            `chunk` and `batch_size` are then those of one device. In several processes each gives its own samples, and all
+            get the scores of all (see `fheq.sharding`).
 
     Raises:
         DataError: inputs or targets do not fit.
         QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
     """
     layout = plan(graph)
-    count = configurations(qparams)
-    blocks = _blocks(graph, inputs, targets, batch_size)
+    count, qparams = configurations(qparams), _uniform(qparams)
+    local = local_mesh(mesh)
+    devices, shards = size(local, (DATA,)), 1 if local is None else size(local, configuration_axes(local))
+    blocks = _blocks(graph, inputs, targets, batch_size * devices, devices)
     names = None if tensors is None else _known(layout, tensors)
     measures = {name: as_score(score) for name, score in scores.items()}
     static = tuple((name, score.measure) for name, score in measures.items())
-    chunk = min(chunk, count)
+    chunk = min(chunk, -(-count // shards)) * shards
     found = []
     for start in track(range(0, count, chunk), "sweeping", progress):
-        sums = _sums(graph, static, names, _part(qparams, start, chunk), blocks)
+        at = np.minimum(np.arange(start, start + chunk), count - 1)  # the last one is repeated to fill
+        sums = _sums(graph, static, names, local, jax.tree.map(partial(np.take, indices=at, axis=0), qparams), blocks)
         found.append([np.asarray(v, np.float64).sum(axis=0)[: count - start] for v in jax.tree.leaves(sums)])
-    n = int(np.sum(blocks[2]))
-    means = jax.tree.unflatten(jax.tree.structure(sums), [np.concatenate(v) / n for v in zip(*found)])
+    totals = gather(mesh, ([np.concatenate(v) for v in zip(*found)], np.sum(blocks[2])))
+    n = sum(int(part[1]) for part in totals)
+    means = jax.tree.unflatten(jax.tree.structure(sums), [np.sum(v, axis=0) / n for v in zip(*(p[0] for p in totals))])
     return Results({name: _finish(score, means[name]) for name, score in measures.items()})
 
 
@@ -193,12 +204,11 @@ def configurations(qparams: QParams) -> int:
     return next(iter(sizes))
 
 
-def _part(qparams: QParams, start: int, size: int) -> QParams:
-    """Configurations from `start` on, the last one repeated to fill; what does not matter to values is made equal."""
-    at = np.minimum(np.arange(start, start + size), configurations(qparams) - 1)
-    part = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float))[at], qparams)
+def _uniform(qparams: QParams) -> QParams:
+    """Leaves on the host in one type, and what does not matter to values made equal: all configurations compile to one."""
+    leaves = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.result_type(float)), qparams)
     is_affine = lambda x: isinstance(x, affine.Affine)
-    return jax.tree.map(lambda a: replace(a, rounding="exact"), part, is_leaf=is_affine)
+    return jax.tree.map(lambda a: replace(a, rounding="exact"), leaves, is_leaf=is_affine)
 
 
 def _finish(score: Score, means: Any) -> Any:
@@ -213,24 +223,47 @@ def _known(layout: Plan, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _blocks(graph: Graph, inputs: Sequence[Array], targets: Any, batch_size: int) -> tuple[Any, Any, np.ndarray]:
-    """Inputs and targets as (blocks, samples, ...), the last sample repeated to fill, and which samples count."""
+def _blocks(
+    graph: Graph, inputs: Sequence[Array], targets: Any, batch_size: int, multiple: int
+) -> tuple[Any, Any, np.ndarray]:
+    """Inputs and targets as (blocks, samples, ...), the last sample repeated to fill, and which samples count.
+
+    Args:
+        multiple: what the number of samples in a block is a multiple of.
+    """
     parts = check_arrays(graph.inputs, inputs)
     n = len(parts[0])
     for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
         if np.ndim(leaf) == 0 or len(leaf) != n:
             raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
-    size = min(batch_size, n)
-    at = np.arange(-(-n // size) * size).reshape(-1, size)
+    width = min(batch_size, -(-n // multiple) * multiple)
+    at = np.arange(-(-n // width) * width).reshape(-1, width)
     take = lambda leaf: np.asarray(leaf)[np.minimum(at, n - 1)]
     return [take(part) for part in parts], jax.tree.map(take, targets), at < n
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _sums(
-    graph: Graph, measures: tuple[tuple[str, Measure], ...], names: tuple[str, ...] | None, qparams: QParams, blocks: Any
+    graph: Graph,
+    measures: tuple[tuple[str, Measure], ...],
+    names: tuple[str, ...] | None,
+    mesh: Mesh | None,
+    qparams: QParams,
+    blocks: Any,
 ) -> dict[str, Any]:
     """Sums of the measures over the samples of each block, by name: leaves are (blocks, configurations, ...)."""
+    part = partial(_sums_part, graph, measures, names)
+    if mesh is None:
+        return part(qparams, blocks)
+    whole = lambda qparams, blocks: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(qparams, blocks))
+    axes = configuration_axes(mesh)
+    specs = (P(axes), P(None, DATA))
+    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(qparams, blocks)
+
+
+def _sums_part(
+    graph: Graph, measures: tuple[tuple[str, Measure], ...], names: tuple[str, ...] | None, qparams: QParams, blocks: Any
+) -> dict[str, Any]:
     layout = plan(graph)
     prepared = jax.vmap(partial(prepare, layout))(qparams)
 
@@ -265,8 +298,12 @@ def _exact(graph: Graph, names: tuple[str, ...] | None, *sample: Array) -> Any:
 
 def _quantized(graph: Graph, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
     layout = plan(graph)
+    outputs = output_values(layout, qparams, env)
     if names is None:
-        found = results(layout, output_values(layout, qparams, env))
-        return unwrap([v.reshape(port.shape) for port, v in zip(graph.outputs, found)])
-    read = lambda name: affine.fake_quant(qparams.tensors[name], env[name]) if name in layout.points else env[name]
-    return {name: read(name) for name in names}
+        return unwrap([v.reshape(port.shape) for port, v in zip(graph.outputs, results(layout, outputs))])
+    found = {port.name: v for port, v in zip(layout.graph.outputs, outputs)}
+    for name in names:
+        if name not in found:
+            planted = name in layout.points  # read as quantized, made as real
+            found[name] = affine.fake_quant(qparams.tensors[name], env[name]) if planted else env[name]
+    return {name: found[name] for name in names}

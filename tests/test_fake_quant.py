@@ -145,6 +145,15 @@ def test_it_works_inside_other_transforms() -> None:
     assert np.mean(np.abs(outside - inside) > 1e-4 * np.ptp(outside)) < 0.02  # a tie, as above
 
 
+def test_a_graph_may_first_be_seen_inside_a_transform() -> None:
+    """Quantizers that were saved, in a new process: nothing has planned the graph before."""
+    found = prepared("movement_between_layers")
+    q = fitted("movement_between_layers", 4)
+    graph = fheq.import_onnx(found.proto)
+    inside = jax.jit(lambda x: fheq.fake_quant(graph, q, x))(*found.data)
+    np.testing.assert_array_equal(inside, jax.jit(lambda x: fheq.fake_quant(found.graph, q, x))(*found.data))
+
+
 def test_more_bits_are_nearer() -> None:
     found = prepared(GEMM)
     wanted = fheq.evaluate(found.graph, *found.data)

@@ -1,0 +1,181 @@
+"""Compiling and running many programs in processes, where a crash of native code costs one program and not the whole run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from fheq.circuit import Circuit, failure_probabilities
+from fheq.circuit import compile as compile_one
+from fheq.console import number, text_table
+from fheq.errors import CompileError
+from fheq.program import IntProgram
+from fheq.progress import track
+
+Then = Callable[[Circuit], Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one program. A circuit itself cannot leave its process.
+
+    Args:
+        key: which program: its key, or its position.
+        complexity, bootstraps: as of `Circuit`; None when it was not compiled.
+        value: what `then` gave.
+        error: what went wrong, or None.
+        seconds: that compiling and `then` took.
+    """
+
+    key: Hashable
+    complexity: float | None = None
+    bootstraps: int | None = None
+    value: Any = None
+    error: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing went wrong."""
+        return self.error is None
+
+
+def compiled_table(results: Sequence[Compiled]) -> str:
+    """Results of `compile_many` as text."""
+    rows = [
+        [str(r.key), *("-" if v is None else number(v) for v in (r.complexity, r.bootstraps, r.seconds)), r.error or "ok"]
+        for r in results
+    ]
+    return text_table(("program", "complexity", "bootstraps", "seconds", "outcome"), rows)
+
+
+def compile_many(
+    programs: Mapping[Any, IntProgram] | Sequence[IntProgram],
+    then: Then | None = None,
+    *,
+    p_error: float | Mapping[Any, float] | None = None,
+    global_p_error: float | None = None,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> list[Compiled]:
+    """Compiles programs in other processes, and does something with each circuit there.
+
+    A worker that dies costs the program that it had: that one is reported with an error, the others are run again. To know
+    which one it was, no more than `workers` are under way at a time, and those are then tried one by one.
+
+    Args:
+        programs: by key (whatever names a configuration), or a sequence.
+        then: called with each circuit, in the process that compiled it, for instance to run it encrypted; it and what it
+            returns must be picklable (a function of a module, or `functools.partial` of one).
+        p_error: for all, or by key.
+        global_p_error: as for `compile`.
+        executor: any `concurrent.futures.Executor`, such as that of a Dask client; by default a pool of processes (started
+            by "spawn", so scripts need `if __name__ == "__main__":`). One that breaks is replaced by such a pool.
+        workers: programs under way at a time; as many as processors by default.
+
+    Returns:
+        One result per program, in order. Nothing is raised for a program that fails.
+
+    Raises:
+        ValueError: a probability outside of (0, 1), or both.
+        CompileError: `then` cannot be sent to other processes.
+    """
+    keyed = dict(programs) if isinstance(programs, Mapping) else dict(enumerate(programs))
+    chances = {key: p_error[key] if isinstance(p_error, Mapping) else p_error for key in keyed}
+    for chance in chances.values():
+        failure_probabilities(chance, global_p_error)
+    if executor is None:
+        _check_picklable(then)
+    items = {key: (key, program, chances[key], global_p_error) for key, program in keyed.items()}
+    found: dict[Any, Compiled] = {}
+    results = run_all(partial(_compile, then), items, executor, workers or os.cpu_count() or 1)
+    for key, result in track(results, "compiling", progress, total=len(items)):
+        found[key] = Compiled(key, error=_explain(result)) if isinstance(result, BaseException) else result
+    return [found[key] for key in keyed]
+
+
+def _check_picklable(then: Then | None) -> None:
+    try:
+        pickle.dumps(then)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CompileError(
+            f"then cannot be sent to other processes ({error}): give a function of a module, or functools.partial of one"
+        ) from error
+
+
+def _compile(then: Then | None, item: tuple[Any, IntProgram, float | None, float | None]) -> Compiled:
+    key, program, p_error, global_p_error = item
+    start = time.perf_counter()
+    result = Compiled(key)
+    try:
+        circuit = compile_one(program, p_error, global_p_error)
+        result = replace(result, complexity=circuit.complexity, bootstraps=circuit.bootstraps)
+        result = replace(result, value=None if then is None else then(circuit))
+    except Exception as error:
+        result = replace(result, error=_explain(error))
+    return replace(result, seconds=time.perf_counter() - start)
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, BrokenExecutor):
+        return "the process that compiled or ran it died: a crash of native code, or too little memory"
+    return f"{type(error).__name__}: {error}"
+
+
+def run_all(
+    task: Callable[[Any], Any], items: Mapping[Any, Any], executor: Executor | None, workers: int
+) -> Iterator[tuple[Any, Any]]:
+    """Runs `task` on every item, each in a process, yielding keys with results, or with the exception that an item met.
+
+    Args:
+        items: by key.
+        executor: the first to use; it is not shut down. Those that follow a broken one are pools of processes.
+        workers: items under way at a time.
+    """
+    waiting = deque(items)
+    while waiting:
+        pool = executor or _pool(min(workers, len(waiting)))
+        try:
+            suspects = yield from _until_broken(task, items, pool, waiting, workers)
+        finally:
+            if pool is not executor:
+                pool.shutdown(cancel_futures=True)
+        executor = None
+        for key in suspects:  # whoever kills a process that it has for itself did it before
+            with _pool(1) as alone:
+                future = alone.submit(task, items[key])
+                yield key, future.exception() or future.result()
+
+
+def _pool(workers: int) -> Executor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _until_broken(task: Callable, items: Mapping, pool: Executor, waiting: deque, workers: int):
+    """Takes keys from `waiting` until none are left or the pool breaks; returns the keys that were then under way."""
+    running: dict[Future, Any] = {}
+    suspects: list[Any] = []
+    while (waiting and not suspects) or running:
+        while waiting and len(running) < workers and not suspects:
+            key = waiting.popleft()
+            try:
+                running[pool.submit(task, items[key])] = key
+            except BrokenExecutor:
+                suspects.append(key)
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            key = running.pop(future)
+            error = future.exception()
+            if isinstance(error, BrokenExecutor):
+                suspects.append(key)
+            else:
+                yield key, error or future.result()
+    return suspects

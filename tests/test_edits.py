@@ -1,0 +1,70 @@
+"""Edits combine as functions do, and touch what they name alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from models import prepared
+
+import fheq
+from fheq import Override, Spec
+from fheq.affine import Affine
+from fheq.edits import chain, masked, partition, select
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+GEMM = "gemm_with_alpha_beta_and_transposes"
+
+
+def double(affine: Affine) -> Affine:
+    return replace(affine, scale=affine.scale * 2)
+
+
+def halve(affine: Affine) -> Affine:
+    return replace(affine, scale=affine.scale / 2)
+
+
+def factors(before: fheq.QParams, after: fheq.QParams) -> dict[tuple[str, str], float]:
+    """By part and name, what the scale was multiplied with, where it changed."""
+    return {
+        (part, name): float(np.max(getattr(after, part)[name].scale / a.scale))
+        for part in ("tensors", "weights", "accumulators")
+        for name, a in getattr(before, part).items()
+        if not np.array_equal(getattr(after, part)[name].scale, a.scale)
+    }
+
+
+def test_masked_edits_what_it_names() -> None:
+    found = prepared(GEMM)
+    q = fheq.fit(found.graph, found.stats, 4)
+    assert factors(q, masked(double, {"x"})(q)) == {("tensors", "x"): 2}
+    assert factors(q, masked(double, lambda name: name == "h")(q)) == {("accumulators", "h"): 2}
+    gemms = masked(double, select(found.graph, op="Gemm"), parts=["weights"])(q)
+    assert factors(q, gemms) == {("weights", name): 2 for name in q.weights} and len(q.weights) == 2
+    assert factors(q, chain(masked(double, {"x"}), masked(halve, {"x", "h"}))(q)) == {("accumulators", "h"): 0.5}
+
+
+def test_partition_has_an_edit_per_label() -> None:
+    found = prepared(GEMM)
+    q = fheq.fit(found.graph, found.stats, 4)
+    label = lambda name: "in" if name == "x" else "rest"
+    changed = partition({"in": double, "rest": halve}, label, ["tensors"])(q)
+    assert factors(q, changed) == {("tensors", name): 2 if name == "x" else 0.5 for name in q.tensors}
+    with pytest.raises(fheq.FheqError, match="'rest'"):
+        partition({"in": double}, label)(q)
+    with pytest.raises(fheq.FheqError, match="parts"):
+        partition({"in": double}, label, ["biases"])
+
+
+def test_selected_names_are_keys_of_overrides_and_edits_map_over_values() -> None:
+    found = prepared(GEMM)
+    spec = Spec(4, overrides=dict.fromkeys(select(found.graph, op="Sigmoid"), Override(n_bits=2)))
+    q = fheq.fit(found.graph, found.stats, spec)
+    assert {name for name, a in q.tensors.items() if np.max(a.qmax) == 3} == set(select(found.graph, op="Sigmoid"))
+    stretch = lambda factor: masked(lambda a: replace(a, scale=a.scale * factor), {"x"})(q)
+    swept = jax.vmap(stretch)(np.array([1.0, 2.0]))
+    np.testing.assert_allclose(swept.tensors["x"].scale[1], 2 * q.tensors["x"].scale, rtol=1e-6)
+    with pytest.raises(fheq.FheqError, match="'Softmax'"):
+        select(found.graph, op="Softmax")

@@ -1,0 +1,101 @@
+"""Many programs in processes: a crash costs its own item, and results come back whole and in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+from build_models import model, node
+
+import fheq
+from fheq.many import compiled_table, run_all
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+X = np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
+DEADLY = {"abort": os.abort, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+
+
+def double(value: int | str) -> int:
+    """A task that can die or fail."""
+    if isinstance(value, str):
+        DEADLY[value]()
+    if value < 0:
+        raise ValueError(f"{value} is negative")
+    return 2 * value
+
+
+def program(n_bits: int) -> fheq.IntProgram:
+    known = {"w": np.float32([[0.5, -1.0], [1.0, 0.75]])}
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 2]}, ["y"], known))
+    bits = {"op_inputs": n_bits, "op_weights": 2, "model_inputs": n_bits, "model_outputs": n_bits}
+    return fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), bits))
+
+
+def run_clear(x: np.ndarray, deadly_top: int, circuit: fheq.Circuit) -> np.ndarray:
+    """The circuit's clear evaluation; one circuit crashes its process as native code may."""
+    if np.max(circuit.program.inputs[0].affine.qmax) == deadly_top:
+        os.abort()
+    return circuit.evaluate(x)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own pools", "a pool given"])
+def test_a_worker_that_dies_costs_its_own_item(given: bool) -> None:
+    items = {"a": 1, "b": "abort", "c": 2, "d": "killed", "e": -3, "f": 4}
+    executor = ProcessPoolExecutor(2) if given else None
+    found = dict(run_all(double, items, executor, workers=2))
+    assert {key: value for key, value in found.items() if isinstance(value, int)} == {"a": 2, "c": 4, "f": 8}
+    assert isinstance(found["e"], ValueError)
+    assert set(found) == set(items)
+
+
+def test_programs_are_compiled_and_run_elsewhere() -> None:
+    """One of three kills its worker; the others give what they give here."""
+    programs = {("bits", n): program(n) for n in (2, 3, 4)}
+    results = fheq.compile_many(programs, partial(run_clear, X[:5], 2**3 - 1), p_error=1e-3, workers=2)
+    assert [r.key for r in results] == list(programs)
+    good, dead, other = results
+    assert not dead.ok and "died" in dead.error and dead.complexity is None
+    for result in (good, other):
+        assert result.ok and result.complexity > 0 and result.bootstraps == 2
+        found = programs[result.key]
+        simulated = found.dequantize(fheq.simulate(found, *found.quantize(X[:5])))[0]
+        np.testing.assert_array_equal(result.value, simulated)
+    assert "died" in compiled_table(results) and "('bits', 4)" in compiled_table(results)
+
+
+def test_what_raises_is_reported_and_chances_go_by_key() -> None:
+    """In threads: any executor will do."""
+
+    def half(circuit: fheq.Circuit) -> float:
+        return 1 / (circuit.p_error - 1e-3)
+
+    with ThreadPoolExecutor(1) as threads:
+        results = fheq.compile_many([program(2)] * 2, half, p_error={0: 1e-3, 1: 1e-9}, executor=threads)
+    assert not results[0].ok and results[0].error.startswith("ZeroDivisionError") and results[0].key == 0
+    assert results[1].ok and results[1].complexity > results[0].complexity
+
+
+def test_what_cannot_be_sent_is_refused_before_any_work() -> None:
+    with pytest.raises(fheq.FheqError, match="partial"):
+        fheq.compile_many([program(2)], lambda circuit: circuit.complexity)
+    with pytest.raises(ValueError, match="p_error"):
+        fheq.compile_many([program(2)], p_error=2.0)
+
+
+def test_a_dask_cluster_runs_them() -> None:
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        programs = [program(2), program(3)]
+        results = fheq.compile_many(programs, partial(run_clear, X[:5], -1), p_error=1e-3, executor=client.get_executor())
+    for found, result in zip(programs, results, strict=True):
+        np.testing.assert_array_equal(
+            result.value, found.dequantize(fheq.simulate(found, *found.quantize(X[:5])))[0], err_msg=str(result.error)
+        )
