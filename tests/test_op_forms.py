@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from build_models import model, node, reference
+from jax.experimental import enable_x64
 from onnx import TensorProto
 
 import fheq
@@ -69,7 +70,9 @@ def test_simple_operators_give_the_values_of_the_composite(name: str) -> None:
     proto, inputs = with_known_inputs(case)
     graph = fheq.import_onnx(proto)
     simple = decompose(graph)
-    for got, want in zip(evaluate_sample(simple, *inputs), case.outputs, strict=True):
+    with enable_x64():
+        results = evaluate_sample(simple, *inputs)
+    for got, want in zip(results, case.outputs, strict=True):
         got = np.asarray(got)
         assert (got.dtype, got.shape) == (want.dtype, want.shape)
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)

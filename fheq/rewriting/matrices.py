@@ -43,13 +43,15 @@ def _mapped(draft: Draft, node: Node, x: str, axes: Sequence[int], matrix: np.nd
     shape, out = draft.types[x].shape, node.outputs[0]
     rest = [a for a in range(len(shape)) if a not in axes]
     order = (*rest, *axes)
-    moved = x if order == tuple(range(len(shape))) else draft.apply(node, "Transpose", x, perm=order)
+    last = order == tuple(range(len(shape)))
+    moved = x if last else draft.apply(node, "Transpose", x, perm=order)
     flat = draft.constant(f"{out}/shape", [-1, len(matrix)], np.dtype(np.int64))
     rows = draft.apply(node, "Reshape", moved, flat, allowzero=0)
     product = draft.apply(node, "MatMul", rows, exact_constant(draft, f"{out}/matrix", matrix, draft.types[x].dtype))
     full = draft.constant(f"{out}/shape", [*(shape[a] for a in rest), *sizes], np.dtype(np.int64))
-    wide = draft.apply(node, "Reshape", product, full, allowzero=0)
-    draft.apply(node, "Transpose", wide, out=out, perm=tuple(int(i) for i in np.argsort(order)))
+    wide = draft.apply(node, "Reshape", product, full, out=out if last else "", allowzero=0)
+    if not last:
+        draft.apply(node, "Transpose", wide, out=out, perm=tuple(int(i) for i in np.argsort(order)))
 
 
 def _resize(draft: Draft, node: Node) -> bool:
