@@ -13,7 +13,6 @@ from fheq.errors import DataError, FheqError, ModelError, QuantizationError, Sha
 from fheq.graph import Graph, Node
 from fheq.plan import Planner, plan
 from fheq.rewrites import decompose
-from fheq.steps import Linear
 
 if TYPE_CHECKING:
     from fheq.onnx.loading import Source
@@ -101,21 +100,7 @@ def _unplanned(graph: Graph) -> list[FheqError]:
     except FheqError as error:
         return [error]
     missing = [port.name for port in graph.outputs if port.name not in layout.regions]
-    errors: list[FheqError] = [
-        UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
-    ]
-    for step in layout.steps:
-        stated = layout.graph.pinned.get(step.weight_name) if isinstance(step, Linear) else None
-        if isinstance(step, Linear) and stated is not None and stated.axis is not None:
-            size = step.weight.shape[step.weight_axis]
-            if np.ndim(stated.scale) and len(stated.scale) != size:
-                errors.append(
-                    QuantizationError(
-                        f"{describe(step.node)}: weight {step.weight_name!r} has a quantizer per input channel; quantize it "
-                        "per output channel or per tensor"
-                    )
-                )
-    return errors
+    return [UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing]
 
 
 class _Collector(Planner):

@@ -200,7 +200,7 @@ class _Lowering:
 
     def add(self, step: Add) -> str:
         a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
-        m, n, _ = add_multipliers(a.scale, b.scale)
+        m, n, _ = add_multipliers(a, b)
         left = self.emit.scale(self.read(step.a), m.astype(np.int64))
         right = self.emit.scale(self.read(step.b), n.astype(np.int64))
         return self.emit.plus(left, right, step.sign)

@@ -14,14 +14,19 @@ from fheq.graph import Node, TensorType
 from fheq.onnx.attributes import schema_of
 from fheq.onnx.loading import reading
 from fheq.onnx.parse import inline
+from fheq.onnx.qoperators import unpacked
 from fheq.ops.table import find
 from fheq.rewriting.decompose import with_known_inputs
 
 
 def expand(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """Nodes in place of one: the body of its schema's function, or what avoids a computed index; None for neither."""
+    """Nodes in place of one: the parts of an operator on integers, the body of its schema's function, or what avoids a
+    computed index; None for none of them."""
     if find(node) is not None:
         return with_known_inputs(node, types, known)
+    parts = unpacked(node, types)
+    if parts is not None:
+        return parts
     schema: Any = schema_of(node.op, node.version, node.domain)
     if schema is None:
         return None
