@@ -114,7 +114,7 @@ def _bias(planner: Planner, node: Node) -> np.ndarray:
 
 
 def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
-    """The known matrix or kernel of a linear node (its input at `position`), or a map over it, moved as its form reads it."""
+    """The known matrix or kernel of a linear node (its input at `position`), moved as its form reads it."""
     if node.op == "MatMul" and stored.ndim == 1:
         return stored[:, None] if position == 1 else stored[None, :]
     if node.op == "Gemm" and node.attrs.get(("transA", "transB")[position], 0):

@@ -34,23 +34,32 @@ class Grid:
 
     scale: np.ndarray
     zero_point: np.ndarray
-    qmin: int
-    qmax: int
+    qmin: Any
+    qmax: Any
     affine: Affine | None
     rounding: str = "ROUND"
     bits: int | None = None
 
-    def between(self, low: float | None, high: float | None) -> Grid:
-        """The grid of integers that are clipped to [low, high]."""
-        qmin = self.qmin if low is None else min(max(self.qmin, int(np.ceil(low))), self.qmax)
-        qmax = self.qmax if high is None else max(min(self.qmax, int(np.floor(high))), qmin)
+    def between(self, low: np.ndarray | None, high: np.ndarray | None) -> Grid | None:
+        """The grid of integers that are clipped to [low, high]; None where those vary along another axis than the scale."""
+        qmin = np.asarray(self.qmin) if low is None else np.minimum(np.maximum(self.qmin, np.ceil(low)), self.qmax)
+        qmax = np.asarray(self.qmax) if high is None else np.maximum(np.minimum(self.qmax, np.floor(high)), qmin)
+        for bound in (qmin, qmax):
+            if bound.size > 1 and bound.shape[bound.ndim - self.scale.ndim :] != self.scale.shape:
+                return None
         return self.with_range(qmin, qmax)
 
-    def with_range(self, qmin: int, qmax: int) -> Grid:
-        """The grid of integers from qmin to qmax."""
-        low, high = np.asarray(float(qmin)), np.asarray(float(qmax))
-        affine = self.affine and replace(self.affine, qmin=low, qmax=high, signed=qmin < 0)
+    def with_range(self, qmin: Any, qmax: Any) -> Grid:
+        """The grid of integers from qmin to qmax (as the scale is shaped, or one for all)."""
+        low, high = (np.asarray(v, np.float64) for v in (qmin, qmax))
+        low, high = (v.reshape(-1) if v.size > 1 else v.reshape(()) for v in (low, high))
+        affine = self.affine and replace(self.affine, qmin=low, qmax=high, signed=bool(np.any(low < 0)))
         return replace(self, qmin=qmin, qmax=qmax, affine=affine)
+
+    def within(self, dtype: np.dtype) -> bool:
+        """Whether an integer type holds all of its integers."""
+        extremes = ml_dtypes.iinfo(dtype)
+        return bool(np.all(self.qmin >= extremes.min) and np.all(self.qmax <= extremes.max))
 
 
 def fake_quant_row(node: Node, x: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> Any:

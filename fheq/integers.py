@@ -240,8 +240,8 @@ def add_multipliers(a: Decoder, b: Decoder) -> tuple[Array, Array, Array]:
     """Integers m, n and a scale s with `m * s = a.scale` and `n * s = b.scale`, for the sum `s * (m * p + n * q)`.
 
     Equal scales give 1, 1. Unequal ones come from models that state their quantizers: the convergents of the continued
-    fraction of their ratio are tried, until one is wrong by less than `SUM_ERROR` of the larger step at the ends of the range
-    or the next one has multipliers above `SUM_MULTIPLIER`.
+    fraction of their ratio are tried, until one is wrong by less than `SUM_ERROR` of the larger step at the ends of the
+    range or the next one has multipliers above `SUM_MULTIPLIER`.
     """
     xp = array_namespace(a.scale, b.scale)
     swapped = a.scale > b.scale

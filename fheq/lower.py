@@ -40,12 +40,17 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
         QuantizationError: a quantizer is missing or breaks an invariant, named.
     """
     layout = plan(graph)
-    _check(layout, qparams)
+    check_complete(layout, qparams)
     qparams = unsigned(qparams)
     return _Lowering(layout, qparams).program(graph)
 
 
-def _check(layout: Plan, qparams: QParams) -> None:
+def check_complete(layout: Plan, qparams: QParams) -> None:
+    """Checks that every quantizer is there and holds its invariants.
+
+    Raises:
+        QuantizationError: naming what is not.
+    """
     needed = {
         "tensors": [*layout.inputs, *layout.points],
         "weights": [s.weight_name for s in layout.steps if isinstance(s, Linear)],

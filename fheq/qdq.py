@@ -63,7 +63,7 @@ class Twins:
             return self.decode(node)
         elif node.op == "Cast":
             return self.cast(node)
-        elif node.op in ("Clip", "Relu"):
+        elif node.op in ("Clip", "Relu", "Max", "Min") and node.inputs[0] in self.found:
             self.clip(node)
         elif lookup(node).kind in (Kind.MOVEMENT, Kind.MAX) or node.op == "Identity":
             self.move(node)
@@ -111,8 +111,11 @@ class Twins:
                 self.draft.pinned.setdefault(q, affine)
 
     def cast(self, node: Node) -> bool:
-        """Cast of integers on the grid of whole numbers to float."""
-        q = node.inputs[0]
+        """Cast of integers to wider ones and back, and of those on the grid of whole numbers to float."""
+        q, kind = node.inputs[0], self.draft.types[node.outputs[0]].dtype
+        if q in self.found and is_integer(kind) and self.found[q].grid.within(kind):
+            self.found[node.outputs[0]] = self.found[q]
+            return False
         to_float = self.draft.types[node.outputs[0]].dtype.kind == "f"
         if q not in self.found or not to_float or not _same(self.found[q].grid, _UNIT):
             return False
@@ -127,20 +130,30 @@ class Twins:
             self.draft.write(replace(node, op="Identity", inputs=(name,), attrs=MappingProxyType({})))
 
     def clip(self, node: Node) -> None:
-        """Clip and Relu of integers: fewer integers on the same grid."""
+        """Clip, Relu, and Max and Min with known integers: fewer integers on the same grid."""
         q = node.inputs[0]
-        twin = self.found.get(q)
-        if twin is None or twin.grid.affine is None:
+        twin, bounds = self.found[q], self.bounds(node)
+        if twin.grid.affine is None or bounds is None:
             return
-        low, high = (0, None) if node.op == "Relu" else (self.bound(node, 1, "min"), self.bound(node, 2, "max"))
-        grid = twin.grid.between(low, high)
-        self.found[node.outputs[0]] = Twin(grid, "", twin.source or self.real(q), node)
+        grid = twin.grid.between(*bounds)
+        if grid is not None:
+            self.found[node.outputs[0]] = Twin(grid, "", twin.source or self.real(q), node)
 
-    def bound(self, node: Node, position: int, attr: str) -> float | None:
-        """A known bound of a Clip."""
-        if position < len(node.inputs) and node.inputs[position]:
-            return float(self.draft.constants[node.inputs[position]])
-        return node.attrs.get(attr)
+    def bounds(self, node: Node) -> tuple[np.ndarray | None, np.ndarray | None] | None:
+        """What a node clips its first input to; None where it is computed."""
+        names = [*node.inputs[1:], "", ""]
+        if not all(name in self.draft.constants for name in node.inputs[1:] if name):
+            return None
+        values = [np.asarray(self.draft.constants[n], np.float64) if n else None for n in names[:2]]
+        if node.op == "Relu":
+            return np.zeros(()), None
+        if node.op in ("Max", "Min"):
+            if len(node.inputs) != 2:
+                return None
+            return (values[0], None) if node.op == "Max" else (None, values[0])
+        stated = [node.attrs.get(label) for label in ("min", "max")]
+        low, high = (np.asarray(s, np.float64) if v is None and s is not None else v for v, s in zip(values, stated))
+        return low, high
 
     def move(self, node: Node) -> None:
         """Movement and maxima of integers on one grid per tensor."""

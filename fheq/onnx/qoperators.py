@@ -41,7 +41,7 @@ class _Body:
         self.nodes.append(Node(f"{self.node.name or base}/{op}", op, inputs, (out,), merged, domain, version))
         return out
 
-    def constant(self, value: np.ndarray) -> str:
+    def constant(self, value: Any) -> str:
         """Adds a known tensor."""
         return self.write("Constant", value=value)
 
