@@ -12,7 +12,7 @@ from build_models import model, node, tensor
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 import fheq
-from fheq import PostTrainingQATImporter
+from fheq.post_training import PostTrainingQATImporter
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)
@@ -20,7 +20,7 @@ CALIBRATION = RNG.normal(size=(400, 2, 4, 4)).astype(np.float32)
 SAMPLES = RNG.normal(size=(100, 2, 4, 4)).astype(np.float32)
 
 
-def network(k: int = 1) -> onnx.ModelProto:
+def network() -> onnx.ModelProto:
     """Convolution, pooling, an activation, a concatenation and dense layers."""
     nodes = [
         node("Conv", ["x", "w", "b"], ["c"], kernel_shape=[2, 2]),

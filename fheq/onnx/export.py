@@ -45,8 +45,8 @@ def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
     for name, affine in qparams.accumulators.items():
         if np.any(np.asarray(affine.lsbs) > 0):
             raise QuantizationError(
-                f"the accumulator {name!r} is rounded (it loses {int(np.max(affine.lsbs))} low bits), which QDQ cannot state; "
-                "fit without rounding, and with so few bits that no accumulator is wider than a table"
+                f"the accumulator {name!r} is rounded (it loses {int(np.max(affine.lsbs))} low bits), which QDQ cannot "
+                "state; fit without rounding, and with so few bits that no accumulator is wider than a table"
             )
     return _Export(layout, qparams).model(graph)
 
