@@ -66,3 +66,10 @@ def import_onnx(model: str | PathLike | bytes | ModelProto, *, dims: Mapping[str
     from fheq.onnx import import_onnx as read
 
     return read(model, dims=dims)
+
+
+def export_qdq(graph: Graph, qparams: QParams) -> ModelProto:
+    """Writes the quantized model as ONNX with QuantizeLinear and DequantizeLinear: see `fheq.onnx.export.export_qdq`."""
+    from fheq.onnx.export import export_qdq as write
+
+    return write(graph, qparams)

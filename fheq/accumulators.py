@@ -28,6 +28,7 @@ from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
+from fheq.stated_weights import stated_weight
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
@@ -67,7 +68,7 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
         return tuple(np.sum(np.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     if isinstance(step, Add):
-        m, n, _ = add_multipliers(a.scale, b.scale)
+        m, n, _ = add_multipliers(a, b)
         n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
         return m * a.low + n_low, m * a.high + n_high
     assert isinstance(step, Product)
@@ -187,7 +188,7 @@ def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Ste
         mode = "approximate" if rounding.approximate else "exact"
         return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode)
     # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
-    stated = isinstance(step, Linear) and step.weight_name in layout.graph.pinned
+    stated = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
     fits = aligned(bounds, 0)[1] <= limit
     if aligned(worst, 0)[1] <= limit or (stated and fits):
         return accumulator_affine(layout, qparams, step, bounds, 0, "exact")

@@ -16,7 +16,6 @@ from fheq.graph import Graph, Node, Port
 from fheq.plan import Plan, Planner, plan
 from fheq.prediction import largest_sum, predicted_tables
 from fheq.rewrites import decompose
-from fheq.steps import Linear
 
 if TYPE_CHECKING:
     from fheq.onnx.loading import Source
@@ -154,21 +153,9 @@ def _planned(graph: Graph) -> tuple[Plan | None, list[FheqError]]:
         except FheqError as other:
             return None, [other]
     missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]
-    errors: list[FheqError] = [
+    return layout, [
         UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
     ]
-    for step in layout.steps:
-        stated = layout.graph.pinned.get(step.weight_name) if isinstance(step, Linear) else None
-        if isinstance(step, Linear) and stated is not None and stated.axis is not None:
-            size = step.weight.shape[step.weight_axis]
-            if np.ndim(stated.scale) and len(stated.scale) != size:
-                errors.append(
-                    QuantizationError(
-                        f"{describe(step.node)}: weight {step.weight_name!r} has a quantizer per input channel; quantize it "
-                        "per output channel or per tensor"
-                    )
-                )
-    return layout, errors
 
 
 class _Collector(Planner):

@@ -20,6 +20,7 @@ from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
+from fheq.stated_weights import stated_weight
 from fheq.steps import Add, Linear
 
 TINY = 1e-12  # relative width below which a range counts as a point
@@ -50,7 +51,7 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec) -> QPa
     for step in layout.steps:
         if isinstance(step, Linear):
             qparams.weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
-            if step.weight_name not in layout.graph.pinned:
+            if stated_weight(layout, qparams, step) is None:
                 qparams.weights[step.weight_name] = fill_cells(layout, stats, spec, qparams, step)
     return fit_accumulators(layout, stats, spec, qparams)
 
@@ -213,9 +214,9 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     """The quantizer of a weight: the one that the model states, or one fitted to its extremes."""
     override = spec.override(step.weight_name, step.out, step.node.name)
     granularity = override.granularity or spec.weights
-    stated = layout.graph.pinned.get(step.weight_name)
+    stated = stated_weight(layout, qparams, step)
     if stated is not None:
-        return _stated_weight(step, stated)
+        return stated
     bits = override.n_bits or spec.bits()["op_weights"]
     weight = absorbed_weight(layout, qparams, step)
     axis: int | None = step.weight_axis
@@ -226,17 +227,6 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     if axis is None:
         leaves = tuple(leaf[0] for leaf in leaves)
     return Affine(*leaves, np.zeros_like(leaves[0]), axis, signed=True)
-
-
-def _stated_weight(step: Linear, stated: Affine) -> Affine:
-    """A stated quantizer refers to the weight as stored: bring its channel axis to the weight as used."""
-    if stated.axis is None:
-        return stated
-    if np.ndim(stated.scale) and len(stated.scale) != step.weight.shape[step.weight_axis]:
-        raise QuantizationError(
-            f"weight {step.weight_name!r} has a quantizer per input channel; fheq takes one per output channel or one in all"
-        )
-    return replace(stated, axis=step.weight_axis)
 
 
 def weight_quantizer(

@@ -42,12 +42,17 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
         QuantizationError: a quantizer is missing or breaks an invariant, named.
     """
     layout = plan(graph)
-    _check(layout, qparams)
+    check_complete(layout, qparams)
     qparams = unsigned(qparams)
     return simplify(_Lowering(layout, qparams).program(graph))
 
 
-def _check(layout: Plan, qparams: QParams) -> None:
+def check_complete(layout: Plan, qparams: QParams) -> None:
+    """Checks that every quantizer is there and holds its invariants.
+
+    Raises:
+        QuantizationError: naming what is not.
+    """
     needed = {
         "tensors": [*layout.inputs, *layout.points],
         "weights": [s.weight_name for s in layout.steps if isinstance(s, Linear)],
@@ -207,7 +212,7 @@ class _Lowering:
 
     def add(self, step: Add) -> str:
         a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
-        m, n, _ = add_multipliers(a.scale, b.scale)
+        m, n, _ = add_multipliers(a, b)
         left = self.emit.scale(self.read(step.a), m.astype(np.int64))
         right = self.emit.scale(self.read(step.b), n.astype(np.int64))
         return self.emit.plus(left, right, step.sign)

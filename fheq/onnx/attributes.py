@@ -98,9 +98,13 @@ def read_attributes(
             continue
         if formal.required:
             raise ModelError(f"{where} lacks the attribute {name!r}, which {schema.name} requires")  # type: ignore[union-attr]
-        if formal.default_value.name:
-            attrs[name] = _value(formal.default_value, None, where)
-    return attrs
+    return attrs if schema is None else {**defaults_of(schema), **attrs}
+
+
+def defaults_of(schema: defs.OpSchema) -> dict[str, Any]:
+    """The attributes that a schema has defaults for."""
+    formals = schema.attributes.items()
+    return {name: _value(formal.default_value, None, schema.name) for name, formal in formals if formal.default_value.name}
 
 
 def kind_of(proto: AttributeProto) -> int:
