@@ -1,8 +1,9 @@
 """Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
 
-Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. There is no function for JAX: the one
-release of jax2onnx whose requirements fit jax 0.7.1 and numpy 1.26 (0.7.1) fails with them. Nor is there one for Keras, whose
-export needs TensorFlow. Export such models elsewhere, and give the file to `import_onnx`.
+Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs.
+There is no function for JAX: the one release of jax2onnx whose requirements fit jax 0.7.1 and numpy 1.26 (0.7.1) fails with
+them. Nor is there one for Keras, whose export needs TensorFlow. Export such models elsewhere, and give the file to
+`import_onnx`.
 """
 
 from __future__ import annotations
