@@ -124,7 +124,9 @@ def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array])
     if operand.key in qparams.tensors:
         real = jnp.asarray(source, jnp.result_type(float))
         source = affine.fake_quant(qparams.tensors[operand.key], real)
-    values = source.ravel()[np.maximum(operand.elements, 0)]
+    values = source.ravel()
+    if not np.array_equal(operand.elements, np.arange(source.size)):  # gathers are slow
+        values = values[np.maximum(operand.elements, 0)]
     if operand.slope is not None:
         values = values * operand.slope + operand.intercept
     if np.any(operand.elements < 0):
