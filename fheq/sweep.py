@@ -236,7 +236,8 @@ def _blocks(
     for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
         if np.ndim(leaf) == 0 or len(leaf) != n:
             raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
-    width = min(batch_size, -(-n // multiple) * multiple)
+    count = -(-n // batch_size)  # blocks, all of about the same size
+    width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)
     take = lambda leaf: np.asarray(leaf)[np.minimum(at, n - 1)]
     return [take(part) for part in parts], jax.tree.map(take, targets), at < n
