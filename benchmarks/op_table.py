@@ -20,7 +20,7 @@ BECOMES = {
     "products and comparisons by tables",
     Kind.MAX: "a tree of tables for each maximum",
     Kind.COMPOSITE: "rewritten into the kinds above",
-    Kind.CLIENT: "float evaluation only: do it after decryption",
+    Kind.CLIENT: "at the end of a model: evaluated after decryption; elsewhere by comparisons",
 }
 
 

@@ -29,6 +29,8 @@ from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
+from fheq.frameworks import from_sklearn as from_sklearn
+from fheq.frameworks import from_torch as from_torch
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
 from fheq.many import Compiled as Compiled
@@ -64,3 +66,10 @@ def import_onnx(model: str | PathLike | bytes | ModelProto, *, dims: Mapping[str
     from fheq.onnx import import_onnx as read
 
     return read(model, dims=dims)
+
+
+def export_qdq(graph: Graph, qparams: QParams) -> ModelProto:
+    """Writes the quantized model as ONNX with QuantizeLinear and DequantizeLinear: see `fheq.onnx.export.export_qdq`."""
+    from fheq.onnx.export import export_qdq as write
+
+    return write(graph, qparams)

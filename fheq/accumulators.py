@@ -26,8 +26,10 @@ from fheq.integers import (
 from fheq.observers import tails
 from fheq.plan import Plan
 from fheq.qparams import QParams
+from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
-from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum
+from fheq.stated_weights import stated_weight
+from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
 OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
@@ -55,6 +57,8 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
     if isinstance(step, Linear):
         x = operand_decoder(layout, qparams, step.x, operand_axis(step))
         w = quantize_weight(layout, qparams, step).integers
+        if "exclusive" in step.options:
+            return _exclusive_bounds(step, x.low, x.high, w)
         up, down = np.maximum(w, 0), np.minimum(w, 0)
         low = apply_form(step, x.low, up) + apply_form(step, x.high, down)
         return low, apply_form(step, x.high, up) + apply_form(step, x.low, down)
@@ -64,7 +68,7 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
         return tuple(np.sum(np.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     if isinstance(step, Add):
-        m, n, _ = add_multipliers(a.scale, b.scale)
+        m, n, _ = add_multipliers(a, b)
         n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
         return m * a.low + n_low, m * a.high + n_high
     assert isinstance(step, Product)
@@ -72,6 +76,18 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray,
     corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
     low, high = np.min(np.stack(corners), axis=0), np.max(np.stack(corners), axis=0)
     return (np.sum(low, -1), np.sum(high, -1)) if step.contract else (low, high)
+
+
+def _exclusive_bounds(step: Linear, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of a product with bits of which at most one per group is 1."""
+    group = np.unique(step.options["exclusive"], return_inverse=True)[1]
+    ends = []
+    for smaller in (np.minimum, np.maximum):
+        terms = smaller(low[..., None] * weight, high[..., None] * weight)
+        total = np.zeros((*terms.shape[:-2], group.max() + 1, terms.shape[-1]))
+        smaller.at(np.moveaxis(total, -2, 0), group, np.moveaxis(terms, -2, 0))
+        ends.append(total.sum(axis=-2).reshape(step.shape))
+    return ends[0], ends[1]
 
 
 def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
@@ -109,8 +125,10 @@ def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin
 
 
 def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:
-    """The range that sizes an accumulator: never wider than the worst case."""
-    if spec.accumulators is AccumulatorRange.WORST_CASE:
+    """The range that sizes an accumulator: never wider than the worst case, and all of it for counts, which are narrow and
+    where a value that calibration never met (a class without samples) is none the less as likely as any."""
+    counted = counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
+    if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
         return worst
     seen = observed_bounds(layout, qparams, stats, step, spec.margin)
     low = np.clip(seen.low, worst.low, worst.high)
@@ -152,8 +170,8 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
 
 
 def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
-    """How the accumulator of a step is rounded; not at all when no table reads it."""
-    if step.out not in layout.points.values():
+    """How the accumulator of a step is rounded; not at all when no table reads it, or the table needs every integer."""
+    if step.out not in layout.points.values() or (isinstance(step, Linear) and step.options.get("exact")):
         return None
     return spec.override(step.out, step.node.name).rounding or spec.rounding
 
@@ -170,7 +188,7 @@ def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Ste
         mode = "approximate" if rounding.approximate else "exact"
         return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode)
     # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
-    stated = isinstance(step, Linear) and step.weight_name in layout.graph.pinned
+    stated = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
     fits = aligned(bounds, 0)[1] <= limit
     if aligned(worst, 0)[1] <= limit or (stated and fits):
         return accumulator_affine(layout, qparams, step, bounds, 0, "exact")

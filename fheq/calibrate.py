@@ -21,7 +21,9 @@ from fheq.graph import Graph
 from fheq.interpret import interpret
 from fheq.observers import TensorStats, init, merge, merge_over, update
 from fheq.plan import Plan, plan
+from fheq.regions import is_boolean
 from fheq.sharding import DATA, gather, local_mesh, size
+from fheq.steps import counts_decisions
 
 Stats = Mapping[str, TensorStats]
 
@@ -89,9 +91,13 @@ def calibrate(
 
 
 def observed(layout: Plan) -> tuple[str, ...]:
-    """The tensors whose statistics quantization needs: inputs, points and the results of steps."""
-    names = [*layout.inputs, *layout.points, *(step.out for step in layout.steps)]
-    return tuple(dict.fromkeys(names))
+    """The tensors whose statistics quantization needs: inputs, points and the results of steps.
+
+    Not those whose ranges are known: decisions, and sums of them.
+    """
+    points = [name for name in layout.points if not is_boolean(layout.graph, name)]
+    steps = [step.out for step in layout.steps if not counts_decisions(step)]
+    return tuple(dict.fromkeys([*layout.inputs, *points, *steps]))
 
 
 def by_channel(layout: Plan, name: str, values: Any) -> Any:

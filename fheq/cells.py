@@ -19,7 +19,7 @@ from fheq.integers import input_channels, operand_axis, operand_decoder, quantiz
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
-from fheq.steps import Linear
+from fheq.steps import Linear, counts_decisions
 
 DEPTH = 3  # how many bits fewer are tried
 
@@ -33,7 +33,7 @@ def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: L
     affine = qparams.weights[step.weight_name]
     rounding = rounding_of(layout, spec, step)
     axis = channel_axis(layout, step.out)
-    if rounding is None or affine.axis is None or axis is None:
+    if rounding is None or affine.axis is None or axis is None or counts_decisions(step):
         return affine
     worst = channel_bounds(worst_case(layout, qparams, step), axis)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)

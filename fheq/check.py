@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fheq.client import split
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError, describe
-from fheq.graph import Graph, Node
-from fheq.plan import Planner, plan
+from fheq.graph import Graph, Node, Port
+from fheq.plan import Plan, Planner, plan
+from fheq.prediction import largest_sum, predicted_tables
 from fheq.rewrites import decompose
-from fheq.steps import Linear
 
 if TYPE_CHECKING:
     from fheq.onnx.loading import Source
+    from fheq.onnx.parse import Input
 
 _NODE = re.compile(r"^(node .+? \(.*?, output .*?\)):? (.*)$", re.DOTALL)
 _REMEDIES: dict[type[FheqError], str] = {
@@ -46,6 +49,27 @@ class Problem:
         return f"{self.node}: {self.cause}; {self.remedy}"
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What can be said of a model without data.
+
+    Args:
+        inputs: name, dtype and shape of each, a batch or open axis by its symbol.
+        outputs: the same for outputs; empty where the model cannot be imported.
+        ops: operators of the model (functions inlined, what no output needs left out) with their counts.
+        tables: table applications of one sample by kind, see `fheq.prediction`; None where there are problems.
+        terms: of the largest sum of products; at n bits its accumulator takes up to 2 n + log2(terms) bits.
+        problems: as `check` gives them.
+    """
+
+    inputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
+    outputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
+    ops: Mapping[str, int]
+    tables: Mapping[str, int] | None
+    terms: int
+    problems: tuple[Problem, ...]
+
+
 def check(model: Source | Graph, *, dims: Mapping[str, int] | None = None) -> list[Problem]:
     """Every problem of a model, one per node where that is possible; none when it will work.
 
@@ -53,17 +77,45 @@ def check(model: Source | Graph, *, dims: Mapping[str, int] | None = None) -> li
         model: path, bytes, `onnx.ModelProto`, or an imported `Graph`.
         dims: as for `import_onnx`.
     """
-    if isinstance(model, Graph):
-        graph = model
-    else:
-        from fheq.onnx import import_onnx
-        from fheq.onnx.importer import problems
+    return list(survey(model, dims=dims).problems)
 
-        found = problems(model, dims=dims)
-        if found:
-            return _unique(found)
-        graph = import_onnx(model, dims=dims)
-    return _unique([*_not_a_number(graph), *_unplanned(graph)])
+
+def survey(model: Source | Graph, *, dims: Mapping[str, int] | None = None) -> Survey:
+    """A model's inputs, operators, tables and problems.
+
+    Args:
+        model: path, bytes, `onnx.ModelProto`, or an imported `Graph`.
+        dims: as for `import_onnx`.
+    """
+    if isinstance(model, Graph):
+        graph, nodes, errors = model, model.nodes, []
+        declared: tuple[Input, ...] = ()
+    else:
+        from fheq.onnx.importer import examine
+
+        examined = examine(model, dims=dims)
+        graph, errors = examined.graph or Graph((), (), (), {}, {}), examined.errors
+        nodes = examined.parsed.nodes if examined.parsed else ()
+        declared = examined.parsed.inputs if examined.parsed else ()
+    layout: Plan | None = None
+    if not errors:
+        errors = list(_not_a_number(graph))
+        layout, more = _planned(graph)
+        errors += more
+    stated = tuple((i.name, str(i.dtype), tuple("?" if d is None else d for d in i.dims or ())) for i in declared)
+    return Survey(
+        stated if stated and not graph.inputs else tuple(map(_port, graph.inputs)),
+        tuple(map(_port, graph.outputs)),
+        Counter(f"{node.domain}.{node.op}" if node.domain else node.op for node in nodes),
+        None if errors or layout is None else predicted_tables(layout),
+        0 if layout is None else largest_sum(layout),
+        tuple(_unique(errors)),
+    )
+
+
+def _port(port: Port) -> tuple[str, str, tuple[int | str, ...]]:
+    shape = tuple("N" if i == port.batch_axis and d == 1 else d for i, d in enumerate(port.type.shape))
+    return port.name, str(port.type.dtype), shape
 
 
 def _unique(errors: list[FheqError]) -> list[Problem]:
@@ -91,31 +143,19 @@ def _not_a_number(graph: Graph) -> Iterator[FheqError]:
                 yield ModelError(f"{describe(node)}: its tensor {name!r} contains NaN; train or export the model again")
 
 
-def _unplanned(graph: Graph) -> list[FheqError]:
-    """Nodes without an integer form, and what lowering refuses whatever the data."""
+def _planned(graph: Graph) -> tuple[Plan | None, list[FheqError]]:
+    """The plan; or nodes without an integer form, and what lowering refuses whatever the data."""
     try:
-        collector = _Collector(decompose(graph))
-        if collector.errors:
-            return collector.errors
         layout = plan(graph)
     except FheqError as error:
-        return [error]
-    missing = [port.name for port in graph.outputs if port.name not in layout.regions]
-    errors: list[FheqError] = [
+        try:
+            return None, _Collector(decompose(split(graph)[0])).errors or [error]
+        except FheqError as other:
+            return None, [other]
+    missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]
+    return layout, [
         UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
     ]
-    for step in layout.steps:
-        stated = layout.graph.pinned.get(step.weight_name) if isinstance(step, Linear) else None
-        if isinstance(step, Linear) and stated is not None and stated.axis is not None:
-            size = step.weight.shape[step.weight_axis]
-            if np.ndim(stated.scale) and len(stated.scale) != size:
-                errors.append(
-                    QuantizationError(
-                        f"{describe(step.node)}: weight {step.weight_name!r} has a quantizer per input channel; quantize it "
-                        "per output channel or per tensor"
-                    )
-                )
-    return errors
 
 
 class _Collector(Planner):

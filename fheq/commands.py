@@ -26,19 +26,40 @@ COMPARED = 256  # calibration samples that the quantized model is compared with 
 
 def check(args: Namespace) -> int:
     """`fheq check`."""
-    from fheq.check import check as find
+    from fheq.check import survey
 
-    problems = find(args.model, dims=dict(args.dim))
+    found = survey(args.model, dims=dict(args.dim))
+    problems = found.problems
     if args.json:
-        found = [{"node": p.node, "cause": p.cause, "remedy": p.remedy} for p in problems]
-        _print_json({"model": args.model, "ok": not problems, "problems": found})
-    elif not problems:
-        print(f"{args.model}: no problems found")
-    for i, p in enumerate(problems if not args.json else [], 1):
+        rows = [{"node": p.node, "cause": p.cause, "remedy": p.remedy} for p in problems]
+        described = {
+            key: [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in getattr(found, key)]
+            for key in ("inputs", "outputs")
+        }
+        counts = {"operators": dict(found.ops), "tables": found.tables, "largest_sum": found.terms}
+        _print_json({"model": args.model, "ok": not problems, **described, **counts, "problems": rows})
+        return 1 if problems else 0
+    for label, ports in (("input", found.inputs), ("output", found.outputs)):
+        for name, dtype, shape in ports:
+            print(f"{label:<11}{name}: {dtype} ({', '.join(map(str, shape))})")
+    _print_filled("operators", ", ".join(f"{op} {count}" for op, count in sorted(found.ops.items())))
+    if found.tables is not None:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.tables.items() if count)
+        _print_filled("tables", f"{sum(found.tables.values()):,} for one sample" + (f" ({kinds})" if kinds else ""))
+        extra = max(found.terms - 1, 0).bit_length()
+        _print_filled("widths", f"up to 2 n + {extra} bits at n bits: sums have up to {found.terms:,} terms")
+        print("no problems found")
+    for i, p in enumerate(problems, 1):
         print(f"{i}. {p.node}")
         for label, text in (("problem", p.cause), ("remedy", p.remedy)):
             print(textwrap.fill(f"{label}: {text}", 78, initial_indent="   ", subsequent_indent="      "))
     return 1 if problems else 0
+
+
+def _print_filled(label: str, text: str) -> None:
+    """A labelled line, wrapped."""
+    if text:
+        print(textwrap.fill(text, 78, initial_indent=f"{label:<11}", subsequent_indent=" " * 11))
 
 
 def quantize(args: Namespace) -> int:
@@ -178,7 +199,7 @@ def _summary(args: Namespace, graph: Graph, chosen: Chosen, module: QuantizedMod
     parts = check_arrays(graph.inputs, chosen.arrays)
     some = [join(port, part[:COMPARED]) for port, part in zip(graph.inputs, parts)]
     wanted, got = (_as_list(v) for v in (evaluate(graph, *some), module.forward(*some)))
-    gap = distance(graph.outputs, [w.astype(np.float64) for w in wanted], got)
+    gap = distance(graph.outputs, wanted, got)
     removed = [{"name": n, "bits": a.bits - a.lsbs} for n, a in module.program.accumulators.items() if a.lsbs]
     return {
         "model": args.model,
@@ -254,6 +275,8 @@ def _print_tables(program: IntProgram) -> None:
 def _brief(values: np.ndarray) -> str:
     """An output in few characters: where its maximum is, or its values."""
     flat = np.ravel(values)
+    if flat.dtype == object:  # labels
+        return " ".join(map(str, flat[:4]))
     if flat.size > 4:
         return f"max {number(float(flat.max()))} at {int(flat.argmax())}"
     return " ".join(number(float(v)) for v in flat)

@@ -89,6 +89,10 @@ class Emitter:
         low, high = _product_range(value, down, up)
         return self._add(MatMul(self._name("matmul"), (x,), weight, left), shape, low, high)
 
+    def bound(self, x: str, low: np.ndarray, high: np.ndarray) -> None:
+        """Declares what is known of a value's range beyond its instruction."""
+        self.values[x] = Value(self.values[x].shape, int(np.min(low)), int(np.max(high)))
+
     def convolution(self, x: str, weight: np.ndarray, options: Mapping[str, Any]) -> str:
         """Convolution without pads."""
         value = self.values[x]

@@ -22,6 +22,12 @@ def unwrap(results: list[Array]) -> Array | tuple[Array, ...]:
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def named(graph: Graph, results: list[Array]) -> list[Array]:
+    """The outputs with strings in place of their numbers."""
+    lists = [port.labels for port in graph.outputs]
+    return [r if names is None else np.asarray(names, object)[np.asarray(r)] for names, r in zip(lists, results)]
+
+
 def evaluate_sample(graph: Graph, *sample: Array) -> tuple[Array, ...]:
     """The outputs for one sample, in the graph's own shapes."""
     values = interpret(graph, {port.name: value for port, value in zip(graph.inputs, sample)})
@@ -46,7 +52,8 @@ def evaluate(graph: Graph, *inputs: Array) -> Array | tuple[Array, ...]:
             model was exported with a batch of 1.
 
     Returns:
-        The outputs in the model's layout and dtypes: an array, or a tuple where the model has several outputs.
+        The outputs in the model's layout and dtypes: an array, or a tuple where the model has several outputs. Outputs of
+        strings are arrays of str; those of ZipMap are arrays with a column per label.
 
     Raises:
         DataError: an array does not fit its input.
@@ -57,7 +64,9 @@ def evaluate(graph: Graph, *inputs: Array) -> Array | tuple[Array, ...]:
         return unwrap(_evaluate(graph, *inputs))
     arrays = [np.asarray(x) for x in inputs]
     for port, array in zip(graph.inputs, arrays):
-        if array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biuf" and array.dtype != port.type.dtype:
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected {port.type.dtype}")
     with enable_x64():
-        return unwrap(_evaluate(graph, *[a.astype(p.type.dtype, copy=False) for p, a in zip(graph.inputs, arrays)]))
+        return unwrap(
+            named(graph, _evaluate(graph, *[a.astype(p.type.dtype, copy=False) for p, a in zip(graph.inputs, arrays)]))
+        )

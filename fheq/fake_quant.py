@@ -13,7 +13,7 @@ import numpy as np
 from fheq import affine
 from fheq.accumulators import makes_accumulator
 from fheq.batching import join, over_samples
-from fheq.evaluate import unwrap
+from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
 from fheq.integers import (
     accumulator_decoder,
@@ -42,7 +42,8 @@ def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[
         inputs: as for `evaluate`.
 
     Returns:
-        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled).
+        As `evaluate`, in float32 (float64 when JAX has 64-bit types enabled); labels that are strings as their numbers in
+        `Port.labels` of the output.
     """
     return unwrap(_fake_quant(graph, qparams, *inputs))
 
@@ -56,7 +57,12 @@ def _fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> list[Array]:
 
 def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]:
     env = tensor_values(layout, qparams, prepare(layout, qparams), *sample)
-    return output_values(layout, qparams, env)
+    return results(layout, output_values(layout, qparams, env))
+
+
+def results(layout: Plan, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The model's outputs: those of the planned graph, or what the client makes of them."""
+    return outputs if layout.client is None else evaluate_sample(layout.client, *outputs)
 
 
 class Prepared(NamedTuple):
@@ -107,7 +113,7 @@ def tensor_values(layout: Plan, qparams: QParams, prepared: Mapping[str, Prepare
 
 
 def output_values(layout: Plan, qparams: QParams, env: Mapping[str, Array]) -> tuple[Array, ...]:
-    """The graph's outputs from what `tensor_values` gives."""
+    """The outputs of the planned graph from what `tensor_values` gives."""
     found = []
     for port in layout.graph.outputs:
         operand = layout.outputs.get(port.name)

@@ -16,10 +16,11 @@ from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
 from fheq.observers import TensorStats, per_tensor
-from fheq.ops.table import Kind, lookup
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
+from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
+from fheq.stated_weights import stated_weight
 from fheq.steps import Add, Linear
 
 TINY = 1e-12  # relative width below which a range counts as a point
@@ -50,7 +51,7 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec) -> QPa
     for step in layout.steps:
         if isinstance(step, Linear):
             qparams.weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
-            if step.weight_name not in layout.graph.pinned:
+            if stated_weight(layout, qparams, step) is None:
                 qparams.weights[step.weight_name] = fill_cells(layout, stats, spec, qparams, step)
     return fit_accumulators(layout, stats, spec, qparams)
 
@@ -83,7 +84,7 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         axis = stated[key].axis if key in stated else (-1 if granularity is Granularity.PER_CHANNEL else None)
         wanted[key] = axis is not None and _divisible(layout, key)
     sharing = share(layout, wanted)
-    ranges = {key: _range(layout, key, stats[key], spec, sharing.axis[key]) for key in keys}
+    ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     scales = {key: _scale(*ranges[key]) for key in keys}
     result: dict[str, Affine] = {}
     for key in keys:
@@ -94,24 +95,16 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
 
 def _divisible(layout: Plan, key: str) -> bool:
     port = next((p for p in layout.graph.inputs if p.name == key), None)
-    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout, key)
+    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout.graph, key)
 
 
 def _stated(layout: Plan, key: str) -> Affine | None:
-    return layout.adopted.get(key) or layout.graph.pinned.get(key)
-
-
-def is_boolean(layout: Plan, key: str) -> bool:
-    """Whether a tensor holds nothing but 0 and 1, being made from a comparison."""
-    producers = layout.graph.producers()
-    node = producers.get(key)
-    while node is not None:
-        if layout.graph.types[node.outputs[0]].dtype == np.bool_:
-            return True
-        if node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT:
-            return False
-        node = producers.get(node.inputs[0])
-    return False
+    """The quantizer that the model or a rewrite states for a tensor, or for integers that it copies."""
+    found = layout.adopted.get(key) or layout.graph.pinned.get(key)
+    if found is not None:
+        return found
+    copied = (layout.graph.pinned.get(n) for n in copied_from(layout.graph, key) if layout.graph.types[n].dtype.kind in "iu")
+    return next((affine for affine in copied if affine is not None and affine.axis is None), None)
 
 
 def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
@@ -129,16 +122,21 @@ def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
 Range = tuple[np.ndarray, np.ndarray, int]
 
 
-def _range(layout: Plan, key: str, stats: TensorStats, spec: Spec, axis: int | None) -> Range:
+def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None) -> Range:
     """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it."""
+    if stats is None:  # decisions
+        return np.zeros(()), np.ones(()), 1
     port = next((p for p in layout.graph.inputs if p.name == key), None)
-    exact = is_boolean(layout, key) or (port is not None and port.type.dtype.kind in "iub")
+    exact = port is not None and port.type.dtype.kind in "iub"
     bits = tensor_bits(layout, key, spec)
     seen = stats if axis is not None else per_tensor(stats)
     if exact:  # integers stand for themselves
-        low, high = (np.zeros(1), np.ones(1)) if is_boolean(layout, key) else (seen.minimum, seen.maximum)
+        low, high = seen.minimum, seen.maximum
         bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
         low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
+    elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:
+        low = np.min(seen.minimum, keepdims=True)
+        high = low + 2.0**bits - 1
     else:
         observer = spec.override(*_names(layout, key)).observer
         observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
@@ -185,7 +183,7 @@ def _affine(
         scale = _scale(low, high, bits)
     else:
         scale = np.max([scales[m] for m in members], axis=0)
-        if _read_beyond_sums(layout, key):
+        if sharing.group[key] not in sharing.exact and _read_beyond_sums(layout, key):
             scale = scale / finer(scale, scales[key])
     return affine_between(low, high, scale, bits, axis)
 
@@ -216,9 +214,9 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     """The quantizer of a weight: the one that the model states, or one fitted to its extremes."""
     override = spec.override(step.weight_name, step.out, step.node.name)
     granularity = override.granularity or spec.weights
-    stated = layout.graph.pinned.get(step.weight_name)
+    stated = stated_weight(layout, qparams, step)
     if stated is not None:
-        return _stated_weight(step, stated)
+        return stated
     bits = override.n_bits or spec.bits()["op_weights"]
     weight = absorbed_weight(layout, qparams, step)
     axis: int | None = step.weight_axis
@@ -229,17 +227,6 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     if axis is None:
         leaves = tuple(leaf[0] for leaf in leaves)
     return Affine(*leaves, np.zeros_like(leaves[0]), axis, signed=True)
-
-
-def _stated_weight(step: Linear, stated: Affine) -> Affine:
-    """A stated quantizer refers to the weight as stored: bring its channel axis to the weight as used."""
-    if stated.axis is None:
-        return stated
-    if np.ndim(stated.scale) and len(stated.scale) != step.weight.shape[step.weight_axis]:
-        raise QuantizationError(
-            f"weight {step.weight_name!r} has a quantizer per input channel; fheq takes one per output channel or one in all"
-        )
-    return replace(stated, axis=step.weight_axis)
 
 
 def weight_quantizer(

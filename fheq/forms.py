@@ -113,19 +113,32 @@ def _bias(planner: Planner, node: Node) -> np.ndarray:
     return _constant(planner, node, 2)
 
 
+def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
+    """The known matrix or kernel of a linear node (its input at `position`), moved as its form reads it."""
+    if node.op == "MatMul" and stored.ndim == 1:
+        return stored[:, None] if position == 1 else stored[None, :]
+    if node.op == "Gemm" and node.attrs.get(("transA", "transB")[position], 0):
+        return stored.T
+    if node.op == "ConvTranspose":
+        flipped = np.flip(stored, axis=tuple(range(2, stored.ndim)))
+        group, kernel = int(node.attrs.get("group", 1)), stored.shape[2:]
+        blocks = flipped.reshape(group, stored.shape[0] // group, stored.shape[1], *kernel)
+        return np.swapaxes(blocks, 1, 2).reshape(-1, stored.shape[0] // group, *kernel)
+    return stored
+
+
 def _matmul(planner: Planner, node: Node) -> Step:
     out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
     if node.inputs[0] in planner.regions:
-        weight = _constant(planner, node, 1)
-        weight = weight[:, None] if weight.ndim == 1 else weight
+        weight = used_weight(node, 1, _constant(planner, node, 1))
         x = planner.operand(node.inputs[0], along(-1))
-        return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1)
-    weight = _constant(planner, node, 0)
+        options = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
+        return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1, options)
+    weight = used_weight(node, 0, _constant(planner, node, 0))
     rank = len(planner.graph.types[node.inputs[1]].shape)
     x = planner.operand(node.inputs[1], along(-2 if rank > 1 else -1))
     if len(x.shape) == 1:
         x = x.take(np.arange(len(x.elements)), (x.shape[0], 1))
-    weight = weight[None, :] if weight.ndim == 1 else weight
     return Linear(out, node, shape, x, "left", node.inputs[0], weight, np.zeros(()), -2)
 
 
@@ -138,8 +151,7 @@ def _gemm(planner: Planner, node: Node) -> Step:
     x = planner.operand(node.inputs[data], along(-1 if data == flips[data] else -2))
     if flips[data]:
         x = x.take(np.arange(len(x.elements)).reshape(x.shape).T, x.shape[::-1])
-    weight = alpha * _constant(planner, node, 1 - data)
-    weight = weight.T if flips[1 - data] else weight
+    weight = alpha * used_weight(node, 1 - data, _constant(planner, node, 1 - data))
     form, channel = ("matmul", -1) if data == 0 else ("left", -2)
     return Linear(out, node, shape, x, form, node.inputs[1 - data], weight, bias, channel)
 
@@ -179,9 +191,7 @@ def _conv_transpose(planner: Planner, node: Node) -> Step:
         moved = np.take(elements, np.where(inside, positions // stride, 0), axis=axis)
         mask = inside.reshape(-1, *(1,) * (elements.ndim - axis - 1))
         elements = np.where(mask, moved, -1)
-    flipped = np.flip(weight, axis=tuple(range(2, rank)))
-    blocks = flipped.reshape(group, weight.shape[0] // group, weight.shape[1], *kernel)
-    weight = np.swapaxes(blocks, 1, 2).reshape(-1, weight.shape[0] // group, *kernel)
+    weight = used_weight(node, 1, weight)
     options = {"strides": (1,) * (rank - 2), "dilations": dilations, "group": group}
     bias = _channel_bias(_bias(planner, node), rank)
     padded = x.take(elements, elements.shape)

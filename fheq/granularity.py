@@ -57,11 +57,13 @@ class Sharing:
     Args:
         axis: by quantized tensor (points and inputs): its channel axis, or None for one quantizer.
         group: by quantized tensor: tensors of equal number share their scale.
+        exact: groups whose members must have the very same scale (their integers are summed as they are).
         identical: groups whose members share the whole quantizer (a maximum compares them).
     """
 
     axis: Mapping[str, int | None]
     group: Mapping[str, int]
+    exact: frozenset[int]
     identical: frozenset[int]
 
 
@@ -84,6 +86,7 @@ class _Resolver:
         self.axis = {k: channel_axis(layout, k) if wanted[k] else None for k in self.keys}
         self.parent = {k: k for k in self.keys}
         self.steps = {step.out: step for step in layout.steps}
+        self.exact: set[str] = set()
         self.full: set[str] = set()
 
     def result(self) -> Sharing:
@@ -91,8 +94,8 @@ class _Resolver:
             pass
         roots = {k: self.find(k) for k in self.keys}
         numbers = {root: i for i, root in enumerate(dict.fromkeys(roots.values()))}
-        identical = frozenset(numbers[self.find(k)] for k in self.full)
-        return Sharing(self.axis, {k: numbers[r] for k, r in roots.items()}, identical)
+        exact, identical = (frozenset(numbers[self.find(k)] for k in keys) for keys in (self.exact, self.full))
+        return Sharing(self.axis, {k: numbers[r] for k, r in roots.items()}, exact, identical)
 
     def find(self, key: str) -> str:
         while self.parent[key] != key:
@@ -130,6 +133,7 @@ class _Resolver:
         for k in keys:
             self.axis[k] = None
         if not changed and len(keys) > 1:
+            self.exact.update(keys)
             return self.unite(keys)
         return changed
 

@@ -23,6 +23,8 @@ from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 
 Array = Any
+SUM_ERROR = 1 / 16
+SUM_MULTIPLIER = 128
 
 
 def namespace(*affines: Affine) -> Any:
@@ -234,19 +236,30 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
     return Weights(q, ratio, scale, constant + step.bias)
 
 
-def add_multipliers(a: Array, b: Array) -> tuple[Array, Array, Array]:
-    """Integers m, n and a scale s with `m * s = a` and `n * s = b` as nearly as 16 parts of the smaller allow.
+def add_multipliers(a: Decoder, b: Decoder) -> tuple[Array, Array, Array]:
+    """Integers m, n and a scale s with `m * s = a.scale` and `n * s = b.scale`, for the sum `s * (m * p + n * q)`.
 
-    Equal scales give 1, 1; unequal ones come from models that state their quantizers.
+    Equal scales give 1, 1. Unequal ones come from models that state their quantizers: the convergents of the continued
+    fraction of their ratio are tried, until one is wrong by less than `SUM_ERROR` of the larger step at the ends of the
+    range or the next one has multipliers above `SUM_MULTIPLIER`.
     """
-    xp = array_namespace(a, b)
-    small, ratio = xp.minimum(a, b), xp.maximum(a, b) / xp.minimum(a, b)
-    parts = np.arange(1, 17).reshape(-1, *(1,) * np.ndim(ratio))
-    error = xp.abs(xp.round(ratio * parts) / (ratio * parts) - 1)
-    fine = xp.where(error < 2.0**-9, parts, 32)
-    best = xp.where(xp.min(fine, axis=0) < 32, xp.min(fine, axis=0), 1 + xp.argmin(error, axis=0))
-    large = xp.round(ratio * best)
-    return xp.where(a <= b, best, large), xp.where(a <= b, large, best), small / best
+    xp = array_namespace(a.scale, b.scale)
+    swapped = a.scale > b.scale
+    small, large = xp.minimum(a.scale, b.scale), xp.maximum(a.scale, b.scale)
+    reach = xp.where(swapped, a.high - a.low, b.high - b.low) / 2
+    ratio = large / small
+    before, found = (xp.ones_like(ratio), xp.zeros_like(ratio)), (xp.round(ratio), xp.ones_like(ratio))
+    rest = ratio - found[0]
+    for _ in range(4):
+        rest = 1 / xp.where(abs(rest) < 1e-9, 1e-9, rest)
+        term = xp.round(rest)
+        after = tuple(term * f + b for f, b in zip(found, before))
+        error = abs(found[0] / found[1] / ratio - 1) * reach
+        better = (error > SUM_ERROR) & (xp.maximum(abs(after[0]), abs(after[1])) <= SUM_MULTIPLIER)
+        before, found = found, tuple(xp.where(better, n, f) for n, f in zip(after, found))
+        rest = xp.where(better, rest - term, 0)
+    more, fewer = abs(found[0]), abs(found[1])
+    return xp.where(swapped, more, fewer), xp.where(swapped, fewer, more), small / fewer
 
 
 def accumulator_decoder(layout: Plan, qparams: QParams, step: Step) -> tuple[Array, Array]:
@@ -264,7 +277,10 @@ def accumulator_decoder(layout: Plan, qparams: QParams, step: Step) -> tuple[Arr
         return scale, step.coefficient * (xp.sum(xp.where(valid, x.offset, 0), axis=-1) + fill)
     if isinstance(step, Add):
         a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
-        return add_multipliers(a.scale, b.scale)[2], a.offset + step.sign * b.offset
+        m, n, scale = add_multipliers(a, b)
+        # What the multipliers miss of a scale is least where it counts for nothing in the middle of the range.
+        left, right = (x.offset + (x.scale - k * scale) * (x.low + x.high) / 2 for x, k in ((a, m), (b, n)))
+        return scale, left + step.sign * right
     assert isinstance(step, Product)
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     scale = a.scale * b.scale

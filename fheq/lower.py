@@ -42,12 +42,17 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
         QuantizationError: a quantizer is missing or breaks an invariant, named.
     """
     layout = plan(graph)
-    _check(layout, qparams)
+    check_complete(layout, qparams)
     qparams = unsigned(qparams)
     return simplify(_Lowering(layout, qparams).program(graph))
 
 
-def _check(layout: Plan, qparams: QParams) -> None:
+def check_complete(layout: Plan, qparams: QParams) -> None:
+    """Checks that every quantizer is there and holds its invariants.
+
+    Raises:
+        QuantizationError: naming what is not.
+    """
     needed = {
         "tensors": [*layout.inputs, *layout.points],
         "weights": [s.weight_name for s in layout.steps if isinstance(s, Linear)],
@@ -93,9 +98,9 @@ class _Lowering:
             self.hold(port.name, value)
         for step in self.layout.steps:
             self.step(step)
-        outputs = tuple(self.output(port) for port in graph.outputs)
+        outputs = tuple(self.output(port) for port in self.layout.graph.outputs)
         emitted = self.emit.finish([o.value for o in outputs])
-        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators)
+        return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators, self.layout.client)
 
     def hold(self, key: str, value: str) -> None:
         """Registers a quantized source (an input, a join or a maximum)."""
@@ -200,11 +205,14 @@ class _Lowering:
         weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
         if step.form == "conv":
             return self.emit.convolution(x, weight, step.options)
-        return self.emit.matmul(x, weight, step.form == "left")
+        product = self.emit.matmul(x, weight, step.form == "left")
+        if "exclusive" in step.options:
+            self.emit.bound(product, *worst_case(self.layout, self.qparams, step))
+        return product
 
     def add(self, step: Add) -> str:
         a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
-        m, n, _ = add_multipliers(a.scale, b.scale)
+        m, n, _ = add_multipliers(a, b)
         left = self.emit.scale(self.read(step.a), m.astype(np.int64))
         right = self.emit.scale(self.read(step.b), n.astype(np.int64))
         return self.emit.plus(left, right, step.sign)

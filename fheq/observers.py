@@ -49,12 +49,9 @@ def init(channels: int) -> TensorStats:
 
 
 def bin_of(x: Array) -> Array:
-    """Index of the histogram bin of each value."""
-    mantissa, exponent = jnp.frexp(jnp.abs(x))
-    part = ((mantissa - 0.5) * (2 * _PARTS)).astype(jnp.int32)
-    place = jnp.clip((exponent - _LOW) * _PARTS + part, 0, _SIDE)
-    small = exponent < _LOW
-    magnitude = jnp.where(small | (x == 0), 0, jnp.minimum(place + 1, _SIDE))
+    """Index of the histogram bin of each float32 value: its exponent and the top bits of its mantissa are the bin."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> (23 - _PARTS.bit_length() + 1)
+    magnitude = jnp.clip(bits - (126 + _LOW) * _PARTS + 1, 0, _SIDE)
     return _SIDE + jnp.where(x < 0, -magnitude, magnitude)
 
 
@@ -98,23 +95,24 @@ def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
     """Adds a batch.
 
     Args:
-        values: `(B, C, n)`.
+        values: `(B, C, n)` float32.
         keep: `(B,)` bool; samples to count.
     """
     _, c, n = values.shape
     mask = keep[:, None, None]
     wide = values.astype(stats.total.dtype)
     seen = jnp.where(mask, wide, 0)
-    histogram = stats.histogram.at[jnp.arange(c)[None, :, None], bin_of(values)].add(
-        jnp.broadcast_to(mask, values.shape).astype(stats.histogram.dtype)
-    )
+    low, high = (jnp.where(mask, values, end) for end in (jnp.inf, -jnp.inf))
+    place = jnp.arange(c, dtype=jnp.int32)[None, :, None] * BINS + bin_of(values)
+    ones = jnp.broadcast_to(mask, values.shape).astype(stats.histogram.dtype)
+    histogram = stats.histogram.ravel().at[place.ravel()].add(ones.ravel(), mode="promise_in_bounds")
     return TensorStats(
         stats.count + jnp.sum(keep) * n,
-        jnp.minimum(stats.minimum, jnp.min(jnp.where(mask, wide, jnp.inf), axis=(0, 2))),
-        jnp.maximum(stats.maximum, jnp.max(jnp.where(mask, wide, -jnp.inf), axis=(0, 2))),
+        jnp.minimum(stats.minimum, jnp.min(low, axis=(0, 2))),
+        jnp.maximum(stats.maximum, jnp.max(high, axis=(0, 2))),
         stats.total + jnp.sum(seen, axis=(0, 2)),
         stats.squares + jnp.sum(seen * seen, axis=(0, 2)),
-        histogram,
+        histogram.reshape(stats.histogram.shape),
     )
 
 

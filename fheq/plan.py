@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from fheq.affine import Affine
+from fheq.client import split
 from fheq.errors import UnsupportedError, describe
 from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
@@ -62,6 +63,7 @@ class Plan:
             table.
         adopted: graph inputs that take over a quantizer stated by the model.
         elements: evaluates regions.
+        client: what the client makes of the outputs after decryption, or None where they are the model's (`fheq.client`).
     """
 
     graph: Graph
@@ -71,6 +73,7 @@ class Plan:
     outputs: Mapping[str, Operand | None]
     adopted: Mapping[str, Affine]
     elements: Elements
+    client: Graph | None
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the graph, or of a step's result."""
@@ -89,8 +92,9 @@ def plan(graph: Graph) -> Plan:
     Raises:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
+    server, client = split(graph)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
-        return Planner(decompose(graph)).finish()
+        return Planner(decompose(server)).finish(client)
 
 
 class Planner:
@@ -109,13 +113,14 @@ class Planner:
         for node in graph.nodes:
             self.visit(node)
 
-    def finish(self) -> Plan:
+    def finish(self, client: Graph | None) -> Plan:
         outputs: dict[str, Operand | None] = {}
         for port in self.graph.outputs:
             if port.name in self.regions:
                 affine = self.regions[port.name].affine
                 outputs[port.name] = None if affine else self.operand(port.name)
-        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, self.evaluator())
+        elements = self.evaluator()
+        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, elements, client)
 
     def evaluator(self) -> Elements:
         sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.graph import Port
+from fheq.evaluate import evaluate
+from fheq.graph import Graph, Port
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,11 @@ class IntProgram:
     """An integer program.
 
     Args:
-        inputs, outputs: in the model's order.
+        inputs, outputs: in the model's order; outputs are what `client` reads, where there is one.
         instructions: in order of evaluation.
         values: shape and range of every value.
         accumulators: by name, what lowering knows of them.
+        client: what the client computes from the decrypted outputs, or None where they are the model's (`fheq.client`).
     """
 
     inputs: tuple[Entry, ...]
@@ -189,6 +191,7 @@ class IntProgram:
     instructions: tuple[Instruction, ...]
     values: dict[str, Value]
     accumulators: dict[str, Accumulator]
+    client: Graph | None = None
 
     @property
     def lookups(self) -> tuple[Lookup, ...]:
@@ -199,6 +202,20 @@ class IntProgram:
         """Real inputs, in the model's layout, to integers."""
         return tuple(entry.affine.quantize(np.asarray(x)) for entry, x in zip(self.inputs, inputs))
 
+    @property
+    def results(self) -> tuple[Port, ...]:
+        """The model's outputs: those of the program, or what the client makes of them."""
+        return self.client.outputs if self.client is not None else tuple(entry.port for entry in self.outputs)
+
     def dequantize(self, *outputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Integer outputs, in the model's layout, to real values."""
-        return tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))
+        """Integer outputs of the program to the model's outputs, in its layout.
+
+        They are real values (float64), and labels where the client computes those, strings included. A value that leaves the
+        domain of a client's function (the root of a distance a little below 0) gives 0, as in tables.
+        """
+        real = tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))
+        if self.client is None:
+            return real
+        results = evaluate(self.client, *(r.astype(port.type.dtype) for port, r in zip(self.client.inputs, real)))
+        arrays = (np.asarray(r) for r in (results if isinstance(results, tuple) else (results,)))
+        return tuple(np.where(np.isnan(r), 0, r) if r.dtype.kind == "f" else r for r in arrays)

@@ -19,6 +19,7 @@ from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays
 from fheq.calibrate import wide
+from fheq.client import rejoined
 from fheq.errors import DataError
 from fheq.fake_quant import operand_values
 from fheq.graph import Graph, Node
@@ -56,7 +57,7 @@ def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
         return graph
     with enable_x64():
         changed = _Walk(layout, groups, tolerance).run(arrays)
-    return with_weights(layout.graph, changed) if changed else graph
+    return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import optax
 
 from fheq.accumulators import same_range
 from fheq.batching import check_arrays
+from fheq.client import rejoined, split
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
@@ -123,7 +124,7 @@ def with_learned(graph: Graph, qparams: QParams, learned: Learned) -> tuple[Grap
     layout = plan(graph)
     tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
     changed = {s.out: s for s in tuned.steps if isinstance(s, Linear) and s.out in learned.weights}
-    return with_weights(layout.graph, changed), qparams
+    return rejoined(graph, with_weights(layout.graph, changed)), qparams
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +178,9 @@ def _targets(layout: Plan, teacher: Graph, data: tuple[Array, ...]) -> Targets:
     names = [step.out for step in layout.steps]
 
     def one(*sample: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
-        return evaluate_sample(teacher, *sample), interpret(layout.graph, dict(zip(layout.inputs, sample)), targets=names)
+        return evaluate_sample(split(teacher)[0], *sample), interpret(
+            layout.graph, dict(zip(layout.inputs, sample)), targets=names
+        )
 
     outputs, hints = jax.jit(jax.vmap(one))(*data)
     power = lambda v: jnp.maximum(jnp.mean(jnp.var(v.astype(jnp.float32), axis=0)), 1e-12)

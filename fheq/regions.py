@@ -7,7 +7,7 @@ and evaluates that function; `fheq.plan` decides where regions begin and end, `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,43 @@ def broadcast_elements(shape: tuple[int, ...], out: tuple[int, ...]) -> np.ndarr
     return np.broadcast_to(np.arange(int(np.prod(shape))).reshape(shape), out).ravel()
 
 
+def copied_from(graph: Graph, name: str) -> Iterator[str]:
+    """The tensors whose values a tensor has, itself first: those before casts and movements of one tensor."""
+    producers = graph.producers()
+    while True:
+        yield name
+        node = producers.get(name)
+        if node is None or (node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT):
+            return
+        if len({n for n in node.inputs if n and n not in graph.constants}) > 1:
+            return
+        name = node.inputs[0]
+
+
+def is_boolean(graph: Graph, name: str) -> bool:
+    """Whether a tensor holds nothing but 0 and 1, being made from comparisons."""
+    producers = graph.producers()
+
+    def visit(name: str) -> bool:
+        if name in graph.constants:
+            return bool(np.all(np.isin(graph.constants[name], (0, 1))))
+        node = producers.get(name)
+        if node is None:
+            return False
+        if graph.types[name].dtype == np.bool_:
+            return True
+        row = lookup(node)
+        data = [n for i, n in enumerate(node.inputs) if n and not row.is_static(i)]
+        return (row.kind is Kind.MOVEMENT or node.op == "Cast") and all(map(visit, data))
+
+    return visit(name) and name not in graph.constants
+
+
+def is_integer(graph: Graph, name: str) -> bool:
+    """Whether a tensor holds whole numbers, being made from integers."""
+    return any(graph.types[n].dtype.kind in "iu" for n in copied_from(graph, name))
+
+
 class Elements:
     """Evaluates chosen elements of the tensors of one graph as functions of source elements.
 
@@ -132,12 +169,13 @@ class Elements:
         """
         size = int(np.prod(self._graph.types[tensor].shape))
         columns: list[np.ndarray] = []
-        seen: set[tuple[str, bytes]] = set()
+        seen: set[tuple[str, bytes, bytes]] = set()
 
         def visit(name: str, need: np.ndarray, at: np.ndarray) -> None:
-            if (name, need.tobytes()) in seen:
+            key = name, need.tobytes(), at.tobytes()  # the same elements may be read again for other places
+            if key in seen:
                 return
-            seen.add((name, need.tobytes()))
+            seen.add(key)
 
             def add(values: np.ndarray) -> None:
                 column = np.full(size, -1, np.int64)

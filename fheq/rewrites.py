@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from fheq.estimators import expand_estimators
 from fheq.graph import Graph, Node, TensorType
 from fheq.ops.table import Kind, lookup
 from fheq.qat import normalise_quantizers
@@ -64,7 +65,25 @@ def untie_constants(graph: Graph) -> Graph:
     return draft.finish()
 
 
+def separate_sums(graph: Graph) -> Graph:
+    """A Gemm whose third input is computed as a Gemm and a sum: what the sum adds needs no weights."""
+    draft = Draft(graph)
+    for node in graph.nodes:
+        added = node.inputs[2] if node.op == "Gemm" and not node.domain and len(node.inputs) > 2 else ""
+        if not added or added in graph.constants:
+            draft.write(node)
+            continue
+        if node.attrs["beta"] != 1:
+            factor = draft.constant(f"{added}/beta", node.attrs["beta"], graph.types[added].dtype)
+            added = draft.apply(node, "Mul", added, factor)
+        product = draft.apply(node, "Gemm", *node.inputs[:2], **node.attrs)
+        draft.apply(node, "Add", product, added, out=node.outputs[0])
+    return draft.finish()
+
+
 DEFAULT_REWRITES: tuple[Rewrite, ...] = (
+    expand_estimators,
+    separate_sums,
     normalise_quantizers,
     remove_identities,
     untie_constants,

@@ -10,6 +10,7 @@ import numpy as np
 
 from fheq.affine import LEAVES, Affine
 from fheq.circuit import Circuit
+from fheq.graph import Graph
 from fheq.program import Entry, IntProgram
 from fheq.qparams import QParams
 
@@ -28,12 +29,39 @@ def _entry(entry: Entry) -> dict[str, Any]:
     return {"name": entry.name, **shape, "quantizer": affine_as_dict(entry.affine)}
 
 
+def graph_as_dict(graph: Graph) -> dict[str, Any]:
+    """A graph as plain data: nodes in order, known tensors, and outputs with the strings that their numbers stand for."""
+    plain = lambda value: value.tolist() if isinstance(value, np.ndarray) else value
+    nodes = [
+        {
+            "op": node.op,
+            "domain": node.domain,
+            "version": node.version,
+            "inputs": list(node.inputs),
+            "outputs": list(node.outputs),
+            "attributes": {name: plain(value) for name, value in node.attrs.items()},
+        }
+        for node in graph.nodes
+    ]
+    known = {name: {"dtype": v.dtype.name, "values": v.tolist()} for name, v in graph.constants.items()}
+    return {
+        "inputs": [port.name for port in graph.inputs],
+        "nodes": nodes,
+        "constants": known,
+        "outputs": [{"name": port.name, "batch_axis": port.batch_axis, "labels": port.labels} for port in graph.outputs],
+    }
+
+
 def program_as_dict(program: IntProgram) -> dict[str, Any]:
-    """What a client needs: names, shapes (a batch axis being 1) and quantizers of inputs and outputs."""
+    """What a client needs: names, shapes (a batch axis being 1) and quantizers of inputs and outputs.
+
+    "client" is what it computes from the decoded outputs, as operators of ONNX; null where they are the model's outputs.
+    """
     return {
         "format": FORMAT,
         "inputs": [_entry(entry) for entry in program.inputs],
         "outputs": [_entry(entry) for entry in program.outputs],
+        "client": None if program.client is None else graph_as_dict(program.client),
     }
 
 

@@ -66,7 +66,8 @@ class Linear(Step):
         weight_name: the weight's name, the key of its quantizer.
         weight: float64, as the form uses it.
         bias: broadcasts against `out`.
-        options: strides, dilations and group of a convolution.
+        options: strides, dilations and group of a convolution. Of a product with rows of bits: `exact`, what follows needs
+            every integer of it; `exclusive`, a number per bit, of those with equal numbers at most one being 1.
         channel: output channel axis, from the end.
     """
 
@@ -163,6 +164,11 @@ class Join(Step):
     @property
     def operands(self) -> tuple[Operand, ...]:
         return self.pieces
+
+
+def counts_decisions(step: Step) -> bool:
+    """Whether a step counts or weighs decisions: its worst case is tight, and any input may reach it."""
+    return isinstance(step, Linear) and ("exact" in step.options or "exclusive" in step.options)
 
 
 def varies_only_along(labels: np.ndarray, axis: int) -> bool:

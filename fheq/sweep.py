@@ -23,7 +23,7 @@ from fheq.batching import check_arrays
 from fheq.console import number, text_table
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
-from fheq.fake_quant import output_values, prepare, tensor_values
+from fheq.fake_quant import output_values, prepare, results, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
 from fheq.plan import Plan, plan
@@ -236,7 +236,8 @@ def _blocks(
     for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
         if np.ndim(leaf) == 0 or len(leaf) != n:
             raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
-    width = min(batch_size, -(-n // multiple) * multiple)
+    count = -(-n // batch_size)  # blocks, all of about the same size
+    width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)
     take = lambda leaf: np.asarray(leaf)[np.minimum(at, n - 1)]
     return [take(part) for part in parts], jax.tree.map(take, targets), at < n
@@ -272,7 +273,7 @@ def _sums_part(
         exact = jax.vmap(partial(_exact, graph, names))(*parts)
 
         def measure(q: QParams, known: Any, target: Any, want: Any, *sample: Array) -> dict[str, Any]:
-            y = _quantized(layout, names, q, tensor_values(layout, q, known, *sample))
+            y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample))
             return {name: found(y, want, target) for name, found in measures}
 
         def total(q: QParams, known: Any) -> dict[str, Any]:
@@ -296,11 +297,12 @@ def _exact(graph: Graph, names: tuple[str, ...] | None, *sample: Array) -> Any:
     return interpret(decomposed, dict(zip(plan(graph).inputs, sample)), targets=names)
 
 
-def _quantized(layout: Plan, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
-    ports = layout.graph.outputs
-    found = {port.name: v for port, v in zip(ports, output_values(layout, qparams, env))}
+def _quantized(graph: Graph, names: tuple[str, ...] | None, qparams: QParams, env: Mapping[str, Array]) -> Any:
+    layout = plan(graph)
+    outputs = output_values(layout, qparams, env)
     if names is None:
-        return unwrap([found[port.name].reshape(port.shape) for port in ports])
+        return unwrap([v.reshape(port.shape) for port, v in zip(graph.outputs, results(layout, outputs))])
+    found = {port.name: v for port, v in zip(layout.graph.outputs, outputs)}
     for name in names:
         if name not in found:
             planted = name in layout.points  # read as quantized, made as real

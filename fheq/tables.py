@@ -47,14 +47,13 @@ def tabulate(
     columns = lambda _, need: np.stack([scale[need], offset[need]], axis=1)
     label = layout.elements.signature(point, columns)
     label = np.unique(np.stack([label, *leaves], axis=1), axis=0, return_inverse=True)[1].ravel()
-    applied = np.stack([np.where(elements == FILLER, -1, elements), label], axis=1)
-    pairs, place = np.unique(applied, axis=0, return_inverse=True)
-    source, group = pairs[:, 0], pairs[:, 1]
     first = np.full(label.max() + 1, -1)
     first[label[::-1]] = np.arange(size)[::-1]
     rows = [_rows(layout, point, first[at], scale, offset, codes, leaves) for at in _slices(len(first), len(codes))]
     table, same = distinct_rows(np.concatenate(rows))
-    return Tabulated(source, same[group], place.ravel(), table)
+    applied = np.stack([np.where(elements == FILLER, -1, elements), same[label]], axis=1)
+    pairs, place = np.unique(applied, axis=0, return_inverse=True)
+    return Tabulated(pairs[:, 0], pairs[:, 1], place.ravel(), table)
 
 
 def distinct_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import build_models
@@ -10,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from build_models import model, node
+from models import prepared
 
 import fheq
-from fheq.check import problem
+from fheq.check import problem, survey
 from fheq.errors import FheqError, ModelError, UnsupportedError
 
 
@@ -32,19 +34,18 @@ CASES = {
         [("node 'make_y' (Det, output 'y')", "no row", "rewrite")],
     ),
     "op without an integer form": (
-        model([node("ArgMax", ["x"], ["y"], axis=1)], {"x": ["N", 3]}, ["y"]),
-        [("node 'make_y' (ArgMax, output 'y')", "no integer form", "rewrite")],
+        model([node("Mod", ["x", "z"], ["y"], fmod=1)], {"x": ["N", 3], "z": ["N", 3]}, ["y"]),
+        [("node 'make_y' (Mod, output 'y')", "no integer form", "rewrite")],
     ),
     "two of them": (
         model(
-            [node("ArgMax", ["x"], ["i"], axis=1), node("Relu", ["x"], ["r"]), node("ArgMin", ["r"], ["j"], axis=1)],
-            {"x": ["N", 3]},
+            [node("Mod", ["x", "z"], ["i"], fmod=1), node("Relu", ["x"], ["r"]), node("Mod", ["z", "r"], ["j"], fmod=1)],
+            {"x": ["N", 3], "z": ["N", 3]},
             ["i", "j"],
-            kinds={"i": onnx.TensorProto.INT64, "j": onnx.TensorProto.INT64},
         ),
         [
-            ("node 'make_i' (ArgMax, output 'i')", "no integer form", "rewrite"),
-            ("node 'make_j' (ArgMin, output 'j')", "no integer form", "rewrite"),
+            ("node 'make_i' (Mod, output 'i')", "no integer form", "rewrite"),
+            ("node 'make_j' (Mod, output 'j')", "no integer form", "rewrite"),
         ],
     ),
     "NaN in a weight": (
@@ -118,3 +119,21 @@ def test_errors_taken_apart(error: FheqError, expected: tuple[str, str, str]):
     found = problem(error)
     assert (found.node, found.cause) == expected[:2]
     assert expected[2] in found.remedy
+
+
+@pytest.mark.parametrize(
+    "name", ["activation_with_branches", "product_of_two_inputs", "max_and_min_of_two", "residual_with_different_scales"]
+)
+def test_predicted_tables_are_those_of_the_program(name: str):
+    ready = prepared(name)
+    program = fheq.lower(ready.graph, fheq.fit(ready.graph, ready.stats, 4))
+    applied = sum(math.prod(program.values[lookup.out].shape) for lookup in program.lookups)
+    tables = survey(ready.proto).tables
+    assert tables is not None and sum(tables.values()) == applied
+
+
+def test_a_survey_of_a_bad_model_says_what_it_takes():
+    found = survey(CASES["open shape"][0])
+    assert found.inputs == (("x", "float32", ("N", "width")),)
+    assert (found.outputs, dict(found.ops), found.tables) == ((), {"Relu": 1}, None)
+    assert len(found.problems) == 1

@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     nodes = [build_models.node("MatMul", ["x", "w"], ["h"]), build_models.node("Relu", ["h"], ["y"])]
     w = np.array([[1.0, -0.5], [0.25, 1.0]], np.float32)
     onnx.save(build_models.model(nodes, {"x": ["N", 2]}, ["y"], {"w": w}), folder / "m.onnx")
-    bad = [build_models.node("ArgMax", ["x"], ["y"], axis=1)]
+    bad = [build_models.node("NonZero", ["x"], ["y"])]
     onnx.save(build_models.model(bad, {"x": ["N", 2]}, ["y"], kinds={"y": onnx.TensorProto.INT64}), folder / "bad.onnx")
     np.savez(folder / "d.npz", x_train=X, x_test=X[::-1], y_train=np.zeros(60))
     np.savez(folder / "wrong.npz", a=X, b=X)
@@ -48,17 +48,39 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 
 def test_check(files: dict[str, str], capsys):
-    assert run(capsys, "check", files["m.onnx"]) == (0, f"{files['m.onnx']}: no problems found\n", "")
+    code, out, err = run(capsys, "check", files["m.onnx"])
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "input      x: float32 (N, 2)",
+        "output     y: float32 (N, 2)",
+        "operators  MatMul 1, Relu 1",
+        "tables     2 for one sample (activations 2)",
+        "widths     up to 2 n + 1 bits at n bits: sums have up to 2 terms",
+        "no problems found",
+    ]
     code, out, _ = run(capsys, "check", files["bad.onnx"])
     assert code == 1
-    assert out.startswith("1. node 'make_y' (ArgMax, output 'y')\n   problem: ")
+    assert out.startswith("input      x: float32 (N, 2)\n")
+    assert "operators  NonZero 1\n1. node 'make_y' (NonZero, output 'y')\n   problem: " in out
     assert "   remedy: " in out
     assert max(map(len, out.splitlines())) <= 80
 
 
 def test_check_json(files: dict[str, str], capsys):
     code, out, _ = run(capsys, "check", files["m.onnx"], "--json")
-    assert (code, json.loads(out)) == (0, {"model": files["m.onnx"], "ok": True, "problems": []})
+    assert (code, json.loads(out)) == (
+        0,
+        {
+            "model": files["m.onnx"],
+            "ok": True,
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["N", 2]}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": ["N", 2]}],
+            "operators": {"MatMul": 1, "Relu": 1},
+            "tables": {"activations": 2, "products": 0, "maxima": 0},
+            "largest_sum": 2,
+            "problems": [],
+        },
+    )
     code, out, _ = run(capsys, "check", "--json", files["bad.onnx"])
     assert code == 1
     (found,) = json.loads(out)["problems"]
@@ -146,7 +168,7 @@ FAILURES = [
     (["quantize", "m.onnx", "--data", "text.npz"], 1, "cannot be read"),
     (["quantize", "m.onnx", "--data", "wrong.npz"], 1, "needs 'x' or 'x_train' or 'in0'"),
     (["quantize", "m.onnx", "--data", "nan.npz"], 1, "NaN"),
-    (["quantize", "bad.onnx", "--data", "d.npz"], 1, "ArgMax"),
+    (["quantize", "bad.onnx", "--data", "d.npz"], 1, "NonZero"),
     (["quantize", "absent.onnx", "--data", "d.npz"], 1, "does not exist"),
 ]
 
@@ -175,6 +197,36 @@ def test_as_a_program(files: dict[str, str]):
     assert (done.returncode, done.stderr) == (1, "")
     done = subprocess.run([sys.executable, "-m", "fheq.cli", "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in ("check", "quantize", "compile", "run", "demo"))
+
+
+def test_labels_are_shown_and_saved(tmp_path: Path, capsys):
+    """A classifier with string labels through the commands: the client's part is in what is saved."""
+    classifier = build_models.node(
+        "LinearClassifier",
+        ["x"],
+        ["label", "scores"],
+        domain="ai.onnx.ml",
+        coefficients=[1.0, -1.0, -1.0, 1.0],
+        intercepts=[0.0, 0.1],
+        classlabels_strings=["left", "right"],
+        post_transform="SOFTMAX",
+    )
+    kinds = {"label": onnx.TensorProto.STRING}
+    onnx.save(
+        build_models.model([classifier], {"x": ["N", 2]}, ["label", "scores"], kinds=kinds, domains={"ai.onnx.ml": 1}),
+        tmp_path / "m.onnx",
+    )
+    np.savez(tmp_path / "d.npz", x_train=X)
+    argv = ["--data", str(tmp_path / "d.npz"), "--n-bits", "4"]
+    code, out, err = run(capsys, "run", str(tmp_path / "m.onnx"), *argv)
+    assert (code, err) == (0, "") and ("left" in out or "right" in out)
+    code, out, _ = run(capsys, "run", str(tmp_path / "m.onnx"), *argv, "--rounding", "auto", "--json")
+    labels = [sample["quantized"][0] for sample in json.loads(out)["ran"]["samples"]]
+    assert code == 0 and set(np.ravel(labels)) <= {"left", "right"}
+    code, _, _ = run(capsys, "quantize", str(tmp_path / "m.onnx"), *argv, "-o", str(tmp_path / "q.json"))
+    client = json.loads((tmp_path / "q.json").read_text())["client"]
+    assert code == 0 and client["outputs"][0]["labels"] == ["left", "right"]
+    assert {"ArgMax", "Softmax"} <= {node["op"] for node in client["nodes"]}
 
 
 # What it is made of

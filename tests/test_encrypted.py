@@ -75,3 +75,30 @@ def test_approximate_rounding_is_within_a_cell() -> None:
     circuit = fheq.compile(program, p_error=P_ERROR)
     encrypted = circuit(q, quantized=True, progress=False)
     assert np.max(np.abs(encrypted - fheq.simulate(program, q))) <= step
+
+
+def test_trees_and_labels() -> None:
+    """A forest, and the string labels that the client names after decryption: 11 tables for a sample."""
+    forest = pytest.importorskip("sklearn.ensemble").RandomForestClassifier
+    pytest.importorskip("skl2onnx")
+    names = np.where(X[:, 0] + X[:, 1] > 0, "above", "below")
+    model = forest(2, max_depth=2, random_state=0).fit(X, names)
+    graph = fheq.from_sklearn(model, X)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), SMALL | {"op_weights": 3}))
+    circuit = fheq.compile(program, p_error=P_ERROR)
+    assert_encrypted_is_simulated(program, circuit, X[:3])
+    labels, _ = circuit(X[:3], progress=False)
+    assert set(labels) <= {"above", "below"}
+
+
+def test_a_linear_classifier_names_its_labels() -> None:
+    logistic = pytest.importorskip("sklearn.linear_model").LogisticRegression
+    pytest.importorskip("skl2onnx")
+    model = logistic().fit(X, np.where(X[:, 0] + X[:, 1] > 0, "above", "below"))
+    graph = fheq.from_sklearn(model, X)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), 4))
+    assert not program.lookups
+    circuit = fheq.compile(program, p_error=P_ERROR)
+    assert_encrypted_is_simulated(program, circuit, X[:10])
+    labels, probabilities = circuit(X[:10], progress=False)
+    assert np.mean(labels == model.predict(X[:10])) >= 0.8 and probabilities.shape == (10, 2)

@@ -13,6 +13,7 @@ from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays, join
 from fheq.calibrate import Stats
+from fheq.evaluate import named
 from fheq.fake_quant import fake_quant
 from fheq.fit import fit
 from fheq.graph import Graph, Port
@@ -131,11 +132,15 @@ def smallest_rounding(
 def distance(ports: Sequence[Port], wanted: Outputs, got: Outputs) -> float:
     """`1 - R2` of `got` against `wanted`, of the worst output: squared error over the variance across samples.
 
-    An output that is the same for all samples is measured against its square.
+    An output that is the same for all samples is measured against its square; labels count by the share that differs.
     """
     worst = 0.0
     for port, y, z in zip(ports, wanted, got):
+        if y.dtype.kind != "f" and z.dtype.kind != "f":
+            worst = max(worst, float(np.mean(y != z)))
+            continue
         axis = port.batch_axis or 0
+        y = np.asarray(y, np.float64)
         error = float(np.sum((z - y) ** 2))
         spread = float(np.sum((y - np.mean(y, axis=axis, keepdims=True)) ** 2))
         spread = spread if spread > 1e-12 * float(np.sum(y**2)) else float(np.sum(y**2))
@@ -158,15 +163,22 @@ def _chunks(graph: Graph, inputs: Sequence[Any]) -> list[list[np.ndarray]]:
 def _joined(ports: Sequence[Port], results: list[Any]) -> Outputs:
     columns = zip(*(r if isinstance(r, tuple) else (r,) for r in results))
     return [
-        np.concatenate([np.asarray(v, np.float64) for v in column], axis=port.batch_axis or 0)
-        for port, column in zip(ports, columns)
+        np.concatenate([_measured(v) for v in column], axis=port.batch_axis or 0) for port, column in zip(ports, columns)
     ]
+
+
+def _measured(values: Any) -> np.ndarray:
+    """Values in float64, labels as they are."""
+    values = np.asarray(values)
+    return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 
 def _faked(graph: Graph, qparams: QParams, chunks: list[list[np.ndarray]]) -> Outputs:
     exact = {name: replace(affine, rounding="exact") for name, affine in qparams.accumulators.items()}
     qparams = replace(qparams, accumulators=exact)  # the mode changes no value here, but would recompile
-    return _joined(graph.outputs, [fake_quant(graph, qparams, *chunk) for chunk in chunks])
+    results = [fake_quant(graph, qparams, *chunk) for chunk in chunks]
+    named_results = [tuple(named(graph, list(r) if isinstance(r, tuple) else [r])) for r in results]
+    return _joined(graph.outputs, named_results)
 
 
 def _simulated(program: IntProgram, chunks: list[list[np.ndarray]]) -> Outputs:
@@ -174,4 +186,4 @@ def _simulated(program: IntProgram, chunks: list[list[np.ndarray]]) -> Outputs:
     for chunk in chunks:
         q = simulate(program, *program.quantize(*chunk))
         results.append(program.dequantize(*(q if isinstance(q, tuple) else (q,))))
-    return _joined([entry.port for entry in program.outputs], results)
+    return _joined(program.results, results)

@@ -8,10 +8,10 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.errors import QuantizationError, describe
-from fheq.fit import is_boolean
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.plan import Plan
+from fheq.regions import is_boolean
 from fheq.steps import Join, Linear, Maximum, Operand, Product, Step, Sum
 
 
@@ -77,7 +77,7 @@ def _is_linear(step: Step) -> bool:
 
 def _reached(layout: Plan, operand: Operand) -> bool:
     key = operand.key
-    if key in layout.graph.pinned or key in layout.adopted or is_boolean(layout, key):
+    if key in layout.graph.pinned or key in layout.adopted or is_boolean(layout.graph, key):
         return True
     port = next((p for p in layout.graph.inputs if p.name == key), None)
     if port is not None:

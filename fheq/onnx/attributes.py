@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import onnx
 from onnx import AttributeProto, defs
 
 from fheq.errors import ModelError, UnsupportedError
@@ -21,6 +22,7 @@ _FIELDS: dict[int, str] = {
     AttributeProto.STRINGS: "strings",
     AttributeProto.TENSORS: "tensors",
 }
+_WITH_NAN = ("membership_values", "nodes_splits")  # of TreeEnsemble: the end of a set, and a place for it
 _SUBGRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 _OTHERS = (AttributeProto.TYPE_PROTO, AttributeProto.TYPE_PROTOS, AttributeProto.SPARSE_TENSORS)
 _SINGULAR = ("f", "i", "s", "t", "sparse_tensor")
@@ -53,17 +55,22 @@ def check_arity(schema: defs.OpSchema, inputs: tuple[str, ...], outputs: tuple[s
 
 
 def read_attributes(
-    protos, schema: defs.OpSchema | None, where: str, bound: Mapping[str, Any] | None = None
+    protos,
+    schema: defs.OpSchema | None,
+    where: str,
+    bound: Mapping[str, Any] | None = None,
+    subgraph: Callable[[onnx.GraphProto], Any] | None = None,
 ) -> dict[str, Any]:
     """Every attribute of a node, the schema's defaults included.
 
     Args:
         protos: the node's `AttributeProto`s.
         bound: attributes of the call, when the node is in a function's body and refers to them.
+        subgraph: reads a subgraph.
 
     Raises:
         ModelError: missing, unknown or of a wrong type.
-        UnsupportedError: a subgraph.
+        UnsupportedError: a subgraph where none can be read.
     """
     attrs: dict[str, Any] = {}
     for proto in protos:
@@ -82,25 +89,37 @@ def read_attributes(
             if proto.name not in schema.attributes:
                 raise ModelError(f"{where} has an attribute {proto.name!r}, which {schema.name} does not have at this opset")
             wanted = int(schema.attributes[proto.name].type.value)  # type: ignore[attr-defined]
-        attrs[proto.name] = _value(proto, wanted, where)
+        if kind_of(proto) == AttributeProto.GRAPH and subgraph is not None:
+            attrs[proto.name] = subgraph(proto.g)
+        else:
+            attrs[proto.name] = _value(proto, wanted, where)
     for name, formal in (schema.attributes if schema is not None else {}).items():
         if name in attrs:
             continue
         if formal.required:
             raise ModelError(f"{where} lacks the attribute {name!r}, which {schema.name} requires")  # type: ignore[union-attr]
-        if formal.default_value.name:
-            attrs[name] = _value(formal.default_value, None, where)
-    return attrs
+    return attrs if schema is None else {**defaults_of(schema), **attrs}
+
+
+def defaults_of(schema: defs.OpSchema) -> dict[str, Any]:
+    """The attributes that a schema has defaults for."""
+    formals = schema.attributes.items()
+    return {name: _value(formal.default_value, None, schema.name) for name, formal in formals if formal.default_value.name}
+
+
+def kind_of(proto: AttributeProto) -> int:
+    """The type that an attribute states, or that of its value."""
+    found = proto.type or next((k for k, field in _FIELDS.items() if _is_set(proto, field)), 0)
+    return found or (AttributeProto.GRAPH if proto.HasField("g") else 0)
 
 
 def _value(proto: AttributeProto, wanted: int | None, where: str) -> Any:
     """One attribute as a Python value: str, numbers, tuples, numpy arrays."""
-    kind = proto.type or next((k for k, field in _FIELDS.items() if _is_set(proto, field)), wanted or 0)
+    kind = kind_of(proto) or wanted or 0
     label = f"{where}, attribute {proto.name!r}"
     if kind in _SUBGRAPHS:
         raise UnsupportedError(
-            f"{where} has a subgraph; fheq takes no control flow: export the model with its loops unrolled and its "
-            "branches decided"
+            f"{where} has a subgraph; fheq takes those of If, Loop and Scan: export the model with its loops unrolled"
         )
     if kind in _OTHERS:
         raise UnsupportedError(f"{label}: attributes that are types or lists of sparse tensors are not supported")
@@ -114,7 +133,7 @@ def _value(proto: AttributeProto, wanted: int | None, where: str) -> Any:
     if kind == AttributeProto.STRING:
         return _text(value)
     if kind == AttributeProto.TENSOR:
-        return to_array(value, label, strings=True)
+        return to_array(value, label, strings=True, nan=proto.name in _WITH_NAN)
     if kind == AttributeProto.SPARSE_TENSOR:
         return to_dense(value, label)
     if kind == AttributeProto.STRINGS:

@@ -12,16 +12,24 @@ from onnx import helper, numpy_helper
 from fheq.errors import describe
 from fheq.graph import Node, TensorType
 from fheq.onnx.attributes import schema_of
+from fheq.onnx.control import unrolled
 from fheq.onnx.loading import reading
-from fheq.onnx.parse import inline
+from fheq.onnx.parse import CONTROL_FLOW, inline
+from fheq.onnx.qoperators import unpacked
 from fheq.ops.table import find
 from fheq.rewriting.decompose import with_known_inputs
 
 
 def expand(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """Nodes in place of one: the body of its schema's function, or what avoids a computed index; None for neither."""
+    """Nodes in place of one: the parts of an operator on integers, what control flow runs, the body of its schema's
+    function, or what avoids a computed index; None for others."""
     if find(node) is not None:
         return with_known_inputs(node, types, known)
+    if node.op in CONTROL_FLOW and not node.domain:
+        return unrolled(node, types, known)
+    parts = unpacked(node, types)
+    if parts is not None:
+        return parts
     schema: Any = schema_of(node.op, node.version, node.domain)
     if schema is None:
         return None

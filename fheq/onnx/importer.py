@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
 from types import MappingProxyType
 
 import numpy as np
-import onnx
 
 from fheq.errors import FheqError, ModelError, describe
 from fheq.graph import Graph, TensorType
@@ -15,6 +15,7 @@ from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
 from fheq.onnx.parse import Parsed, Report, parse
 from fheq.onnx.shapes import grown, input_ports, is_symbolic, output_ports
+from fheq.onnx.strings import number_strings
 from fheq.qat import constant_quantizer
 from fheq.rewrites import DEFAULT_REWRITES
 from fheq.rewriting.fold import Inferred, infer
@@ -34,34 +35,53 @@ def import_onnx(model: Source, *, dims: Mapping[str, int] | None = None) -> Grap
         UnsupportedError: an opset, operator or form that fheq does not take.
         ShapeError: a size is open that must be static, or shapes do not fit.
     """
-    return _import(load(model), dims, None)
+    proto = load(model)
+    with reading("the model"):
+        parsed = parse(proto)
+    graph = _finished(parsed, dims, None)
+    assert graph is not None
+    return graph
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is known of a model, good or bad: its parts and the graph are None where errors keep them from being made."""
+
+    parsed: Parsed | None
+    graph: Graph | None
+    errors: list[FheqError]
+
+
+def examine(model: Source, *, dims: Mapping[str, int] | None = None) -> Examined:
+    """A model with everything that keeps it from being imported, one error per node where that is possible."""
+    found: list[FheqError] = []
+    parsed, graph = None, None
+    try:
+        proto = load(model)
+        with reading("the model"):
+            parsed = parse(proto, found.append)
+        graph = _finished(parsed, dims, found)
+    except FheqError as error:
+        found.append(error)
+    return Examined(parsed, None if found else graph, found)
 
 
 def problems(model: Source, *, dims: Mapping[str, int] | None = None) -> list[FheqError]:
     """Everything that keeps the model from being imported, one error per node where that is possible."""
-    found: list[FheqError] = []
-    try:
-        _import(load(model), dims, found.append)
-    except FheqError as error:
-        found.append(error)
-    return found
+    return examine(model, dims=dims).errors
 
 
-def _import(proto: onnx.ModelProto, dims: Mapping[str, int] | None, report: Report | None) -> Graph:
-    reported: list[FheqError] = []
-
-    def note(error: FheqError) -> None:
-        reported.append(error)
-        if report is not None:
-            report(error)
-
-    collect = None if report is None else note
+def _finished(parsed: Parsed, dims: Mapping[str, int] | None, found: list[FheqError] | None) -> Graph | None:
+    """The graph after all rewrites. Errors of single nodes are added to `found`, where it is given, and then it is None."""
     with reading("the model"):
-        parsed = parse(proto, collect)
-    graph = _typed(parsed, dims, collect, reported)
+        numbered = number_strings(parsed.nodes, parsed.constants)
+    parsed = replace(parsed, nodes=numbered.nodes, constants=numbered.constants)
+    graph = _typed(parsed, dims, None if found is None else found.append, [] if found is None else found)
     if graph is None:
-        return Graph((), (), (), {}, {})
+        return None
     _refuse_infinite_weights(graph)
+    labels = dict.fromkeys(numbered.holders, numbered.strings)
+    graph = graph.replace(outputs=tuple(replace(port, labels=labels.get(port.name)) for port in graph.outputs))
     return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
 
 

@@ -15,10 +15,12 @@ from fheq.errors import FheqError, ModelError, UnsupportedError, describe
 from fheq.graph import Node
 from fheq.onnx.attributes import check_arity, read_attributes, schema_of
 from fheq.onnx.loading import normal_domain, opsets
+from fheq.onnx.subgraphs import Subgraph, captured, outer_reads
 from fheq.onnx.tensors import dtype_of, to_array, to_dense
 
 MAX_NODES = 200_000
 MAX_DEPTH = 32
+CONTROL_FLOW = ("If", "Loop", "Scan")
 
 Report = Callable[[FheqError], None]
 Functions = Mapping[tuple[str, str, str], onnx.FunctionProto]
@@ -43,6 +45,24 @@ class Parsed:
     constants: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What the nodes of one graph or function are read with.
+
+    Args:
+        versions: domain to opset.
+        bound: attributes of the call, in a function's body.
+        path: the functions around it.
+        names: the graph's name of a tensor of a function's body.
+    """
+
+    functions: Functions
+    versions: Mapping[str, int]
+    bound: Mapping[str, Any] | None = None
+    path: tuple[Any, ...] = ()
+    names: Callable[[str], str] = str
+
+
 def parse(model: onnx.ModelProto, report: Report | None = None) -> Parsed:
     """Reads a model.
 
@@ -51,7 +71,7 @@ def parse(model: onnx.ModelProto, report: Report | None = None) -> Parsed:
 
     Raises:
         ModelError: names used twice, missing or in a cycle; nodes that do not fit their schema; bad tensors.
-        UnsupportedError: subgraphs, sequences, strings.
+        UnsupportedError: subgraphs of other operators than If, Loop and Scan, sequences, strings.
     """
     graph = model.graph
     constants = _constants(graph)
@@ -61,11 +81,12 @@ def parse(model: onnx.ModelProto, report: Report | None = None) -> Parsed:
     _no_doubles(outputs, "output")
     functions = {(normal_domain(f.domain), f.name, f.overload): f for f in model.functions}
     known = {*constants, *(i.name for i in inputs)}
-    ordered = _live(_sort(graph.node, known, opsets(model.opset_import)), outputs, known)
+    versions = opsets(model.opset_import)
+    ordered = _live(_sort(graph.node, known, versions), outputs, known)
     nodes: list[Node] = []
     for node, proto in ordered:
         try:
-            nodes += _read(node, proto, functions, None, ())
+            nodes += _read(node, proto, Scope(functions, versions))
             if len(nodes) > MAX_NODES:
                 raise ModelError(f"{describe(node)}: the model's functions expand to more than {MAX_NODES} nodes")
         except FheqError as error:
@@ -111,7 +132,7 @@ def inline(
             inputs=_trimmed(tuple(map(rename, node.inputs))),
             outputs=tuple(map(rename, node.outputs)),
         )
-        nodes += _read(renamed, proto, functions or {}, bound, path)
+        nodes += _read(renamed, proto, Scope(functions or {}, versions, bound, path, rename))
     for inner, outer in results.items():
         if outer and inner in passed:
             nodes.append(
@@ -120,20 +141,37 @@ def inline(
     return nodes
 
 
-def _read(node: Node, proto: onnx.NodeProto, functions: Functions, bound: Mapping | None, path: tuple) -> list[Node]:
+def _read(node: Node, proto: onnx.NodeProto, scope: Scope) -> list[Node]:
     """A node with its attributes, or the body of the model's function that it calls."""
     where = describe(node)
-    function = functions.get((node.domain, node.op, proto.overload))
+    function = scope.functions.get((node.domain, node.op, proto.overload))
     schema = None if function is not None else schema_of(node.op, node.version, node.domain)
     if schema is not None and schema.deprecated:
         raise ModelError(f"{where}: {node.op} is no operator of opset {node.version} any more; declare an older opset")
-    attrs = read_attributes(proto.attribute, schema, where, bound)
+
+    def subgraph(graph: onnx.GraphProto) -> Subgraph:
+        return _subgraph(graph, scope).with_outer(scope.names)
+
+    reader = subgraph if node.op in CONTROL_FLOW and not node.domain else None
+    attrs = read_attributes(proto.attribute, schema, where, scope.bound, reader)
     node = replace(node, attrs=MappingProxyType(attrs))
     if function is not None:
-        return inline(function, node, functions, (*path, node.op))
+        return inline(function, node, scope.functions, (*scope.path, node.op))
     if schema is not None:
         check_arity(schema, node.inputs, node.outputs, where)
     return [node]
+
+
+def _subgraph(graph: onnx.GraphProto, scope: Scope) -> Subgraph:
+    """A body or branch, its functions inlined and subgraphs of its own read."""
+    constants = _constants(graph)
+    inputs = tuple(value.name for value in graph.input)
+    outputs = tuple(value.name for value in graph.output)
+    known = {*constants, *inputs, *captured(graph)}
+    inner = replace(scope, names=str)
+    ordered = _live(_sort(graph.node, known, scope.versions), outputs, known)
+    nodes = [part for node, proto in ordered for part in _read(node, proto, inner)]
+    return Subgraph(tuple(nodes), inputs, outputs, constants)
 
 
 def _skeleton(proto: onnx.NodeProto, versions: Mapping[str, int]) -> Node:
@@ -174,8 +212,8 @@ def _sort(
             maker[name] = index
     readers: list[list[int]] = [[] for _ in pairs]
     waiting = [0] * len(pairs)
-    for index, (node, _) in enumerate(pairs):
-        for name in {n for n in node.inputs if n and n not in known}:
+    for index, (node, proto) in enumerate(pairs):
+        for name in {n for n in _reads(node, proto) if n and n not in known}:
             if name not in maker:
                 raise ModelError(f"{describe(node)} reads the tensor {name!r}, which no node, input or initializer gives")
             readers[maker[name]].append(index)
@@ -195,10 +233,15 @@ def _sort(
     return order
 
 
+def _reads(node: Node, proto: onnx.NodeProto) -> set[str]:
+    """The tensors that a node reads, also inside its subgraphs."""
+    return {*node.inputs, *outer_reads(proto.attribute)}
+
+
 def _live(
     pairs: Sequence[tuple[Node, onnx.NodeProto]], outputs: Iterable[str], known: set[str]
 ) -> list[tuple[Node, onnx.NodeProto]]:
-    """The nodes that an output depends on.
+    """The nodes that an output depends on; control flow without the outputs that nobody reads.
 
     Raises:
         ModelError: nobody makes an output.
@@ -210,7 +253,9 @@ def _live(
     kept = []
     for node, proto in reversed(pairs):
         if any(name in wanted for name in node.outputs if name):
-            wanted.update(node.inputs)
+            if node.op in CONTROL_FLOW:
+                node = replace(node, outputs=tuple(name if name in wanted else "" for name in node.outputs))
+            wanted.update(_reads(node, proto))
             kept.append((node, proto))
     return kept[::-1]
 
@@ -219,7 +264,7 @@ def _constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     constants: dict[str, np.ndarray] = {}
     for tensor in graph.initializer:
         _check_new(tensor.name, constants)
-        constants[tensor.name] = to_array(tensor, f"initializer {tensor.name!r}")
+        constants[tensor.name] = to_array(tensor, f"initializer {tensor.name!r}", strings=True)
     for sparse in graph.sparse_initializer:
         _check_new(sparse.values.name, constants)
         constants[sparse.values.name] = to_dense(sparse, f"initializer {sparse.values.name!r}")

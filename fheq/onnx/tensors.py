@@ -35,8 +35,8 @@ def dtype_of(elem_type: int, what: str) -> np.dtype:
     return np.dtype(helper.tensor_dtype_to_np_dtype(elem_type))
 
 
-def to_array(tensor: TensorProto, what: str, *, strings: bool = False) -> np.ndarray:
-    """A tensor as numpy.
+def to_array(tensor: TensorProto, what: str, *, strings: bool = False, nan: bool = False) -> np.ndarray:
+    """A tensor as numpy; strings, as an array of objects, and NaN only where they are asked for.
 
     Raises:
         ModelError: a size that does not match the data, external data that was not loaded, NaN.
@@ -57,7 +57,7 @@ def to_array(tensor: TensorProto, what: str, *, strings: bool = False) -> np.nda
     if have != need:
         raise ModelError(f"{what} has shape {tuple(tensor.dims)}, which takes {need} {unit}, but holds {have}")
     array = np.asarray(numpy_helper.to_array(tensor)).astype(dtype, copy=False).reshape(tuple(tensor.dims))
-    return refuse_nan(array, what)
+    return array if nan else refuse_nan(array, what)
 
 
 def to_dense(sparse: onnx.SparseTensorProto, what: str) -> np.ndarray:

@@ -3,10 +3,13 @@
 from fheq.ops import elementwise as elementwise
 from fheq.ops import linear as linear
 from fheq.ops import movement as movement
+from fheq.ops import normalizations as normalizations
 from fheq.ops import pooling as pooling
 from fheq.ops import quantizers as quantizers
+from fheq.ops import recurrent as recurrent
 from fheq.ops import reductions as reductions
 from fheq.ops import resize as resize
+from fheq.ops import scatter as scatter
 from fheq.ops import shapes as shapes
 from fheq.ops.table import Kind as Kind
 from fheq.ops.table import Op as Op

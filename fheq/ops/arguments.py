@@ -75,3 +75,11 @@ def bounded(shape: Iterable[int]) -> tuple[int, ...]:
     if math.prod(shape) > MAX_ELEMENTS:
         raise ValueError(f"shape {shape} has more than {MAX_ELEMENTS} elements")
     return shape
+
+
+def wrapped_indices(indices: Any, size: int) -> np.ndarray:
+    """Indices into an axis of this size, negative ones counting from its end."""
+    indices = np.asarray(indices, np.int64)
+    if np.any(indices < -size) or np.any(indices >= size):
+        raise IndexError(f"an index is outside an axis of {size} elements")
+    return np.where(indices < 0, indices + size, indices)

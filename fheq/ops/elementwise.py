@@ -66,6 +66,12 @@ def _mod(node: Node, a: Array, b: Array) -> Array:
     return jnp.fmod(a, b) if node.attrs["fmod"] else jnp.remainder(a, b)
 
 
+def _bit_shift(node: Node, x: Array, count: Array) -> Array:
+    """ONNX BitShift; bits that leave the type are lost, and the sign stays."""
+    shifts = {"LEFT": jnp.left_shift, "RIGHT": jnp.right_shift}
+    return shifts[node.attrs["direction"]](*jnp.broadcast_arrays(x, count))
+
+
 def _clip(x: Array, low: Array | None = None, high: Array | None = None) -> Array:
     """ONNX Clip: the upper bound wins when the bounds cross."""
     x = x if low is None else jnp.maximum(x, low)
@@ -92,11 +98,6 @@ def _dropout(node: Node, x: Array, ratio: np.ndarray | None = None, training: np
     return (x, mask) if len(node.outputs) > 1 else x
 
 
-def _scaler(node: Node, x: Array) -> Array:
-    """ai.onnx.ml Scaler."""
-    return ((x - np.asarray(node.attrs["offset"])) * np.asarray(node.attrs["scale"])).astype(x.dtype)
-
-
 # Operators without attributes: name, first opset, function.
 _PLAIN: tuple[tuple[str, int, Callable[..., Array]], ...] = (
     ("Abs", 7, jnp.abs),
@@ -107,6 +108,10 @@ _PLAIN: tuple[tuple[str, int, Callable[..., Array]], ...] = (
     ("Asinh", 9, jnp.arcsinh),
     ("Atan", 7, jnp.arctan),
     ("Atanh", 9, jnp.arctanh),
+    ("BitwiseAnd", 18, jnp.bitwise_and),
+    ("BitwiseNot", 18, jnp.bitwise_not),
+    ("BitwiseOr", 18, jnp.bitwise_or),
+    ("BitwiseXor", 18, jnp.bitwise_xor),
     ("Ceil", 7, jnp.ceil),
     ("Clip", 11, _clip),
     ("Cos", 7, jnp.cos),
@@ -149,7 +154,6 @@ _PLAIN: tuple[tuple[str, int, Callable[..., Array]], ...] = (
 _AFFINE: tuple[tuple[str, tuple[int, ...], Callable[..., Array]], ...] = (
     ("Add", (0, 1), jnp.add),
     ("Div", (0,), _div),
-    ("Identity", (0,), lambda x: x),
     ("Mean", ANY_POSITION, lambda *inputs: functools.reduce(jnp.add, inputs) / len(inputs)),
     ("Mul", (0, 1), jnp.multiply),
     ("Neg", (0,), jnp.negative),
@@ -159,6 +163,7 @@ _AFFINE: tuple[tuple[str, tuple[int, ...], Callable[..., Array]], ...] = (
 
 # Operators with attributes: name, first opset, function of the node and its inputs.
 _WITH_ATTRIBUTES: tuple[tuple[str, int, Evaluate], ...] = (
+    ("BitShift", 11, _bit_shift),
     ("Cast", 7, lambda node, x: _converted(x, dtype_of(node, node.attrs["to"]))),
     ("CastLike", 15, lambda node, x, like: _converted(x, checked(node, like.dtype))),
     ("Celu", 12, lambda node, x: _exponential_below_zero(x, node.attrs["alpha"], node.attrs["alpha"])),
@@ -180,7 +185,6 @@ register(
     *(Op(name, 7, Kind.ELEMENTWISE, _plain(function), affine=positions) for name, positions, function in _AFFINE),
     *(Op(name, since, Kind.ELEMENTWISE, function) for name, since, function in _WITH_ATTRIBUTES),
     Op("Dropout", 7, Kind.ELEMENTWISE, _dropout, static=(1, 2), affine=(0,)),
-    Op("Scaler", 1, Kind.ELEMENTWISE, _scaler, affine=(0,), domain="ai.onnx.ml"),
     Op(
         "Binarizer",
         1,

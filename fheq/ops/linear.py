@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from string import ascii_letters, digits
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.arguments import bounded
+from fheq.ops.arguments import bounded, integers
 from fheq.ops.table import Kind, Op, register
 from fheq.ops.windows import per_axis, same_pads, window_of
 
@@ -108,10 +110,63 @@ def _batch_normalization(node: Node, x: Array, scale: Array, bias: Array, mean: 
     return (scale * (x - mean) / jnp.sqrt(variance + node.attrs["epsilon"]) + bias).astype(x.dtype)
 
 
+def einsum_terms(node: Node, ranks: list[int]) -> tuple[list[str], str]:
+    """Labels of the axes of each input and of the result; an ellipsis becomes digits, aligned at the end."""
+    equation = node.attrs["equation"].replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != len(ranks) or any(not set(t.replace("...", "")) <= set(ascii_letters) for t in (*terms, right)):
+        raise ValueError(f"the equation {equation!r} does not fit {len(ranks)} inputs")
+    widths = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks)]
+    if any((width and "..." not in term) or width < 0 for term, width in zip(terms, widths)):
+        raise ValueError(f"the equation {equation!r} does not fit inputs of {ranks} axes")
+    wide = digits[: max([w for t, w in zip(terms, widths) if "..." in t], default=0)]
+    if not arrow:
+        once = sorted(label for label in set(left) - set(",.") if left.count(label) == 1)
+        right = ("..." if "..." in left else "") + "".join(once)
+    spelled = [term.replace("...", wide[len(wide) - width :]) for term, width in zip(terms, widths)]
+    return spelled, right.replace("...", wide)
+
+
+def _einsum(node: Node, *inputs: Array) -> Array:
+    """ONNX Einsum."""
+    einsum_terms(node, [jnp.ndim(x) for x in inputs])
+    equation = node.attrs["equation"].replace(" ", "")
+    return jnp.einsum(equation, *inputs, precision=_EXACT).astype(inputs[0].dtype)
+
+
+def _col2im(node: Node, x: Array, image: np.ndarray, block: np.ndarray) -> Array:
+    """ONNX Col2Im: blocks added up where they lie in an image."""
+    places, shape = col2im_places(node, image, block)
+    samples, rows = x.shape[:2]
+    channels = rows // int(np.prod(block))
+    blocks = x.reshape(samples, channels, -1)
+    area = int(np.prod(shape))
+    flat = jnp.zeros((samples, channels, area + 1), x.dtype)
+    return flat.at[..., np.where(places < 0, area, places)].add(blocks)[..., :area].reshape(samples, channels, *shape)
+
+
+def col2im_places(node: Node, image: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
+    """For each place of each block, flat, its flat place in the image or -1 for the padding; and the image's shape."""
+    shape, kernel = bounded(integers(image)), bounded(integers(block))
+    window = window_of(node, shape, kernel)
+    axes = zip(shape, kernel, window.strides, window.dilations, window.pads)
+    flat, inside = np.zeros((1, 1), np.int64), np.ones((1, 1), bool)
+    for size, k, stride, dilation, (begin, end) in axes:
+        steps = (size + begin + end - dilation * (k - 1) - 1) // stride + 1
+        position = np.arange(k)[:, None] * dilation + np.arange(steps) * stride - begin
+        wide = flat[:, None, :, None] * size + position[None, :, None, :]
+        valid = inside[:, None, :, None] & ((position >= 0) & (position < size))[None, :, None, :]
+        flat, inside = (v.reshape(v.shape[0] * k, -1) for v in (wide, valid))
+    return np.where(inside, flat, -1).ravel(), shape
+
+
 register(
     Op("BatchNormalization", 7, Kind.LINEAR, _batch_normalization),
+    Op("Col2Im", 18, Kind.LINEAR, _col2im, static=(1, 2)),
     Op("Conv", 7, Kind.LINEAR, _conv),
     Op("ConvTranspose", 7, Kind.LINEAR, _conv_transpose),
+    Op("Einsum", 12, Kind.LINEAR, _einsum),
     Op("Gemm", 7, Kind.LINEAR, _gemm),
     Op("MatMul", 7, Kind.LINEAR, lambda node, a, b: _matmul(a, b)),
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.graph import Node
-from fheq.ops.arguments import axis_of, bounded, integers
+from fheq.ops.arguments import axis_of, bounded, integers, wrapped_indices
 from fheq.ops.table import Kind, Op, register
 
 Array = Any
@@ -122,25 +122,17 @@ def _reflected(mode: str, positions: np.ndarray, size: int) -> np.ndarray:
     raise ValueError(f"attribute mode is {mode!r}")
 
 
-def _wrapped(indices: np.ndarray, size: int) -> np.ndarray:
-    """Indices into an axis of this size, negative ones counting from its end."""
-    indices = np.asarray(indices, np.int64)
-    if np.any(indices < -size) or np.any(indices >= size):
-        raise IndexError(f"an index is outside an axis of {size} elements")
-    return np.where(indices < 0, indices + size, indices)
-
-
 def _gather(node: Node, x: Array, indices: np.ndarray) -> Array:
     """ONNX Gather."""
     axis = axis_of(node.attrs["axis"], x.ndim)
-    return jnp.take(x, _wrapped(indices, x.shape[axis]), axis=axis, mode="clip")
+    return jnp.take(x, wrapped_indices(indices, x.shape[axis]), axis=axis, mode="clip")
 
 
 def _gather_elements(node: Node, x: Array, indices: np.ndarray) -> Array:
     """ONNX GatherElements."""
     axis = axis_of(node.attrs["axis"], x.ndim)
     grid = list(np.indices(indices.shape, sparse=True))
-    grid[axis] = _wrapped(indices, x.shape[axis])
+    grid[axis] = wrapped_indices(indices, x.shape[axis])
     return x[tuple(grid)]
 
 
@@ -148,7 +140,7 @@ def _gather_nd(node: Node, x: Array, indices: np.ndarray) -> Array:
     """ONNX GatherND."""
     batch = node.attrs.get("batch_dims", 0)
     grid = np.indices(indices.shape[:-1], sparse=True)[:batch]
-    inner = (_wrapped(indices[..., i], x.shape[batch + i]) for i in range(indices.shape[-1]))
+    inner = (wrapped_indices(indices[..., i], x.shape[batch + i]) for i in range(indices.shape[-1]))
     return x[(*grid, *inner)]
 
 
@@ -177,7 +169,7 @@ def _trilu(node: Node, x: Array, k: np.ndarray | None = None) -> Array:
 
 def _array_feature_extractor(node: Node, x: Array, indices: np.ndarray) -> Array:
     """ai.onnx.ml ArrayFeatureExtractor."""
-    chosen = jnp.take(x, _wrapped(np.ravel(indices), x.shape[-1]), axis=-1, mode="clip")
+    chosen = jnp.take(x, wrapped_indices(np.ravel(indices), x.shape[-1]), axis=-1, mode="clip")
     return chosen[None] if x.ndim == 1 else chosen
 
 
@@ -194,6 +186,7 @@ register(
     Op("Gather", 7, Kind.MOVEMENT, _gather, static=(1,)),
     Op("GatherElements", 11, Kind.MOVEMENT, _gather_elements, static=(1,)),
     Op("GatherND", 11, Kind.MOVEMENT, _gather_nd, static=(1,)),
+    Op("Identity", 7, Kind.MOVEMENT, lambda node, x: x),
     Op("Pad", 7, Kind.MOVEMENT, lambda node, x: _pad(node, x, node.attrs["pads"], node.attrs["value"], None)),
     Op(
         "Pad",

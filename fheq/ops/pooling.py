@@ -55,9 +55,30 @@ def _spatial(x: Array) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
 
+def root(x: Array, p: float) -> Array:
+    """The p-th root, of a sum of p-th powers."""
+    return x if p == 1 else jnp.sqrt(x) if p == 2 else x ** (1 / p)
+
+
+def _lp_pool(node: Node, x: Array) -> Array:
+    """ONNX LpPool: the p-norm of each window; pads count as 0."""
+    p = node.attrs["p"]
+    window = window_of(node, x.shape[2:], node.attrs["kernel_shape"])
+    powers = jnp.abs(x) ** p
+    return root(_reduce(powers, window, np.zeros((), x.dtype), jax.lax.add), p)
+
+
+def _global_lp_pool(node: Node, x: Array) -> Array:
+    """ONNX GlobalLpPool."""
+    p = node.attrs["p"]
+    return root(jnp.sum(jnp.abs(x) ** p, axis=_spatial(x), keepdims=True), p)
+
+
 register(
     Op("AveragePool", 7, Kind.LINEAR, _average_pool),
     Op("GlobalAveragePool", 7, Kind.LINEAR, lambda node, x: jnp.mean(x, axis=_spatial(x), keepdims=True)),
+    Op("GlobalLpPool", 7, Kind.COMPOSITE, _global_lp_pool),
     Op("GlobalMaxPool", 7, Kind.MAX, lambda node, x: jnp.max(x, axis=_spatial(x), keepdims=True)),
+    Op("LpPool", 7, Kind.COMPOSITE, _lp_pool),
     Op("MaxPool", 7, Kind.MAX, _max_pool),
 )

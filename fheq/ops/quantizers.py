@@ -79,12 +79,17 @@ def _rounding(node: Node, default: str) -> Callable[[Array], Array]:
     return ROUNDINGS[mode]
 
 
+def _limits(node: Node, bits: Array) -> tuple[Array, Array]:
+    """Smallest and largest integer of a Quant or Trunc."""
+    narrow = bool(node.attrs.get("narrow", 0))
+    if node.attrs.get("signed", 1):
+        return narrow - 2.0 ** (bits - 1), 2.0 ** (bits - 1) - 1
+    return 0.0 * bits, 2.0**bits - 1 - narrow
+
+
 def _quant(node: Node, x: Array, scale: Array, zero_point: Array, bits: Array) -> Array:
     """Quant of Brevitas and QONNX: the values that the integers stand for."""
-    signed, narrow = bool(node.attrs.get("signed", 1)), bool(node.attrs.get("narrow", 0))
-    low = narrow - 2.0 ** (bits - 1) if signed else 0.0
-    high = 2.0 ** (bits - 1) - 1 if signed else 2.0**bits - 1 - narrow
-    q = _rounding(node, "ROUND")(jnp.clip(x / scale + zero_point, low, high))
+    q = _rounding(node, "ROUND")(jnp.clip(x / scale + zero_point, *_limits(node, bits)))
     return ((q - zero_point) * scale).astype(x.dtype)
 
 
@@ -93,10 +98,16 @@ def _bipolar_quant(node: Node, x: Array, scale: Array) -> Array:
     return jnp.where(x >= 0, scale, -scale).astype(x.dtype)
 
 
-def _trunc(node: Node, x: Array, scale: Array, zero_point: Array, bits_in: Array, bits_out: Array) -> Array:
-    """Trunc of Brevitas and QONNX: drops low bits of the integers, which keeps the scale."""
-    q = jnp.round(x / scale + zero_point) / 2.0 ** (bits_in - bits_out)
-    return ((_rounding(node, "FLOOR")(q) - zero_point) * scale).astype(x.dtype)
+def _trunc(node: Node, x: Array, scale: Array, zero_point: Array, bits_in: Array, *last: Array) -> Array:
+    """Trunc of Brevitas and QONNX: drops low bits of the integers. Its version 2 states the new scale, and clips."""
+    q = jnp.round(x / scale + zero_point)
+    if len(last) == 1:
+        q = _rounding(node, "FLOOR")(q / 2.0 ** (bits_in - last[0]))
+        return ((q - zero_point) * scale).astype(x.dtype)
+    step, bits = last
+    cell = 2.0 ** jnp.round(jnp.log2(step / scale))
+    q = _rounding(node, "FLOOR")(jnp.clip(q / cell, *_limits(node, bits)))
+    return ((q - zero_point / cell) * step).astype(x.dtype)
 
 
 register(
@@ -105,6 +116,6 @@ register(
     *(
         Op(name, 1, Kind.COMPOSITE, function, domain=domain)
         for domain in QUANT_DOMAINS
-        for name, function in (("BipolarQuant", _bipolar_quant), ("Quant", _quant), ("Trunc", _trunc))
+        for name, function in (("BipolarQuant", _bipolar_quant), ("IntQuant", _quant), ("Quant", _quant), ("Trunc", _trunc))
     ),
 )

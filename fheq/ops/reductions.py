@@ -1,4 +1,4 @@
-"""Reductions over axes, and the normalizations that are made of them."""
+"""Reductions over axes, cumulative ones, and the places of extremes."""
 
 from __future__ import annotations
 
@@ -113,34 +113,26 @@ def _cumsum(node: Node, x: Array, axis: np.ndarray) -> Array:
     return jnp.flip(y, along) if node.attrs["reverse"] else y
 
 
-def _over_axis(function: Callable[..., Array]) -> Evaluate:
-    """Softmax and LogSoftmax since opset 13."""
-    return lambda node, x: function(x, axis=axis_of(node.attrs["axis"], x.ndim))
+def _cumprod(node: Node, x: Array, axis: np.ndarray) -> Array:
+    """ONNX CumProd."""
+    (given,) = integers(axis)
+    along = axis_of(given, x.ndim)
+    x = jnp.flip(x, along) if node.attrs["reverse"] else x
+    if node.attrs["exclusive"]:
+        shifts = [(1, -1, 0) if i == along else (0, 0, 0) for i in range(x.ndim)]
+        x = jax.lax.pad(x, jnp.ones((), x.dtype), shifts)
+    y = jnp.cumprod(x, axis=along, dtype=x.dtype)
+    return jnp.flip(y, along) if node.attrs["reverse"] else y
 
 
-def _over_rest(function: Callable[..., Array]) -> Evaluate:
-    """Softmax and LogSoftmax before opset 13: over `axis` and all that follow."""
-    return lambda node, x: function(x, axis=tuple(range(axis_of(node.attrs["axis"], x.ndim), x.ndim)))
-
-
-def _layer_normalization(node: Node, x: Array, scale: Array, bias: Array | None = None) -> tuple[Array, ...]:
-    """ONNX LayerNormalization: the result, the mean and the inverse standard deviation."""
-    axes = tuple(range(axis_of(node.attrs["axis"], x.ndim), x.ndim))
-    wide = x.astype(jnp.promote_types(x.dtype, np.float32)) if node.attrs["stash_type"] == 1 else x
-    mean = jnp.mean(wide, axis=axes, keepdims=True)
-    inverse = 1 / jnp.sqrt(jnp.mean((wide - mean) ** 2, axis=axes, keepdims=True) + node.attrs["epsilon"])
-    y = ((wide - mean) * inverse).astype(x.dtype) * scale
-    return (y if bias is None else y + bias, mean, inverse)[: len(node.outputs)]
-
-
-def _normalizer(node: Node, x: Array) -> Array:
-    """ai.onnx.ml Normalizer."""
-    norms = {
-        "MAX": lambda a: jnp.max(a, axis=-1, keepdims=True),
-        "L1": lambda a: jnp.sum(a, axis=-1, keepdims=True),
-        "L2": lambda a: jnp.sqrt(jnp.sum(a * a, axis=-1, keepdims=True)),
-    }
-    return x / jnp.maximum(norms[node.attrs["norm"]](jnp.abs(x)), 1e-30)
+def top_k(node: Node, x: Array, k: int) -> tuple[Array, Array]:
+    """ONNX TopK: values and indices, of equal values the first one first."""
+    axis = axis_of(node.attrs["axis"], x.ndim)
+    if not 0 <= k <= x.shape[axis]:
+        raise ValueError(f"k is {k}, but the axis has {x.shape[axis]} elements")
+    order = jnp.argsort(x, axis=axis, stable=True, descending=bool(node.attrs.get("largest", 1)))
+    chosen = jax.lax.slice_in_dim(order, 0, k, axis=axis)
+    return jnp.take_along_axis(x, chosen, axis=axis), chosen.astype(np.int64)
 
 
 register(
@@ -148,11 +140,8 @@ register(
     *(Op(name, since, kind, _by_input(reduce), static=(1,)) for name, since, kind, reduce in _REDUCTIONS),
     Op("ArgMax", 7, Kind.CLIENT, _index_of_extreme(jnp.argmax)),
     Op("ArgMin", 7, Kind.CLIENT, _index_of_extreme(jnp.argmin)),
+    Op("CumProd", 26, Kind.COMPOSITE, _cumprod, static=(1,)),
     Op("CumSum", 11, Kind.LINEAR, _cumsum, static=(1,)),
-    Op("LayerNormalization", 17, Kind.COMPOSITE, _layer_normalization),
-    Op("LogSoftmax", 7, Kind.COMPOSITE, _over_rest(jax.nn.log_softmax)),
-    Op("LogSoftmax", 13, Kind.COMPOSITE, _over_axis(jax.nn.log_softmax)),
-    Op("Softmax", 7, Kind.COMPOSITE, _over_rest(jax.nn.softmax)),
-    Op("Softmax", 13, Kind.COMPOSITE, _over_axis(jax.nn.softmax)),
-    Op("Normalizer", 1, Kind.CLIENT, _normalizer, domain="ai.onnx.ml"),
+    Op("TopK", 7, Kind.CLIENT, lambda node, x: top_k(node, x, node.attrs["k"])),
+    Op("TopK", 10, Kind.CLIENT, lambda node, x, k: top_k(node, x, *integers(k)), static=(1,)),
 )

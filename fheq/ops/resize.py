@@ -5,12 +5,13 @@ With mode "nearest" they are movements. The other modes compute with the values,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import enable_x64
 
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
@@ -107,25 +108,54 @@ def _lengths(node: Node, shape: list[int], sizes: tuple[int, ...]) -> tuple[list
     return [int(scale * length + 0.5) for length in shape], [scale] * len(ratios)
 
 
-def _resize(node: Node, x: Array, roi: Any, scales: Any, sizes: Any) -> Array:
-    """ONNX Resize, one axis after the other."""
-    axes = [axis_of(axis, x.ndim) for axis in integers(node.attrs.get("axes", range(x.ndim)))]
-    shape = [x.shape[axis] for axis in axes]
+Change = tuple[int, int, float, tuple[float, float] | None]
+
+
+def _changes(node: Node, shape: tuple[int, ...], roi: Any, scales: Any, sizes: Any) -> list[Change]:
+    """The axes that a node names, each with its length afterwards, its scale, and the part of it that is kept."""
+    axes = [axis_of(axis, len(shape)) for axis in integers(node.attrs.get("axes", range(len(shape))))]
+    chosen = [shape[axis] for axis in axes]
     if sizes is not None and np.size(sizes):
-        lengths, factors = _lengths(node, shape, integers(sizes))
+        lengths, factors = _lengths(node, chosen, integers(sizes))
     else:
         single = np.ravel(np.asarray(scales, np.float32))
         if not np.all(np.isfinite(single)):
             raise ValueError(f"scales {single} are not finite")
         factors = [float(scale) for scale in single]
-        lengths = [int(size * scale) for size, scale in zip(shape, single, strict=True)]
-    bounded((dict(enumerate(x.shape)) | dict(zip(axes, lengths))).values())
+        lengths = [int(size * scale) for size, scale in zip(chosen, single, strict=True)]
+    bounded((dict(enumerate(shape)) | dict(zip(axes, lengths))).values())
     if min(factors) <= 0:
         raise ValueError(f"scales {factors} are not positive")
     spans = [None] * len(axes) if roi is None or not np.size(roi) else np.reshape(roi, (2, len(axes))).T.tolist()
-    for axis, length, factor, span in zip(axes, lengths, factors, spans):
+    return list(zip(axes, lengths, factors, spans))
+
+
+def _resize(node: Node, x: Array, roi: Any, scales: Any, sizes: Any) -> Array:
+    """ONNX Resize, one axis after the other."""
+    for axis, length, factor, span in _changes(node, x.shape, roi, scales, sizes):
         x = _resize_axis(node, x, axis, length, factor, span)
     return x
+
+
+def axis_matrices(node: Node, shape: tuple[int, ...], known: Sequence[np.ndarray | None]) -> dict[int, np.ndarray] | None:
+    """By axis that changes, the matrix (length afterwards, length) that a Resize or Upsample node applies.
+
+    None where it fills places outside of the input with another value than 0.
+
+    Args:
+        known: the node's inputs after the first.
+    """
+    crops = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    if crops and node.attrs["extrapolation_value"]:
+        return None
+    roi, scales, sizes = (None, *known, None)[:3] if len(known) < 2 else (*known, None)[:3]
+    changes = _changes(node, shape, roi, node.attrs["scales"] if not known else scales, sizes)
+    with enable_x64():
+        matrices = {
+            axis: np.asarray(_resize_axis(node, jnp.eye(shape[axis]), 0, length, factor, span))
+            for axis, length, factor, span in changes
+        }
+    return {a: m for a, m in matrices.items() if m.shape[0] != m.shape[1] or not np.array_equal(m, np.eye(len(m)))}
 
 
 def _by_scales(node: Node, x: Array, scales: np.ndarray) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.arguments import axis_of, bounded, integers
+from fheq.ops.arguments import axis_of, bounded, checked, dtype_of, integers
 from fheq.ops.table import Kind, Op, register
 
 Array = Any
@@ -55,6 +55,13 @@ def _range(node: Node, start: np.ndarray, limit: np.ndarray, delta: np.ndarray) 
     return np.asarray(low + np.arange(count) * step).astype(dtype)
 
 
+def _eye_like(node: Node, x: Array) -> np.ndarray:
+    """ONNX EyeLike."""
+    dtype = dtype_of(node, node.attrs["dtype"]) if "dtype" in node.attrs else checked(node, x.dtype)
+    rows, columns = x.shape
+    return np.eye(rows, columns, node.attrs["k"]).astype(dtype)
+
+
 def _one_hot(node: Node, indices: Array, depth: np.ndarray, values: Array) -> Array:
     """ONNX OneHot: indices outside [-depth, depth) have no hot element."""
     (count,) = integers(depth)
@@ -69,6 +76,8 @@ def _one_hot(node: Node, indices: Array, depth: np.ndarray, values: Array) -> Ar
 register(
     Op("Constant", 7, Kind.CONSTANT, _constant),
     Op("ConstantOfShape", 9, Kind.CONSTANT, _constant_of_shape, static=(0,)),
+    Op("EyeLike", 9, Kind.CONSTANT, _eye_like),
+    Op("NonZero", 9, Kind.CONSTANT, lambda node, x: np.stack(np.nonzero(np.atleast_1d(x))), static=(0,)),
     Op("OneHot", 9, Kind.COMPOSITE, _one_hot, static=(1,)),
     Op("Range", 11, Kind.CONSTANT, _range, static=(0, 1, 2)),
     Op("Shape", 7, Kind.CONSTANT, _shape),

@@ -26,7 +26,7 @@ class Kind(Enum):
     ELEMENTWISE = "elementwise"  # elementwise with numpy broadcasting over all its inputs
     MAX = "max"  # maximum (or minimum) over windows or axes
     COMPOSITE = "composite"  # rewritten into the kinds above before quantization
-    CLIENT = "client"  # evaluated in float only: belongs after decryption (ArgMax) or has no encrypted form
+    CLIENT = "client"  # belongs after decryption (ArgMax); rewritten into the kinds above where something linear follows
 
 
 @dataclass(frozen=True)

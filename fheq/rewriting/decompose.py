@@ -11,21 +11,17 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting import primitives
+from fheq.rewriting import einsum, matrices, normalizations, primitives, recurrent, scatter, selection
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.primitives import CODES
 
+DOMAINS = ("", "ai.onnx.ml")
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
 def decompose(graph: Graph) -> Graph:
-    """The graph in simple operators; the same values up to rounding (Softmax overflows where exp does).
-
-    Raises:
-        UnsupportedError: Pow with base and exponent both computed.
-    """
+    """The graph in simple operators; the same values up to rounding."""
     draft = Draft(graph, hook=_rewritten)
     for node in graph.nodes:
         draft.write(node)
@@ -48,8 +44,8 @@ def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mappin
 
 
 def _rewritten(draft: Draft, node: Node) -> bool:
-    rule = RULES.get(node.op)
-    return rule is not None and not node.domain and bool(node.outputs) and rule(draft, node)
+    rule = RULES.get(node.op) if node.domain in DOMAINS else None
+    return rule is not None and bool(node.outputs) and rule(draft, node)
 
 
 def _computed(draft: Draft, names: tuple[str, ...]) -> bool:
@@ -79,11 +75,16 @@ def _division(draft: Draft, node: Node) -> bool:
 
 
 def _power(draft: Draft, node: Node) -> bool:
-    if _computed(draft, node.inputs):
-        raise UnsupportedError(
-            f"{describe(node)}: base and exponent both depend on data; use a known exponent, or Exp and Log"
-        )
-    return False
+    """a ** b of two computed tensors, for a above 0: exp(b * log(a))."""
+    a, b = node.inputs
+    if not _computed(draft, (b,)):
+        return False
+    kind = draft.types[node.outputs[0]].dtype
+    if not _is_float(draft, a):
+        return False
+    log = draft.apply(node, "Log", a)
+    draft.apply(node, "Exp", draft.apply(node, "Mul", _cast(draft, node, b, kind), log), out=node.outputs[0])
+    return True
 
 
 def _comparison(draft: Draft, node: Node) -> bool:
@@ -131,18 +132,35 @@ def _where(draft: Draft, node: Node) -> bool:
 
 
 def _chain(draft: Draft, node: Node) -> bool:
-    """Sum, Max, Min of several tensors, two at a time; Mean as a sum with a factor."""
+    """Max, Min and sums of several tensors, two at a time; but a sum of three or more computed ones is one reduction."""
     if len(node.inputs) < 2 or (len(node.inputs) == 2 and node.op in ("Max", "Min")):
         return False
+    computed = [name for name in node.inputs if name not in draft.constants]
+    if node.op in ("Sum", "Mean") and len(computed) > 2 and _is_float(draft, node.outputs[0]):
+        known = [name for name in node.inputs if name in draft.constants]
+        total = _stacked_sum(draft, node, computed, out="" if known or node.op == "Mean" else node.outputs[0])
+        names = [total, *known]
+    else:
+        names = list(node.inputs)
     op = {"Sum": "Add", "Mean": "Add"}.get(node.op, node.op)
-    total, last = node.inputs[0], len(node.inputs) - 1
-    for index, name in enumerate(node.inputs[1:], 1):
+    total, last = names[0], len(names) - 1
+    for index, name in enumerate(names[1:], 1):
         out = node.outputs[0] if index == last and node.op != "Mean" else ""
         total = draft.apply(node, op, total, name, out=out)
     if node.op == "Mean":
         share = draft.constant(f"{node.outputs[0]}/share", 1 / len(node.inputs), draft.types[total].dtype)
         draft.apply(node, "Mul", total, share, out=node.outputs[0])
     return True
+
+
+def _stacked_sum(draft: Draft, node: Node, names: list[str], out: str) -> str:
+    """The sum of tensors, side by side on a new axis: one accumulator, where sums of two need a table in between."""
+    shape = np.broadcast_shapes(*(draft.types[name].shape for name in names))
+    target = draft.constant(f"{node.outputs[0]}/shape", shape, np.dtype(np.int64))
+    first = draft.constant(f"{node.outputs[0]}/first", [0], np.dtype(np.int64))
+    wide = [name if draft.types[name].shape == shape else draft.apply(node, "Expand", name, target) for name in names]
+    stacked = draft.apply(node, "Concat", *(draft.apply(node, "Unsqueeze", name, first) for name in wide), axis=0)
+    return draft.apply(node, "ReduceSum", stacked, first, out=out, keepdims=0, noop_with_empty_axes=0)
 
 
 def _clip(draft: Draft, node: Node) -> bool:
@@ -261,5 +279,11 @@ RULES = {
     "PRelu": _prelu,
     "Pow": _power,
     "Where": _where,
+    **einsum.RULES,
+    **matrices.RULES,
+    **normalizations.RULES,
     **primitives.RULES,
+    **recurrent.RULES,
+    **scatter.RULES,
+    **selection.RULES,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting.fold import output_types, prune, type_of
+from fheq.rewriting.fold import evaluated, output_types, prune, type_of
 
 VERSION = 18
 """Opset of the nodes that rewrites make."""
@@ -46,18 +46,21 @@ class Draft:
 
     def write(self, node: Node) -> None:
         """Adds a node, or what the hook makes of it."""
-        if self.hook is not None and self.hook(self, node):
-            return
         missing = [name for name in node.outputs if name and name not in self.types]
         if missing:
             self.types.update(output_types(node, self.constants, self.types))
-        self.nodes.append(node)
+        if self.hook is None or not self.hook(self, node):
+            self.nodes.append(node)
 
     def apply(self, origin: Node, op: str, *inputs: str, out: str = "", **attrs: Any) -> str:
-        """Adds a node that stands for a part of `origin`; the name of its output."""
+        """Adds a node that stands for a part of `origin`, or its value where that is known; the name of its output."""
         base = origin.name or next(o for o in origin.outputs if o)
+        known = not out and all(name in self.constants for name in inputs if name)
         out = out or self.fresh(f"{next(o for o in origin.outputs if o)}/{op}")
-        self.write(Node(f"{base}/{op}", op, inputs, (out,), MappingProxyType(attrs), "", VERSION))
+        node = Node(f"{base}/{op}", op, inputs, (out,), MappingProxyType(attrs), "", VERSION)
+        if known:
+            return self.constant(out, evaluated(node, self.constants, self.types)[out])
+        self.write(node)
         return out
 
     def finish(self) -> Graph:

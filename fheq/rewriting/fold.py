@@ -188,7 +188,7 @@ def _known_outputs(
         shapes_alone = op.kind is Kind.CONSTANT and all(
             not op.is_static(i) or name in known for i, name in enumerate(node.inputs) if name
         )
-        return _evaluate(node, known, types) if shapes_alone else None
+        return evaluated(node, known, types) if shapes_alone else None
     if reuse is not None and names and all(known[name] is reuse.constants.get(name) for name in names):
         old = {name: reuse.constants[name] for name in node.outputs if name in reuse.constants}
         if old:
@@ -200,13 +200,15 @@ def _known_outputs(
         if affine is not None:
             pins[node.outputs[0]] = affine
         return {node.outputs[0]: value}
-    values = _evaluate(node, known, types)
+    values = evaluated(node, known, types)
     if op.kind is Kind.MOVEMENT and names[0] in pins:
         pins.update(_moved_pins(node, known, pins[names[0]]))
+    if node.op in ("Mul", "Div") and not node.domain:
+        pins.update(_scaled_pins(node, known, pins, values))
     return values
 
 
-def _evaluate(node: Node, known: Mapping[str, np.ndarray], types: Mapping[str, TensorType]) -> dict[str, np.ndarray]:
+def evaluated(node: Node, known: Mapping[str, np.ndarray], types: Mapping[str, TensorType]) -> dict[str, np.ndarray]:
     """Values of a node whose result depends on known tensors and shapes alone."""
     _guard_announced(node, known)
     if node.op != "Constant":
@@ -272,19 +274,49 @@ def _guard_size(node: Node, count: float, shape: Any) -> None:
 
 def _moved_pins(node: Node, known: Mapping[str, np.ndarray], affine: Affine) -> dict[str, Affine]:
     """The quantizer of a pinned constant after a movement; none where its channels no longer lie along one axis."""
-    if affine.axis is None:
+    if affine.axis is None and all(np.ndim(getattr(affine, leaf)) == 0 for leaf in LEAVES):
         return {name: affine for name in node.outputs if name}
     source = next(name for name in node.inputs if name)
-    numbers = channel_numbers(known[source].shape, affine.axis)
-    results = _guarded(node, lambda: run_node(node, lambda n: numbers if n == source else jnp.asarray(known[n]), known))
+    shape = known[source].shape
+    if affine.axis is None:  # leaves that vary along several axes move as the tensor does
+        leaves = {leaf: np.broadcast_to(getattr(affine, leaf), shape) for leaf in LEAVES}
+        moved_leaves: dict[str, Any] = {leaf: _moved(node, known, source, value) for leaf, value in leaves.items()}
+        fillers = any(np.any(v <= 0) for v in moved_leaves["scale"])
+        rows = {} if fillers else {n: {leaf: v[i] for leaf, v in moved_leaves.items()} for i, n in enumerate(node.outputs)}
+        return {name: replace(affine, **leaves) for name, leaves in rows.items() if name}
     moved = {}
-    for name, result in zip(node.outputs, results):
-        place = channel_axis(np.asarray(result))
+    for name, result in zip(node.outputs, _moved(node, known, source, channel_numbers(shape, affine.axis))):
+        place = channel_axis(result)
         if name and place is not None:
             axis, order = place
-            leaves = {leaf: _taken(getattr(affine, leaf), order) for leaf in LEAVES}
-            moved[name] = replace(affine, axis=axis - np.ndim(result), **leaves)
+            taken: dict[str, Any] = {leaf: _taken(getattr(affine, leaf), order) for leaf in LEAVES}
+            moved[name] = replace(affine, axis=axis - np.ndim(result), **taken)
     return moved
+
+
+def _moved(node: Node, known: Mapping[str, np.ndarray], source: str, values: np.ndarray) -> list[np.ndarray]:
+    """What a movement makes of other values in place of its data."""
+    results = _guarded(node, lambda: run_node(node, lambda n: values if n == source else jnp.asarray(known[n]), known))
+    return [np.asarray(result) for result in results]
+
+
+def _scaled_pins(
+    node: Node, known: Mapping[str, np.ndarray], pins: Mapping[str, Affine], values: Mapping[str, np.ndarray]
+) -> dict[str, Affine]:
+    """The quantizer of a pinned constant times (or by) a positive one: the same integers in other steps."""
+    positions = [i for i, name in enumerate(node.inputs) if name in pins]
+    if len(positions) != 1 or (node.op == "Div" and positions == [1]):
+        return {}
+    (name, value), source = next(iter(values.items())), node.inputs[positions[0]]
+    factor = known[node.inputs[1 - positions[0]]].astype(np.float64)
+    if value.shape != known[source].shape or not np.all(factor > 0):
+        return {}
+    affine = pins[source].expanded(value.ndim)
+    factor = np.reciprocal(factor) if node.op == "Div" else factor
+    leaves = {leaf: np.broadcast_to(getattr(affine, leaf), value.shape) for leaf in LEAVES}
+    leaves["scale"] = np.asarray(affine.scale) * factor
+    scaled: dict[str, Any] = {k: np.broadcast_to(v, value.shape) for k, v in leaves.items()}
+    return {name: replace(affine, **scaled, axis=None)}
 
 
 def _taken(leaf: Any, order: np.ndarray) -> Any:

@@ -1,28 +1,30 @@
-"""Reductions, normalizations and lone quantizers written with simple operators (rules of `fheq.rewriting.decompose`)."""
+"""Reductions and lone quantizers written with simple operators (rules of `fheq.rewriting.decompose`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
 from fheq.graph import Node
 from fheq.ops.arguments import DTYPES
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import VERSION, Draft
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LARGEST_PRODUCT = 64
 
 
-def _reduce(draft: Draft, node: Node, op: str, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
-    """ReduceSum or ReduceMean over known axes."""
+def reduced(draft: Draft, node: Node, op: str, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
+    """A reduction (ReduceSum, ReduceMean, ReduceMax) over known axes."""
     if not axes:
         return draft.apply(node, "Identity", x, out=out)
     name = draft.constant(f"{node.outputs[0]}/axes", sorted(axes), np.dtype(np.int64))
     return draft.apply(node, op, x, name, out=out, keepdims=int(keep), noop_with_empty_axes=0)
 
 
-def _scalar(draft: Draft, node: Node, label: str, value: float, like: str) -> str:
+def scalar(draft: Draft, node: Node, label: str, value: float, like: str) -> str:
     return draft.constant(f"{node.outputs[0]}/{label}", value, draft.types[like].dtype)
 
 
@@ -39,8 +41,19 @@ def _axes(draft: Draft, node: Node) -> tuple[int, ...] | None:
     return tuple(a % rank for a in given)
 
 
-def _square(draft: Draft, node: Node, x: str) -> str:
+def square(draft: Draft, node: Node, x: str) -> str:
     return draft.apply(node, "Mul", x, x)
+
+
+def log_sum_exp(draft: Draft, node: Node, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
+    """m + log(sum(exp(x - m))) for the maximum m: without it the powers of one row are all tiny where another's are not."""
+    top = reduced(draft, node, "ReduceMax", x, axes)
+    powers = draft.apply(node, "Exp", draft.apply(node, "Sub", x, top))
+    rest = draft.apply(node, "Log", reduced(draft, node, "ReduceSum", powers, axes, keep))
+    if not keep:
+        shape = draft.constant(f"{node.outputs[0]}/shape", draft.types[rest].shape, np.dtype(np.int64))
+        top = draft.apply(node, "Reshape", top, shape, allowzero=1)
+    return draft.apply(node, "Add", rest, top, out=out)
 
 
 def _reduction(draft: Draft, node: Node) -> bool:
@@ -49,19 +62,29 @@ def _reduction(draft: Draft, node: Node) -> bool:
     if axes is None:
         return False
     x, out, keep = node.inputs[0], node.outputs[0], bool(node.attrs["keepdims"])
+    if node.op == "ReduceLogSumExp":
+        log_sum_exp(draft, node, x, axes, keep, out)
+        return True
     if node.op == "ReduceL1":
         before = draft.apply(node, "Abs", x)
-    elif node.op == "ReduceLogSumExp":
-        before = draft.apply(node, "Exp", x)
     elif node.op == "ReduceLogSum":
         before = x
     else:
-        before = _square(draft, node, x)
-    after = {"ReduceL2": "Sqrt", "ReduceLogSum": "Log", "ReduceLogSumExp": "Log"}.get(node.op, "")
-    total = _reduce(draft, node, "ReduceSum", before, axes, keep, out="" if after else out)
+        before = square(draft, node, x)
+    after = {"ReduceL2": "Sqrt", "ReduceLogSum": "Log"}.get(node.op, "")
+    total = reduced(draft, node, "ReduceSum", before, axes, keep, out="" if after else out)
     if after:
         draft.apply(node, after, total, out=out)
     return True
+
+
+def _part(draft: Draft, node: Node, x: str, axis: int, index: int) -> str:
+    """One place of an axis, which stays with size 1."""
+    bounds = [
+        draft.constant(f"{node.outputs[0]}/{n}", [v], np.dtype(np.int64))
+        for n, v in (("from", index), ("to", index + 1), ("axis", axis))
+    ]
+    return draft.apply(node, "Slice", x, *bounds)
 
 
 def _product(draft: Draft, node: Node) -> bool:
@@ -71,13 +94,7 @@ def _product(draft: Draft, node: Node) -> bool:
         return False
     value = node.inputs[0]
     for axis in axes:
-        parts = []
-        for index in range(shape[axis]):
-            bounds = [
-                draft.constant(f"{node.outputs[0]}/{n}", [v], np.dtype(np.int64))
-                for n, v in (("from", index), ("to", index + 1), ("axis", axis))
-            ]
-            parts.append(draft.apply(node, "Slice", value, *bounds))
+        parts = [_part(draft, node, value, axis, index) for index in range(shape[axis])]
         value = parts[0]
         for part in parts[1:]:
             value = draft.apply(node, "Mul", value, part)
@@ -86,36 +103,47 @@ def _product(draft: Draft, node: Node) -> bool:
     return True
 
 
-def _softmax(draft: Draft, node: Node) -> bool:
-    """Softmax and LogSoftmax; before opset 13 over `axis` and all that follow."""
-    x, out, rank = node.inputs[0], node.outputs[0], len(draft.types[node.inputs[0]].shape)
-    axis = node.attrs["axis"] % rank if rank else 0
-    axes = (axis,) if node.version >= 13 else tuple(range(axis, rank))
-    powers = draft.apply(node, "Exp", x)
-    total = _reduce(draft, node, "ReduceSum", powers, axes)
-    if node.op == "LogSoftmax":
-        draft.apply(node, "Sub", x, draft.apply(node, "Log", total), out=out)
-    else:
-        draft.apply(node, "Mul", powers, draft.apply(node, "Reciprocal", total), out=out)
+def _cumulative_product(draft: Draft, node: Node) -> bool:
+    """CumProd: slices multiplied one by one."""
+    x, shape = node.inputs[0], draft.types[node.inputs[0]].shape
+    axis = int(draft.constants[node.inputs[1]].reshape(())) % len(shape)
+    if not 1 <= shape[axis] <= LARGEST_PRODUCT:
+        return False
+    order = range(shape[axis])[:: -1 if node.attrs["reverse"] else 1]
+    parts = [_part(draft, node, x, axis, index) for index in order]
+    if node.attrs["exclusive"]:
+        one = np.ones([1 if i == axis else d for i, d in enumerate(shape)])
+        parts = [draft.constant(f"{node.outputs[0]}/one", one, draft.types[x].dtype), *parts[:-1]]
+    products = list(accumulate(parts, lambda a, b: draft.apply(node, "Mul", a, b)))
+    products = products[:: -1 if node.attrs["reverse"] else 1]
+    draft.apply(node, "Concat", *products, out=node.outputs[0], axis=axis)
     return True
 
 
-def _layer_normalization(draft: Draft, node: Node) -> bool:
-    x, rank = node.inputs[0], len(draft.types[node.inputs[0]].shape)
-    axes = tuple(range(node.attrs["axis"] % rank, rank))
-    out, mean_out, inverse_out = (*node.outputs, "", "")[:3]
-    mean = _reduce(draft, node, "ReduceMean", x, axes, out=mean_out)
-    centred = draft.apply(node, "Sub", x, mean)
-    variance = _reduce(draft, node, "ReduceMean", _square(draft, node, centred), axes)
-    epsilon = _scalar(draft, node, "epsilon", node.attrs["epsilon"], variance)
-    root = draft.apply(node, "Sqrt", draft.apply(node, "Add", variance, epsilon))
-    inverse = draft.apply(node, "Reciprocal", root, out=inverse_out)
-    value = draft.apply(node, "Mul", centred, inverse)
-    bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    value = draft.apply(node, "Mul", value, node.inputs[1], out="" if bias else out)
-    if bias:
-        draft.apply(node, "Add", value, bias, out=out)
+def _imputer(draft: Draft, node: Node) -> bool:
+    """Imputer: the identity for missing values marked as NaN, which encrypted inputs cannot be; else a choice."""
+    x, out, kind = node.inputs[0], node.outputs[0], draft.types[node.inputs[0]].dtype
+    values, replaced = imputed(node)
+    if np.isnan(replaced) and x in {port.name for port in draft.graph.inputs}:
+        draft.apply(node, "Identity", x, out=out)
+        return True
+    missing = (
+        draft.apply(node, "IsNaN", x)
+        if np.isnan(replaced)
+        else draft.apply(node, "Equal", x, draft.constant(f"{out}/replaced", replaced, kind))
+    )
+    chosen = draft.constant(f"{out}/imputed", values, kind)
+    # Not as a product, which the rule for Where makes of it: a missing value times 0 is missing still.
+    draft.nodes.append(replace(node, op="Where", inputs=(missing, chosen, x), attrs={}, domain="", version=VERSION))
     return True
+
+
+def imputed(node: Node) -> tuple[np.ndarray, float]:
+    """The values of an Imputer, per feature or one for all, and what they stand in for."""
+    attrs = node.attrs
+    if attrs.get("imputed_value_floats"):
+        return np.asarray(attrs["imputed_value_floats"]), attrs.get("replaced_value_float", 0.0)
+    return np.asarray(attrs.get("imputed_value_int64s") or (0,)), attrs.get("replaced_value_int64", 0)
 
 
 def _parameter(draft: Draft, node: Node, position: int) -> np.ndarray | None:
@@ -165,9 +193,9 @@ def _dequantize_linear(draft: Draft, node: Node) -> bool:
 
 RULES = {
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"), _reduction),
-    **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
+    "CumProd": _cumulative_product,
     "DequantizeLinear": _dequantize_linear,
-    "LayerNormalization": _layer_normalization,
+    "Imputer": _imputer,
     "QuantizeLinear": _quantize_linear,
     "ReduceProd": _product,
 }

@@ -1,0 +1,114 @@
+"""Preparation of features, and what turns labels into other labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.errors import ModelError, describe
+from fheq.estimators.outputs import DOMAIN, constant_like, real_input
+from fheq.graph import Node
+from fheq.ops.table import Kind, Op, register
+from fheq.rewriting.edit import Draft
+from fheq.rewriting.primitives import imputed
+
+Array = Any
+
+
+def scaler(draft: Draft, node: Node) -> None:
+    """ai.onnx.ml Scaler."""
+    x = real_input(draft, node)
+    offset, scale = (
+        constant_like(draft, node, name, node.attrs.get(name) or (neutral,), x)
+        for name, neutral in (("offset", 0), ("scale", 1))
+    )
+    draft.apply(node, "Mul", draft.apply(node, "Sub", x, offset), scale, out=node.outputs[0])
+
+
+def feature_vectorizer(draft: Draft, node: Node) -> None:
+    """ai.onnx.ml FeatureVectorizer: inputs cut or padded with zeros to their stated widths, side by side."""
+    parts = []
+    widths = node.attrs.get("inputdimensions") or [draft.types[name].shape[-1] for name in node.inputs]
+    for i, width in enumerate(widths):
+        x = real_input(draft, node, i)
+        shape = draft.types[x].shape
+        if len(shape) == 1:
+            x = draft.apply(node, "Reshape", x, draft.constant(f"{x}/column", np.array([-1, 1])), allowzero=0)
+        more = width - draft.types[x].shape[1]
+        if more:
+            pads = draft.constant(f"{x}/pads", np.array([0, 0, 0, more]))
+            x = draft.apply(node, "Pad", x, pads, mode="constant")
+        parts.append(x)
+    draft.apply(node, "Concat", *parts, out=node.outputs[0], axis=1)
+
+
+def one_hot_encoder(draft: Draft, node: Node) -> None:
+    """ai.onnx.ml OneHotEncoder."""
+    x = node.inputs[0]
+    categories = np.asarray(node.attrs.get("cats_strings") or node.attrs.get("cats_int64s") or ())
+    axes = draft.constant(f"{x}/axis", np.array([len(draft.types[x].shape)]))
+    wide = draft.apply(node, "Unsqueeze", x, axes)
+    same = draft.apply(node, "Equal", wide, constant_like(draft, node, "categories", categories, wide))
+    draft.apply(node, "Cast", same, out=node.outputs[0], to=1)
+
+
+def zip_map(draft: Draft, node: Node) -> None:
+    """ai.onnx.ml ZipMap: its maps are given as an array with a column for each key."""
+    draft.apply(node, "Identity", node.inputs[0], out=node.outputs[0])
+
+
+# Rows of their own
+
+
+def _label_encoder(node: Node, x: Array) -> Array:
+    """ai.onnx.ml LabelEncoder and CategoryMapper: values by key, a default where there is none."""
+    keys, values, default = mapping_of(node)
+    order = np.argsort(keys, kind="stable")
+    keys, values = keys[order], values[order]
+    if keys.dtype.kind == "f" and np.isnan(keys[-1:]).any():
+        x = jnp.where(jnp.isnan(x), np.inf, x)
+        keys = np.where(np.isnan(keys), np.inf, keys)
+    at = jnp.clip(jnp.searchsorted(jnp.asarray(keys), x), 0, len(keys) - 1)
+    return jnp.where(jnp.asarray(keys)[at] == x, jnp.asarray(values)[at], np.asarray(default, values.dtype))
+
+
+def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Keys, values and the default of a LabelEncoder or CategoryMapper; strings are numbers of the model's strings."""
+    attrs, dtypes = node.attrs, {"floats": np.float32, "int64s": np.int64, "strings": np.int64}
+    if "keys_strings" not in attrs and (attrs.get("classes_strings") or attrs.get("cats_strings")):
+        names = np.asarray(attrs.get("classes_strings") or attrs["cats_strings"], np.int64)
+        numbers = np.asarray(attrs.get("cats_int64s") or range(len(names)), np.int64)
+        if attrs.get("of_strings", False):
+            return names, numbers, attrs.get("default_int64", -1)
+        return numbers, names, attrs.get("default_string", -1)
+    found: dict[str, tuple[str, np.ndarray]] = {}
+    for part in ("keys", "values"):
+        for kind, dtype in dtypes.items():
+            if attrs.get(f"{part}_{kind}"):
+                found[part] = kind, np.asarray(attrs[f"{part}_{kind}"], dtype)
+        if attrs.get(f"{part}_tensor") is not None:
+            found[part] = "tensor", np.ravel(attrs[f"{part}_tensor"])
+    if len(found) < 2 or len(found["keys"][1]) != len(found["values"][1]) or not len(found["keys"][1]):
+        raise ModelError(f"{describe(node)}: its keys and values do not fit together; export the model again")
+    kind, values = found["values"]
+    name = {"floats": "default_float", "int64s": "default_int64", "strings": "default_string", "tensor": "default_tensor"}[
+        kind
+    ]
+    default = attrs.get(name)
+    return found["keys"][1], values, (0 if values.dtype.kind == "f" else -1) if default is None else np.ravel(default)[0]
+
+
+def _imputer(node: Node, x: Array) -> Array:
+    """ai.onnx.ml Imputer."""
+    values, replaced = imputed(node)
+    missing = jnp.isnan(x) if np.isnan(replaced) else x == replaced
+    return jnp.where(missing, jnp.asarray(values, x.dtype), x)
+
+
+register(
+    *(Op("LabelEncoder", since, Kind.ELEMENTWISE, _label_encoder, domain=DOMAIN) for since in (1, 2, 4)),
+    Op("CategoryMapper", 1, Kind.ELEMENTWISE, _label_encoder, domain=DOMAIN),
+    Op("Imputer", 1, Kind.COMPOSITE, _imputer, domain=DOMAIN),
+)

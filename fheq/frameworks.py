@@ -1,0 +1,128 @@
+"""Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
+
+Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. There is no function for JAX: the one
+release of jax2onnx whose requirements fit jax 0.7.1 and numpy 1.26 (0.7.1) fails with them. Nor is there one for Keras,
+whose export needs TensorFlow. Export such models elsewhere, and give the file to `import_onnx`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fheq.errors import DataError, FheqError, UnsupportedError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from fheq.graph import Graph
+
+OPSET = 18
+
+
+class MissingExtraError(FheqError, ImportError):
+    """A package is missing that an extra of fheq installs."""
+
+
+def from_sklearn(estimator: Any, example: Any) -> Graph:
+    """A fitted scikit-learn estimator or pipeline, through skl2onnx.
+
+    Args:
+        estimator: fitted; what skl2onnx converts.
+        example: rows that it was fitted on, shape (N, features); one will do. float64 is exported as float32.
+
+    Returns:
+        The graph: of a classifier with the outputs label `(N,)` and probabilities `(N, classes)` (decision scores where the
+        estimator has no probabilities).
+
+    Raises:
+        MissingExtraError: skl2onnx is not installed.
+        UnsupportedError: skl2onnx does not convert the estimator.
+    """
+    skl2onnx = _extra("skl2onnx", "sklearn")
+    (row,) = _arrays([example])
+    if row.ndim != 2:
+        raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
+    call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset={"": OPSET, "ai.onnx.ml": 3})
+    return _read(_exported("skl2onnx", estimator, call))
+
+
+def from_torch(module: Any, *example: Any) -> Graph:
+    """A PyTorch module in evaluation mode, through torch's own exporter.
+
+    Args:
+        module: a `torch.nn.Module`; it is left in the mode it was in.
+        example: one array or tensor per argument of `forward`, samples along axis 0.
+
+    Raises:
+        MissingExtraError: torch is not installed.
+        UnsupportedError: torch does not export the module.
+    """
+    torch = _extra("torch", "torch")
+    inputs = tuple(torch.as_tensor(x[:1]) for x in _arrays(example))
+    names = [f"x{i}" for i in range(len(inputs))]
+    training = module.training
+
+    def call() -> bytes:
+        file = io.BytesIO()
+        module.eval()
+        try:
+            torch.onnx.export(
+                module,
+                inputs,
+                file,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=names,
+                dynamic_axes={name: {0: "samples"} for name in names},
+            )
+        finally:
+            module.train(training)
+        return file.getvalue()
+
+    return _read(_exported("torch.onnx", module, call))
+
+
+def _extra(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(f'{package} is not installed: pip install "fheq[{extra}]"') from error
+
+
+def _exported(exporter: str, model: Any, call: Callable[[], Any]) -> Any:
+    """What an exporter gives, its refusals as one error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return call()
+    except Exception as error:
+        cause = (str(error) or type(error).__name__).strip().splitlines()[0]
+        name = getattr(model, "__name__", type(model).__name__)
+        raise UnsupportedError(f"{exporter} cannot export {name}: {cause}") from error
+
+
+def _arrays(example: Sequence[Any]) -> list[np.ndarray]:
+    """Example inputs as numpy, float64 as float32.
+
+    Raises:
+        DataError: no inputs, no samples, or a scalar.
+    """
+    if not example:
+        raise DataError("give example inputs: their shapes are those of the model")
+    arrays = [np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in example]
+    for i, array in enumerate(arrays):
+        if array.ndim < 1 or array.shape[0] < 1:
+            raise DataError(f"example input {i} has shape {array.shape}; samples are due along axis 0, one at least")
+    return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
+
+
+def _read(model: ModelProto | bytes) -> Graph:
+    from fheq.onnx import import_onnx
+
+    return import_onnx(model)

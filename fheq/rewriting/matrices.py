@@ -1,0 +1,88 @@
+"""Linear operators without a form of their own, as products with known matrices (rules of `fheq.rewriting.decompose`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+
+from fheq.affine import Affine
+from fheq.graph import Node
+from fheq.ops.arguments import MAX_ELEMENTS
+from fheq.ops.linear import col2im_places
+from fheq.ops.resize import axis_matrices
+from fheq.rewriting.edit import Draft
+
+FINEST = 1024
+LARGEST = 255
+
+
+def exact_constant(draft: Draft, base: str, value: np.ndarray, dtype: np.dtype) -> str:
+    """A known tensor; of small multiples of one number, it gets the quantizer that makes them its integers.
+
+    Weights such as 0 and 1 (a selection) or 1/4 and 3/4 (an interpolation) then make no accumulator wider than need be.
+    """
+    name = draft.constant(base, value, dtype)
+    values = np.asarray(value, np.float64)
+    top = np.max(np.abs(values), initial=0)
+    for parts in range(1, FINEST + 1):
+        whole = np.round(values * parts)
+        if top * parts > LARGEST:
+            break
+        if np.all(np.abs(whole - values * parts) < 1e-6 * parts):
+            zero = np.zeros(())
+            high = max(float(np.max(np.abs(whole), initial=0)), 1.0)
+            draft.pinned[name] = Affine(zero + 1 / parts, zero, zero - high, zero + high, zero, signed=True)
+            break
+    return name
+
+
+def _mapped(draft: Draft, node: Node, x: str, axes: Sequence[int], matrix: np.ndarray, sizes: Sequence[int]) -> None:
+    """The product over `axes` of x with a matrix (their elements, those of the result), whose axes have `sizes` then."""
+    shape, out = draft.types[x].shape, node.outputs[0]
+    rest = [a for a in range(len(shape)) if a not in axes]
+    order = (*rest, *axes)
+    last = order == tuple(range(len(shape)))
+    moved = x if last else draft.apply(node, "Transpose", x, perm=order)
+    flat = draft.constant(f"{out}/shape", [-1, len(matrix)], np.dtype(np.int64))
+    rows = draft.apply(node, "Reshape", moved, flat, allowzero=0)
+    product = draft.apply(node, "MatMul", rows, exact_constant(draft, f"{out}/matrix", matrix, draft.types[x].dtype))
+    full = draft.constant(f"{out}/shape", [*(shape[a] for a in rest), *sizes], np.dtype(np.int64))
+    wide = draft.apply(node, "Reshape", product, full, out=out if last else "", allowzero=0)
+    if not last:
+        draft.apply(node, "Transpose", wide, out=out, perm=tuple(int(i) for i in np.argsort(order)))
+
+
+def _resize(draft: Draft, node: Node) -> bool:
+    """Resize and Upsample that interpolate: one matrix for all the axes that change."""
+    x, shape = node.inputs[0], draft.types[node.inputs[0]].shape
+    if node.attrs.get("mode", "nearest") == "nearest" or any(n not in draft.constants for n in node.inputs[1:] if n):
+        return False
+    found = axis_matrices(node, shape, [draft.constants.get(n) for n in node.inputs[1:]])
+    if found is None:
+        return False
+    axes = [axis for axis in range(len(shape)) if axis in found]
+    if not axes or np.prod([float(found[a].size) for a in axes]) > MAX_ELEMENTS:
+        return False
+    matrix = reduce(np.kron, [found[a] for a in axes]).T
+    _mapped(draft, node, x, axes, matrix, [len(found[a]) for a in axes])
+    return True
+
+
+def _col2im(draft: Draft, node: Node) -> bool:
+    """Col2Im: every place of the image adds up the places of blocks that lie on it."""
+    image, block = (draft.constants[name] for name in node.inputs[1:3])
+    places, _ = col2im_places(node, image, block)
+    samples, rows, blocks = draft.types[node.inputs[0]].shape
+    size, shape = int(np.prod(block)), draft.types[node.outputs[0]].shape
+    area = int(np.prod(shape[2:]))
+    matrix = np.zeros((size * blocks, area))
+    matrix[np.flatnonzero(places >= 0), places[places >= 0]] = 1
+    target = draft.constant(f"{node.outputs[0]}/shape", [samples, rows // size, size * blocks], np.dtype(np.int64))
+    wide = draft.apply(node, "Reshape", node.inputs[0], target, allowzero=0)
+    _mapped(draft, node, wide, [2], matrix, shape[2:])
+    return True
+
+
+RULES = {"Col2Im": _col2im, "Resize": _resize, "Upsample": _resize}

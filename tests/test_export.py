@@ -1,0 +1,96 @@
+"""Quantized models out and in again: onnxruntime computes what fake_quant does, and import finds the same program."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from build_models import cnn, mlp, model, node, tensor
+
+import fheq
+from fheq import AccumulatorRange, Granularity, Rounding, Spec
+from fheq.errors import QuantizationError
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+RNG = np.random.default_rng(0)
+
+
+def residual() -> onnx.ModelProto:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["r"]),
+        node("ConvTranspose", ["r", "u"], ["d"], kernel_shape=[1, 1], group=2),
+        node("Add", ["d", "r"], ["s"]),
+        node("Sigmoid", ["s"], ["e"]),
+        node("GlobalAveragePool", ["e"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("Gemm", ["f", "v", "b"], ["y"], transB=1, alpha=0.5),
+    ]
+    known = {"w": tensor(4, 1, 3, 3), "u": tensor(4, 2, 1, 1), "v": tensor(3, 4), "b": tensor(3)}
+    return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], known)
+
+
+def joined() -> onnx.ModelProto:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Tanh", ["h"], ["t"]),
+        node("Concat", ["t", "x"], ["j"], axis=1),
+        node("MatMul", ["j", "v"], ["y"]),
+    ]
+    return model(nodes, {"x": ["N", 4]}, ["y"], {"w": tensor(4, 3), "v": tensor(7, 2)}, opset=11)
+
+
+MODELS = {"mlp": (mlp(), (4,)), "cnn": (cnn(), (1, 6, 6)), "residual": (residual(), (1, 4, 4)), "joined": (joined(), (4,))}
+
+
+def differences(a: fheq.IntProgram, b: fheq.IntProgram) -> list[str]:
+    """Where two programs differ, the names of their values apart."""
+    names = ("out", "args", "origin", "accumulator")
+    if [type(i) for i in a.instructions] != [type(i) for i in b.instructions]:
+        return ["instructions"]
+    return [
+        f"{type(i).__name__}.{f.name}"
+        for i, j in zip(a.instructions, b.instructions)
+        for f in dataclasses.fields(i)
+        if f.name not in names and not np.array_equal(getattr(i, f.name), getattr(j, f.name))
+    ]
+
+
+def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    """onnxruntime as the nodes say, without its own integer kernels (those of x86 saturate), sample by sample."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: v[None]})[0] for v in x])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("activations", list(Granularity))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, activations, bits):
+    proto, shape = MODELS[name]
+    graph = fheq.import_onnx(proto)
+    x = RNG.normal(size=(60, *shape)).astype(np.float32)
+    spec = Spec(bits, activations=activations, accumulators=AccumulatorRange.WORST_CASE)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), spec)
+    exported = fheq.export_qdq(graph, qparams)
+    onnx.checker.check_model(exported, full_check=True)
+    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    wrong = np.abs(run(exported, x) - want) > 1e-5 * np.abs(want).max()
+    assert wrong.mean() <= 0.01  # a value on a rounding tie, which float32 decides
+    again = fheq.import_onnx(exported)
+    other = dataclasses.replace(spec, n_bits=7, activations=Granularity.PER_TENSOR)  # nothing is left for it to decide
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x), other))
+    assert differences(fheq.lower(graph, qparams), program) == []
+
+
+def test_a_rounded_accumulator_is_refused_by_name():
+    graph = fheq.import_onnx(mlp())
+    x = tensor(60, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), Spec(6, rounding=Rounding(4)))
+    with pytest.raises(QuantizationError, match=r"accumulator 'h'.*fit without rounding"):
+        fheq.export_qdq(graph, qparams)

@@ -1,0 +1,79 @@
+"""Models of frameworks as graphs, against the frameworks' own predictions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fheq
+from fheq.errors import DataError, UnsupportedError
+from fheq.frameworks import MissingExtraError
+
+X = np.random.default_rng(0).normal(size=(20, 5))
+
+
+def test_sklearn() -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    pytest.importorskip("skl2onnx")
+    y = np.where(X[:, 0] > 0, "up", "down")
+    model = sklearn.LogisticRegression().fit(X, y)
+    graph = fheq.from_sklearn(model, X)
+    label, probabilities = fheq.evaluate(graph, X.astype(np.float32))
+    np.testing.assert_array_equal(label, model.predict(X))
+    np.testing.assert_allclose(probabilities, model.predict_proba(X), atol=1e-5)
+    assert graph.inputs[0].type.shape == (1, 5) and graph.inputs[0].batch_axis == 0
+
+
+def test_torch() -> None:
+    torch = pytest.importorskip("torch")
+    layers = [torch.nn.Conv1d(1, 3, 2), torch.nn.BatchNorm1d(3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Dropout()]
+    module = torch.nn.Sequential(*layers, torch.nn.Linear(12, 2))
+    x = X[:, None, :].astype(np.float32)
+    graph = fheq.from_torch(module, x)
+    assert module.training
+    with torch.no_grad():
+        want = module.eval()(torch.as_tensor(x)).numpy()
+    np.testing.assert_allclose(fheq.evaluate(graph, x), want, atol=1e-5)
+
+
+def test_torch_with_two_inputs() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Scaled(torch.nn.Module):
+        def forward(self, a, b):
+            return a * torch.sigmoid(b)
+
+    graph = fheq.from_torch(Scaled(), torch.as_tensor(X), X)
+    assert [port.type.shape for port in graph.inputs] == [(1, 5), (1, 5)]
+    x = X.astype(np.float32)
+    np.testing.assert_allclose(fheq.evaluate(graph, x, x), x / (1 + np.exp(-x)), atol=1e-5)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, extra, call in (
+        ("skl2onnx", "sklearn", lambda: fheq.from_sklearn(None, X)),
+        ("torch", "torch", lambda: fheq.from_torch(None, X)),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtraError, match=rf'pip install "fheq\[{extra}\]"'):
+            call()
+
+
+def test_what_cannot_be_exported_is_refused() -> None:
+    pytest.importorskip("skl2onnx")
+    with pytest.raises(UnsupportedError, match="skl2onnx cannot export object"):
+        fheq.from_sklearn(object(), X)
+    with pytest.raises(DataError, match="rows of features"):
+        fheq.from_sklearn(object(), X[0])
+    pytest.importorskip("torch")
+    with pytest.raises(DataError, match="example inputs"):
+        fheq.from_torch(object())
+
+
+def test_no_framework_is_imported_unasked() -> None:
+    code = "import sys, fheq; print([m for m in ('sklearn', 'skl2onnx', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

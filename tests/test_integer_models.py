@@ -1,0 +1,156 @@
+"""Models that onnxruntime has quantized: the imported program computes their integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+from build_models import model, node, tensor
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+import fheq
+from fheq.post_training import PostTrainingQATImporter
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+RNG = np.random.default_rng(0)
+CALIBRATION = RNG.normal(size=(400, 2, 4, 4)).astype(np.float32)
+SAMPLES = RNG.normal(size=(100, 2, 4, 4)).astype(np.float32)
+
+
+def network() -> onnx.ModelProto:
+    """Convolution, pooling, an activation, a concatenation and dense layers."""
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["c"], kernel_shape=[2, 2]),
+        node("Relu", ["c"], ["r"]),
+        node("MaxPool", ["r"], ["p"], kernel_shape=[2, 2]),
+        node("Flatten", ["p"], ["f"]),
+        node("Gemm", ["f", "u", "d"], ["h"]),
+        node("Sigmoid", ["h"], ["s"]),
+        node("Concat", ["s", "f"], ["j"], axis=1),
+        node("MatMul", ["j", "v"], ["y"]),
+    ]
+    known = {"w": tensor(2, 2, 2, 2), "b": tensor(2), "u": tensor(8, 3), "d": tensor(3), "v": tensor(11, 2)}
+    return model(nodes, {"x": ["N", 2, 4, 4]}, ["y"], known)
+
+
+class Reader(CalibrationDataReader):
+    def __init__(self) -> None:
+        self.rest = iter(np.split(CALIBRATION[:64], 4))
+
+    def get_next(self):
+        x = next(self.rest, None)
+        return None if x is None else {"x": x}
+
+
+def program_of(proto: onnx.ModelProto) -> fheq.IntProgram:
+    graph = fheq.import_onnx(proto)
+    return fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, CALIBRATION), 3))
+
+
+def answers(program: fheq.IntProgram, x: np.ndarray) -> np.ndarray:
+    return program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+
+
+def quantized(directory: Path, form: QuantFormat, activations: QuantType, weights: QuantType, per_channel: bool):
+    onnx.save(network(), directory / "float.onnx")
+    kinds = {"activation_type": activations, "weight_type": weights}
+    quantize_static(
+        directory / "float.onnx", directory / "out.onnx", Reader(), form, per_channel=per_channel, reduce_range=True, **kinds
+    )
+    return onnx.load(directory / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("form", "activations", "weights", "per_channel"),
+    [
+        (QuantFormat.QDQ, QuantType.QUInt8, QuantType.QInt8, False),
+        (QuantFormat.QDQ, QuantType.QInt8, QuantType.QInt8, True),
+        (QuantFormat.QDQ, QuantType.QUInt8, QuantType.QInt4, True),
+        (QuantFormat.QOperator, QuantType.QUInt8, QuantType.QUInt8, False),
+        (QuantFormat.QOperator, QuantType.QInt8, QuantType.QInt8, True),
+    ],
+)
+def test_static_quantization_is_computed_integer_for_integer(tmp_path, form, activations, weights, per_channel):
+    """A step apart at rounding ties, which float32 decides, and where an accumulator too wide for tables loses low bits."""
+    import onnxruntime
+
+    proto = quantized(tmp_path, form, activations, weights, per_channel)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    program = program_of(proto)
+    step = float(np.max(program.outputs[0].affine.scale))
+    steps = np.abs(answers(program, SAMPLES) - session.run(None, {"x": SAMPLES})[0]) / step
+    assert steps.max() < 1.01
+    assert np.mean(steps > 0.01) <= 0.05
+    module = PostTrainingQATImporter(6, fheq.import_onnx(proto)).quantize_module(CALIBRATION)
+    np.testing.assert_allclose(module.forward(SAMPLES), answers(program, SAMPLES), atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [QuantType.QUInt8, QuantType.QInt8])
+def test_dynamic_quantization_becomes_a_static_one_that_keeps_the_weights(tmp_path, weights):
+    onnx.save(network(), tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "out.onnx", weight_type=weights)
+    proto = onnx.load(tmp_path / "out.onnx")
+    graph = fheq.import_onnx(proto)
+    (want,) = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": SAMPLES[:1]})
+    got = np.asarray(fheq.evaluate(graph, SAMPLES[:1]))
+    assert np.abs(got - want).max() < 0.02 * np.ptp(want) + 0.05  # its activations are rounded to 8 bits
+    linear = [n for n in graph.nodes if n.op in ("Conv", "MatMul", "Gemm")]
+    assert len(linear) == 3 and all(n.inputs[1] in graph.pinned for n in linear)
+    assert fheq.check(graph) == []
+
+
+def qdq(source: str, target: str, axis: int = 1) -> list[onnx.NodeProto]:
+    return [
+        node("QuantizeLinear", [source, "s", "z"], [f"{target}_q"], axis=axis),
+        node("DequantizeLinear", [f"{target}_q", "s", "z"], [target], axis=axis),
+    ]
+
+
+def test_a_scale_per_input_channel_is_exact_where_the_input_undoes_it():
+    """The integers of the input have scales 1/s where those of the weight have s."""
+    scales = np.float32([0.5, 0.125, 1.0])
+    known = {"s": scales, "z": np.uint8([7, 8, 9]), "t": 1 / scales, "w": np.int8([[3, -4], [5, 6], [-7, 1]])}
+    nodes = [*qdq("x", "d"), node("DequantizeLinear", ["w", "t"], ["v"], axis=0), node("MatMul", ["d", "v"], ["y"])]
+    proto = model(nodes, {"x": ["N", 3]}, ["y"], known)
+    x = tensor(80, 3, low=-3, high=9)
+    graph = fheq.import_onnx(proto)
+    for bits in (2, 7):
+        program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), bits))
+        np.testing.assert_allclose(answers(program, x), fheq.evaluate(graph, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("square", [np.float32([[0.5], [0.1], [0.3]]), np.float32([[0.5, 0.1, 0.3]])])
+def test_scales_of_a_square_weight_are_those_of_the_axis_that_is_stated(square):
+    axis = 0 if square.shape[0] == 3 else 1
+    known = {"s": np.float32(0.25), "z": np.int8(0), "t": square.ravel(), "w": np.int8([[3, -4, 2], [5, 6, 1], [-7, 1, 0]])}
+    nodes = [*qdq("x", "d"), node("DequantizeLinear", ["w", "t"], ["v"], axis=axis), node("MatMul", ["d", "v"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], known))
+    x = tensor(80, 3, low=-3, high=3)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), {"op_inputs": 8, "op_weights": 10}))
+    want = np.asarray(fheq.evaluate(graph, x))
+    tolerance = 1e-5 if axis == 1 else 3 * 4 * np.abs(known["w"] * square).max() / 2**10
+    np.testing.assert_allclose(answers(program, x), want, atol=tolerance)
+
+
+def test_integers_that_are_clipped_and_moved_stay_on_their_grid():
+    """QCDQ, as Brevitas exports it: 4 bits in an 8-bit container, here flattened and pooled as integers."""
+    known = {"s": np.float32(0.25), "z": np.int8(1), "lo": np.int8(-8), "hi": np.int8(7), "w": tensor(2, 3)}
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        node("Clip", ["q", "lo", "hi"], ["k"]),
+        node("MaxPool", ["k"], ["p"], kernel_shape=[4, 4]),
+        node("Flatten", ["p"], ["f"]),
+        node("DequantizeLinear", ["f", "s", "z"], ["d"]),
+        node("MatMul", ["d", "w"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 2, 4, 4]}, ["y"], known))
+    (pinned,) = graph.pinned.values()
+    assert (int(pinned.qmin), int(pinned.qmax)) == (-8, 7)
+    q = np.clip(np.round(SAMPLES / 0.25) + 1, -8, 7).max(axis=(2, 3))
+    np.testing.assert_allclose(fheq.evaluate(graph, SAMPLES), 0.25 * (q - 1) @ known["w"], atol=1e-5)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op for n in graph.nodes}

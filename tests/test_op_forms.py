@@ -1,0 +1,215 @@
+"""The encrypted forms of composite operators: the same values, exact selection, and how many tables they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from build_models import model, node, reference
+from jax.experimental import enable_x64
+from onnx import TensorProto
+
+import fheq
+from benchmarks.op_cases import onnx_cases, with_known_inputs
+from fheq.evaluate import evaluate_sample
+from fheq.rewrites import decompose
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+
+REWRITTEN = [
+    "ArgMax",
+    "ArgMin",
+    "Col2Im",
+    "CumProd",
+    "Einsum",
+    "GlobalLpPool",
+    "Hardmax",
+    "InstanceNormalization",
+    "LRN",
+    "LayerNormalization",
+    "LogSoftmax",
+    "LpNormalization",
+    "LpPool",
+    "Mean",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceProd",
+    "ReduceSumSquare",
+    "Resize",
+    "ScatterElements",
+    "ScatterND",
+    "Softmax",
+    "Sum",
+    "TopK",
+]
+PER_OPERATOR = 4
+
+
+def _chosen() -> dict[str, Any]:
+    """Cases of each rewritten operator, spread over all that it has."""
+    chosen = {}
+    for op in REWRITTEN:
+        cases = [c for c in onnx_cases() if c.node.op == op and not c.node.domain and "bfloat16" not in c.name]
+        step = max(1, len(cases) // PER_OPERATOR)
+        chosen.update({c.name: c for c in cases[::step][:PER_OPERATOR]})
+    return chosen
+
+
+CHOSEN = _chosen()
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_simple_operators_give_the_values_of_the_composite(name: str) -> None:
+    case = CHOSEN[name]
+    proto, inputs = with_known_inputs(case)
+    graph = fheq.import_onnx(proto)
+    simple = decompose(graph)
+    with enable_x64():
+        results = evaluate_sample(simple, *inputs)
+    for got, want in zip(results, case.outputs, strict=True):
+        got = np.asarray(got)
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
+# Selection
+
+
+def selecting(nodes: Sequence[onnx.NodeProto], size: int, result: str, known: dict[str, np.ndarray], width: int) -> Any:
+    """Integers of an axis of `size` elements to `result`, which a matrix product reads, so that no client can finish it."""
+    last = [node("Cast", [result], ["real"], to=TensorProto.FLOAT), node("MatMul", ["real", "eye"], ["y"])]
+    known = {**known, "eye": np.eye(width, dtype=np.float32)}
+    return model([*nodes, *last], {"x": ["N", size]}, ["y"], known, opset=21, kinds={"x": TensorProto.INT64, "y": 1})
+
+
+def simulated(proto: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, fheq.IntProgram]:
+    graph = fheq.import_onnx(proto)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 8))
+    return program.dequantize(np.asarray(fheq.simulate(program, *program.quantize(x))))[0], program
+
+
+def all_rows(size: int, top: int) -> np.ndarray:
+    """Every row of integers below `top`: all orders and all ties."""
+    return np.array(list(product(range(top), repeat=size)), np.int64)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+@pytest.mark.parametrize("last", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
+def test_encrypted_index_of_an_extreme_is_exact(op: str, last: int, size: int) -> None:
+    proto = selecting([node(op, ["x"], ["i"], axis=1, keepdims=1, select_last_index=last)], size, "i", {}, 1)
+    x = all_rows(size, 3)
+    values, _ = simulated(proto, x)
+    np.testing.assert_allclose(values, reference(proto, x)[0], atol=1e-6)
+
+
+def test_encrypted_index_is_exact_for_classes_that_calibration_never_met() -> None:
+    """Calibrated on samples whose first element is the largest, it finds all the others."""
+    proto = selecting([node("ArgMax", ["x"], ["i"], axis=1, keepdims=1)], 5, "i", {}, 1)
+    graph = fheq.import_onnx(proto)
+    seen = np.array([[7, 0, 1, 2, 3], [7, 3, 2, 1, 0]], np.int64)
+    spec = fheq.Spec(n_bits=8, accumulators=fheq.AccumulatorRange.WORST_CASE)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, seen), spec))
+    x = np.random.default_rng(0).integers(0, 8, (200, 5))
+    (values,) = program.dequantize(np.asarray(fheq.simulate(program, *program.quantize(x))))
+    np.testing.assert_allclose(values, reference(proto, x)[0], atol=1e-6)
+
+
+def test_encrypted_hardmax_is_exact() -> None:
+    nodes = [node("Cast", ["x"], ["f"], to=TensorProto.FLOAT), node("Hardmax", ["f"], ["h"], axis=1)]
+    proto = selecting(nodes, 5, "h", {}, 5)
+    x = all_rows(5, 3)
+    values, _ = simulated(proto, x)
+    np.testing.assert_allclose(values, reference(proto, x)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [0, 1], ids=["smallest", "largest"])
+@pytest.mark.parametrize("result", ["values", "indices"])
+def test_encrypted_top_k_is_exact(result: str, largest: int) -> None:
+    known = {"k": np.array([3])}
+    nodes = [node("TopK", ["x", "k"], ["values", "indices"], axis=1, largest=largest)]
+    proto = selecting(nodes, 5, result, known, 3)
+    x = all_rows(5, 3)
+    values, _ = simulated(proto, x)
+    np.testing.assert_allclose(values, reference(proto, x)[0], atol=1e-6)
+
+
+def classifier(with_labels: bool) -> onnx.ModelProto:
+    """Scores, the class, and its label."""
+    nodes = [node("MatMul", ["x", "w"], ["scores"]), node("ArgMax", ["scores"], ["class"], axis=1, keepdims=0)]
+    nodes += [node("Gather", ["labels", "class"], ["label"])] if with_labels else []
+    known = {"w": np.random.default_rng(3).normal(size=(6, 4)).astype(np.float32), "labels": np.array([10, 20, 40, 80])}
+    names = ["scores", "label"] if with_labels else ["class"]
+    return model(nodes, {"x": ["N", 6]}, names, known, kinds={"class": TensorProto.INT64, "label": TensorProto.INT64})
+
+
+@pytest.mark.parametrize("with_labels", [False, True], ids=["class", "scores_and_label"])
+def test_the_client_takes_the_largest_score_without_a_table(with_labels: bool) -> None:
+    proto = classifier(with_labels)
+    graph = fheq.import_onnx(proto)
+    x = np.random.default_rng(4).normal(size=(60, 6)).astype(np.float32)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    program = fheq.lower(graph, qparams)
+    assert not program.lookups and [entry.name for entry in program.outputs] == ["scores"]
+    (q,) = (np.asarray(fheq.simulate(program, *program.quantize(x))),)
+    results = program.dequantize(q)
+    scores = program.outputs[0].affine.dequantize(q)
+    classes = np.argmax(scores, axis=1)
+    wanted = (scores, np.array([10, 20, 40, 80])[classes]) if with_labels else (classes,)
+    for got, want in zip(results, wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+    faked = fheq.fake_quant(graph, qparams, x)
+    np.testing.assert_array_equal(np.asarray(faked[-1] if with_labels else faked), wanted[-1])
+    assert np.mean(wanted[-1] == reference(proto, x)[-1]) > 0.9  # the rest is what 6 bits round away
+    assert fheq.check(proto) == []
+
+
+def test_a_compiled_classifier_gives_classes() -> None:
+    graph = fheq.import_onnx(classifier(False))
+    x = np.random.default_rng(4).normal(size=(8, 6)).astype(np.float32)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 4))
+    want = program.dequantize(np.asarray(fheq.simulate(program, *program.quantize(x))))[0]
+    np.testing.assert_array_equal(fheq.compile(program).evaluate(x), want)
+
+
+# Tables
+
+ROW = n = 5
+
+# Table applications for rows of quantized inputs.
+COUNTS: dict[str, tuple[int, Sequence[onnx.NodeProto], Sequence[str]]] = {
+    "sum_of_three": (0, [node("Sum", ["x", "x1", "x2"], ["r"])], ("x", "x1", "x2")),
+    "comparison_of_two": (n, [node("Greater", ["x", "x1"], ["r"])], ("x", "x1")),
+    "maximum_of_two": (n, [node("Max", ["x", "x1"], ["r"])], ("x", "x1")),
+    "product_of_two": (2 * n, [node("Mul", ["x", "x1"], ["r"])], ("x", "x1")),
+    "maximum_and_minimum_share_the_comparisons_of_their_first_round": (
+        2 * (n - 1) - n // 2,
+        [
+            node("ReduceMax", ["x"], ["a"], axes=[1], keepdims=1),
+            node("ReduceMin", ["x"], ["b"], axes=[1], keepdims=1),
+            node("Sub", ["a", "b"], ["r"]),
+        ],
+        ("x",),
+    ),
+    # the maximum, exp, the log of the sum, the maximum added to it, exp
+    "softmax": ((n - 1) + n + 1 + 1 + n, [node("Softmax", ["x"], ["r"], axis=1)], ("x",)),
+    # the maximum, a comparison with it and the sums of hits of all but one element
+    "hardmax": (3 * (n - 1), [node("Hardmax", ["x"], ["h"], axis=1), node("MatMul", ["h", "w"], ["r"])], ("x",)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_tables_per_row(name: str) -> None:
+    count, nodes, names = COUNTS[name]
+    kinds = {"r": TensorProto.BOOL if name.startswith("comparison") else TensorProto.FLOAT}
+    known = {"w": np.eye(ROW, dtype=np.float32)}
+    graph = fheq.import_onnx(model(nodes, {x: ["N", ROW] for x in names}, ["r"], known, opset=17, kinds=kinds))
+    data = [np.random.default_rng(i).normal(size=(80, ROW)).astype(np.float32) for i in range(len(names))]
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *data), 4))
+    assert sum(int(np.prod(program.values[table.out].shape)) for table in program.lookups) == count

@@ -1,0 +1,102 @@
+"""Batch axes of inputs that differ in rank, symbols and type."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from build_models import model, node, reference, tensor
+from models import as_tuple
+from onnx import TensorProto
+
+import fheq
+
+INT64, BOOL = TensorProto.INT64, TensorProto.BOOL
+INDICES = np.array([[0, 2], [1, 1], [2, 0]])
+FLAGS = np.array([[True, False], [False, False], [True, True]])
+FORMS = {
+    "ranks 1 to 5": (
+        model(
+            [node("Mul", ["a", "b"], ["y"]), node("Relu", ["e"], ["z"])],
+            {"a": ["N"], "b": ["N"], "e": ["N", 1, 2, 1, 2]},
+            ["y", "z"],
+        ),
+        [tensor(3), tensor(3), tensor(3, 1, 2, 1, 2)],
+        [0, 0, 0],
+    ),
+    "a symbol of its own for each input": (
+        model([node("Add", ["a", "b"], ["y"])], {"a": ["n", 2], "b": ["m", 2]}, ["y"]),
+        [tensor(3, 2), tensor(3, 2)],
+        [0, 0],
+    ),
+    "axes that differ": (
+        model(
+            [node("Transpose", ["b"], ["t"], perm=[1, 0]), node("Add", ["a", "t"], ["y"])],
+            {"a": ["N", 2], "b": [2, "N"]},
+            ["y"],
+        ),
+        [tensor(3, 2), tensor(2, 3)],
+        [0, 1],
+    ),
+    "indices and a mask of the samples": (
+        model(
+            [
+                node("Gather", ["table", "i"], ["g"]),
+                node("Cast", ["m"], ["f"], to=TensorProto.FLOAT),
+                node("Unsqueeze", ["f", "last"], ["u"]),
+                node("Mul", ["g", "u"], ["y"]),
+            ],
+            {"i": ["N", 2], "m": ["N", 2]},
+            ["y"],
+            {"table": tensor(3, 4), "last": np.array([2])},
+            kinds={"i": INT64, "m": BOOL},
+        ),
+        [INDICES, FLAGS],
+        [0, 0],
+    ),
+    "an image beside a vector": (
+        model(
+            [
+                node("GlobalAveragePool", ["x"], ["p"]),
+                node("Flatten", ["p"], ["f"]),
+                node("Concat", ["f", "v"], ["y"], axis=1),
+            ],
+            {"x": ["N", 2, 3, 3], "v": ["N", 4]},
+            ["y"],
+        ),
+        [tensor(3, 2, 3, 3), tensor(3, 4)],
+        [0, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_batches_of_several_inputs(name: str) -> None:
+    """As onnxruntime on the whole batch; and `check` finds a form for encrypted data."""
+    proto, arrays, axes = FORMS[name]
+    graph = fheq.import_onnx(proto)
+    assert [port.batch_axis for port in graph.inputs] == axes
+    for got, want in zip(as_tuple(fheq.evaluate(graph, *arrays)), reference(proto, *arrays), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert fheq.check(graph) == []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_is_taken_as_it_is(batch: int) -> None:
+    """One sample is a batch of one, which may grow; three are the shape of one encrypted run."""
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    proto = model(nodes, {"x": [batch, 4]}, ["y"], {"w": tensor(4, 2)})
+    graph, x = fheq.import_onnx(proto), tensor(batch, 4)
+    np.testing.assert_allclose(fheq.evaluate(graph, x), reference(proto, x)[0], rtol=1e-5, atol=1e-6)
+    assert graph.inputs[0].batch_axis == (0 if batch == 1 else None)
+
+
+def test_the_output_has_a_symbol_of_its_own() -> None:
+    proto = model([node("Relu", ["x"], ["y"])], {"x": ["rows", 2]}, ["y"])
+    proto.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, ["other", 2]))
+    assert fheq.import_onnx(proto).outputs[0].batch_axis == 0
+
+
+def test_scalars_are_batched_along_a_new_axis() -> None:
+    graph = fheq.import_onnx(model([node("Tanh", ["x"], ["y"])], {"x": []}, ["y"]))
+    np.testing.assert_allclose(fheq.evaluate(graph, np.float32([0.5, 1.0])), np.tanh([0.5, 1.0]), rtol=1e-5)
