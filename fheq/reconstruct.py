@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fheq.accumulators import same_range
 from fheq.batching import check_arrays
@@ -32,6 +31,9 @@ from fheq.progress import track
 from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, with_weights
 from fheq.steps import Linear
+
+if TYPE_CHECKING:
+    from optax import GradientTransformation
 
 Array = Any
 BLOCK = 100  # optimizer steps per call
@@ -109,6 +111,8 @@ def tune(
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     task = _Task(layout, qparams, _targets(layout, teacher or graph, data), 1 / (2 * quantile(p_error)), training)
     moved = jax.tree.map(jnp.zeros_like, task.initial)
+    import optax
+
     optimizer = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
     state = optimizer.init(moved)
     run = jax.jit(partial(_train, task, optimizer))
@@ -249,7 +253,7 @@ def _beyond(qparams: QParams, name: str, y: Array) -> Array:
 
 
 def _train(
-    task: _Task, optimizer: optax.GradientTransformation, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array
+    task: _Task, optimizer: GradientTransformation, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array
 ) -> tuple[Learned, Any]:
     """An optimizer step for each key."""
 
@@ -260,6 +264,6 @@ def _train(
         batch: Callable[[Any], Any] = lambda tree: jax.tree.map(lambda v: v[at], tree)
         gradient = jax.grad(task.loss)(moved, noise, batch(data), batch(task.targets.outputs), batch(task.targets.hints))
         update, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(moved, update), state), None
+        return (jax.tree.map(jnp.add, moved, update), state), None
 
     return jax.lax.scan(body, (moved, state), keys)[0]

@@ -203,9 +203,9 @@ class _Search:
     def front(self, target: float | None, budget: float | None) -> Front:
         within = lambda c: budget is None or c.complexity <= budget * 1.2  # a larger p_error may still bring it under
         pool = [c for c in self.grid() if within(c)]
-        pool += [c for c in self.refined(pool, target) if within(c)]
         if not pool:
             raise QuantizationError(f"nothing that was tried costs at most {budget:g} operations")
+        pool += [c for c in self.refined(pool, target) if within(c)]
         points = []
         for candidate in track(self.promising(pool, target, self.space.finalists), "confirming", self.progress):
             points += self.points(candidate.name, candidate.graph, candidate.qparams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from build_models import model, node
-from onnx import TensorProto
+from onnx import ModelProto
 
 import fheq
 from fheq.digits import load
@@ -15,13 +15,11 @@ SPEC = fheq.Spec(5, rounding=fheq.Rounding(5, approximate=True))
 
 def tables(graph: fheq.Graph, x: np.ndarray) -> int:
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), SPEC))
-    return sum(lookup.group.size if lookup.group.size > 1 else 1 for lookup in program.lookups) and sum(
-        row.lookups for row in fheq.cost(program, p_error=0.01).rows
-    )
+    return sum(row.lookups for row in fheq.cost(program, p_error=0.01).rows)
 
 
-def redundant_dense(rng: np.random.Generator) -> bytes:
-    """Six hidden neurons: two are alike, one is the sum of two others that never reach their kinks, one is never read."""
+def redundant_dense(rng: np.random.Generator) -> ModelProto:
+    """Six hidden neurons: two are alike, one is the sum of two others, all three always active, and one is never read."""
     first = rng.uniform(-1, 1, (5, 6)).astype(np.float32)
     first[:, 1] = first[:, 0]
     bias = np.zeros(6, np.float32)
@@ -35,34 +33,33 @@ def redundant_dense(rng: np.random.Generator) -> bytes:
         node("Relu", ["a"], ["r"]),
         node("MatMul", ["r", "v"], ["y"]),
     ]
-    return model(nodes, {"x": ("N", 5)}, {"y": ("N", 3)}, {"w": first, "b": bias, "v": second})
+    return model(nodes, {"x": ("N", 5)}, ["y"], {"w": first, "b": bias, "v": second})
 
 
-def redundant_conv(rng: np.random.Generator) -> bytes:
-    """Four channels, two of them alike."""
+def redundant_conv(rng: np.random.Generator) -> ModelProto:
+    """Four channels, the last the sum of two others, all three always active."""
     first = rng.uniform(-1, 1, (4, 2, 3, 3)).astype(np.float32)
-    first[3] = first[1]
+    first[3] = first[1] + first[2]
     second = rng.uniform(-1, 1, (2, 4, 2, 2)).astype(np.float32)
     nodes = [
-        node("Conv", ["x", "w"], ["h"], pads=[1, 1, 1, 1]),
+        node("Conv", ["x", "w", "b"], ["h"], pads=[1, 1, 1, 1]),
         node("Relu", ["h"], ["r"]),
         node("Conv", ["r", "v", "c"], ["y"]),
     ]
-    constants = {"w": first, "v": second, "c": np.ones(2, np.float32)}
-    return model(nodes, {"x": ("N", 2, 5, 5)}, {"y": ("N", 2, 4, 4)}, constants)
+    constants = {"w": first, "b": np.array([0, 40, 40, 40], np.float32), "v": second, "c": np.ones(2, np.float32)}
+    return model(nodes, {"x": ("N", 2, 5, 5)}, ["y"], constants)
 
 
-@pytest.mark.parametrize(("build", "shape", "gone"), [(redundant_dense, (5,), 3 / 6), (redundant_conv, (2, 5, 5), 1 / 4)])
-def test_redundant_channels_cost_nothing_and_change_nothing(build, shape, gone):
+@pytest.mark.parametrize(("build", "shape", "left"), [(redundant_dense, (5,), 3), (redundant_conv, (2, 5, 5), 3 * 25)])
+def test_redundant_channels_cost_nothing_and_change_nothing(build, shape, left):
     rng = np.random.default_rng(0)
     graph = fheq.import_onnx(build(rng))
     x, unseen = (rng.normal(size=(300, *shape)).astype(np.float32) for _ in range(2))
-    pruned = fheq.prune(graph, x, tolerance=1e-4)
+    pruned = fheq.prune(graph, x, tolerance=1e-2)
     exact = np.asarray(fheq.evaluate(graph, unseen))
-    # The ridge of least squares is all that keeps the stand-ins from being exact.
     error = np.mean((np.asarray(fheq.evaluate(pruned, unseen)) - exact) ** 2) / np.var(exact)
-    assert error < 1e-4
-    assert tables(pruned, x) <= tables(graph, x) * (1 - gone) + 1e-9
+    assert error < 1e-2  # the ridge of least squares is all that keeps the stand-ins from being exact
+    assert tables(pruned, x) <= left < tables(graph, x)
 
 
 def test_a_trained_network_halves_its_tables():
@@ -98,7 +95,7 @@ def test_weights_that_the_model_quantized_stay():
         node("DequantizeLinear", ["w", "s"], ["vf"]),
         node("MatMul", ["r", "vf"], ["y"]),
     ]
-    graph = fheq.import_onnx(model(nodes, {"x": ("N", 3)}, {"y": ("N", 3)}, {"w": w, "s": np.float32(0.5)}))
+    graph = fheq.import_onnx(model(nodes, {"x": ("N", 3)}, ["y"], {"w": w, "s": np.float32(0.5)}))
     x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     assert fheq.prune(graph, x, tolerance=1.0) is graph
 
@@ -106,18 +103,17 @@ def test_weights_that_the_model_quantized_stay():
 def test_ranks_above_two():
     rng = np.random.default_rng(1)
     w, v = rng.normal(size=(4, 6)).astype(np.float32), rng.normal(size=(6, 2)).astype(np.float32)
-    v[2] = 0
+    v[2] *= 0.05
     nodes = [
         node("MatMul", ["x", "w"], ["h"]),
         node("Relu", ["h"], ["r"]),
         node("MatMul", ["r", "v"], ["m"]),
         node("Tanh", ["m"], ["y"]),
     ]
-    graph = fheq.import_onnx(model(nodes, {"x": ("N", 3, 4)}, {"y": ("N", 3, 2)}, {"w": w, "v": v}))
+    graph = fheq.import_onnx(model(nodes, {"x": ("N", 3, 4)}, ["y"], {"w": w, "v": v}))
     x = rng.normal(size=(100, 3, 4)).astype(np.float32)
-    pruned = fheq.prune(graph, x, tolerance=1e-6)
-    assert np.allclose(fheq.evaluate(pruned, x), fheq.evaluate(graph, x), atol=1e-2)
+    pruned = fheq.prune(graph, x, tolerance=1e-2)
+    exact = np.asarray(fheq.evaluate(graph, x))
+    assert np.mean((np.asarray(fheq.evaluate(pruned, x)) - exact) ** 2) < 1e-2 * np.var(exact)
     assert tables(pruned, x) < tables(graph, x)
 
-
-assert TensorProto
