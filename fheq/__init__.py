@@ -29,10 +29,10 @@ from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
-from fheq.front import Front as Front
-from fheq.front import Point as Point
 from fheq.frameworks import from_sklearn as from_sklearn
 from fheq.frameworks import from_torch as from_torch
+from fheq.front import Front as Front
+from fheq.front import Point as Point
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
 from fheq.many import Compiled as Compiled

@@ -73,8 +73,8 @@ def reconstruct(
 
     Args:
         graph: what `import_onnx` or `prune` gives.
-        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values that near the ends of an accumulator's range
-            are pushed back into it.
+        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values near the ends of an accumulator's range are
+            pushed back into it.
         inputs: calibration data, as for `evaluate`.
         key: a key of `jax.random`; the same key gives the same result.
         p_error: probability that a table fails, which the values shall bear: the noise at tables' inputs.
@@ -225,10 +225,10 @@ class _Task:
         for s, k in zip(self.rounded, jax.random.split(key, len(self.rounded))):
             own, other = jax.random.split(k)
             a = accumulators[s.out]
-            if isinstance(steps[s.out], Linear):
+            step = steps[s.out]
+            if isinstance(step, Linear):
                 size = self.noise * jnp.exp2(a.lsbs) * prepared[s.out].scale
-                noise = size * jax.random.normal(own, s.shape)
-                steps[s.out] = replace(steps[s.out], bias=steps[s.out].bias + noise)
+                steps[s.out] = replace(step, bias=step.bias + size * jax.random.normal(own, s.shape))
             if self.training.drop:
                 kept = jax.random.bernoulli(other, 1 - self.training.drop, s.shape)
                 accumulators[s.out] = replace(a, lsbs=a.lsbs * kept)

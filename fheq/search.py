@@ -1,4 +1,4 @@
-"""The search for the cheapest circuits: bits, roundings, pruning and failure probability, for an accuracy that a user names."""
+"""The search for the cheapest circuits of an accuracy: pruning, bits, roundings and the probability of failures."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class _Search:
         parts = check_arrays(graph.inputs, inputs)
         n = len(parts[0])
         order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(n)
-        held = int(round(n * space.held_out))
+        held = round(n * space.held_out)
         if not 0 < held < n:
             raise DataError(f"held_out={space.held_out} of {n} samples leaves none to fit to or none to score")
         whole = lambda at: tuple(join(port, part[at]) for port, part in zip(graph.inputs, parts))

@@ -116,4 +116,3 @@ def test_ranks_above_two():
     exact = np.asarray(fheq.evaluate(graph, x))
     assert np.mean((np.asarray(fheq.evaluate(pruned, x)) - exact) ** 2) < 1e-2 * np.var(exact)
     assert tables(pruned, x) < tables(graph, x)
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -56,8 +58,8 @@ def test_points_are_chosen_by_score_or_budget(found):
 
 def test_a_stopped_run_goes_on_and_gives_the_same_answer(found, monkeypatch):
     run, front, folder, _ = found
-    monkeypatch.setattr("fheq.search.tune", lambda *a, **k: pytest.fail("reconstructed again"))
-    monkeypatch.setattr("fheq.search.simulate", lambda *a, **k: pytest.fail("simulated again"))
+    monkeypatch.setattr(sys.modules["fheq.search"], "tune", lambda *a, **k: pytest.fail("reconstructed again"))
+    monkeypatch.setattr(sys.modules["fheq.search"], "simulate", lambda *a, **k: pytest.fail("simulated again"))
     resumed = run(folder=folder)
     assert [(p.complexity, p.score, p.settings) for p in resumed.points] == [
         (p.complexity, p.score, p.settings) for p in front.points
@@ -104,4 +106,4 @@ def test_allocations_are_the_best_sets_for_their_cost():
     total = {s: (sum(costs[i] for i in s), sum(losses[i] for i in s)) for s in every}
     for chosen in allocations(changes, losses, costs):
         cost, loss = total[tuple(sorted(changes.index(c) for c in chosen))]
-        assert loss <= min(l for c, l in total.values() if c <= cost) + 1e-9
+        assert loss <= min(other for c, other in total.values() if c <= cost) + 1e-9
