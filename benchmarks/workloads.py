@@ -3,9 +3,9 @@
     python -m benchmarks.workloads FOLDER [--names a,b] [--samples 1000] [--reconstructions 4] [--keep FOLDER]
 
 A workload is NAME.onnx with NAME.npz (x_train, y_train, x_test, y_test). Searches use the defaults of `fheq.search`, the
-first samples of x_train and no labels. Scores are those of noisy simulation on the whole of x_test: accuracy, or R2 where targets
-are floats. Where the folder has peer.jsonl (name, score, sim_score, complexity, n_bits, rounding, p_error a line), each of
-its circuits is compared with the cheapest point that is at least as accurate.
+first samples of x_train and no labels. Scores are those of noisy simulation on the whole of x_test: accuracy, or R2 where
+targets are floats. Where the folder has peer.jsonl (name, score, sim_score, complexity, n_bits, rounding and p_error on each
+line), each of its circuits is compared with the cheapest point that is at least as accurate.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Learned:
 
 def initial(layout: Plan, qparams: QParams) -> Learned:
     """The model's own weights, no change of biases and scales."""
-    steps = [step for step in layout.steps if replaceable(layout.graph, step)]
+    steps = [step for step in layout.steps if isinstance(step, Linear) and replaceable(layout.graph, step)]
     bias = lambda s: jnp.zeros((s.weight.shape[s.weight_axis], *(1,) * (-s.channel - 1)))
     free = [name for name in layout.points if name in qparams.tensors and name not in layout.graph.pinned]
     return Learned(
