@@ -47,6 +47,14 @@ def test_the_same_key_gives_the_same_weights_and_the_integers_are_those_of_fake_
     assert np.mean(np.abs(fake - real) > 1e-4 * np.ptp(real)) < 0.05
 
 
+def test_corrected_biases_give_channels_the_means_of_the_float_model(fitted):
+    graph, qparams, x, _ = fitted
+    exact = np.asarray(fheq.evaluate(graph, x)).mean(axis=0)
+    shift = lambda g, q: np.abs(np.asarray(fheq.fake_quant(g, q, x)).mean(axis=0) - exact).max()
+    # The outputs are not rounded: what is left is float32's.
+    assert shift(*fheq.correct_biases(graph, qparams, x)) < 1e-3 * np.abs(exact).max() < shift(graph, qparams)
+
+
 def test_bits_and_roundings_stay(fitted):
     graph, qparams, x, _ = fitted
     _, tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=2))
