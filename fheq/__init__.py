@@ -31,6 +31,8 @@ from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
 from fheq.frameworks import from_sklearn as from_sklearn
 from fheq.frameworks import from_torch as from_torch
+from fheq.front import Front as Front
+from fheq.front import Point as Point
 from fheq.graph import Graph as Graph
 from fheq.lower import lower as lower
 from fheq.many import Compiled as Compiled
@@ -43,8 +45,13 @@ from fheq.observers import Percentile as Percentile
 from fheq.overflow import Overflow as Overflow
 from fheq.overflow import overflow as overflow
 from fheq.program import IntProgram as IntProgram
+from fheq.prune import prune as prune
 from fheq.qparams import QParams as QParams
+from fheq.reconstruct import Training as Training
+from fheq.reconstruct import reconstruct as reconstruct
 from fheq.scores import Score as Score
+from fheq.search import Space as Space
+from fheq.search import search as search
 from fheq.simulate import simulate as simulate
 from fheq.spec import AccumulatorRange as AccumulatorRange
 from fheq.spec import Granularity as Granularity

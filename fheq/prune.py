@@ -227,7 +227,8 @@ class Reader:
         """The layer with the weights that give the model's results from the pruned copy's inputs, by least squares."""
         matrix = step.weight if step.form == "matmul" else step.weight.reshape(len(step.weight), -1).T
         size, count = len(matrix), 0
-        sums = [np.zeros(size), np.zeros(matrix.shape[1]), np.zeros((size, size)), np.zeros(matrix.shape), 0.0]
+        shapes = (size,), matrix.shape[1:], (size, size), matrix.shape, matrix.shape[1:]
+        sums: list[np.ndarray] = [np.zeros(shape) for shape in shapes]
         for at in range(0, len(exact), CHUNK):
             y = _rows(step, exact[at : at + CHUNK]) @ matrix
             x = _rows(step, pruned[at : at + CHUNK])

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fheq.accumulators import same_range
 from fheq.batching import check_arrays
@@ -32,6 +31,9 @@ from fheq.progress import track
 from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, with_weights
 from fheq.steps import Linear
+
+if TYPE_CHECKING:
+    from optax import GradientTransformation
 
 Array = Any
 BLOCK = 100  # optimizer steps per call
@@ -71,8 +73,8 @@ def reconstruct(
 
     Args:
         graph: what `import_onnx` or `prune` gives.
-        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values that near the ends of an accumulator's range
-            are pushed back into it.
+        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values near the ends of an accumulator's range are
+            pushed back into it.
         inputs: calibration data, as for `evaluate`.
         key: a key of `jax.random`; the same key gives the same result.
         p_error: probability that a table fails, which the values shall bear: the noise at tables' inputs.
@@ -86,6 +88,21 @@ def reconstruct(
     Raises:
         DataError: the data do not fit.
     """
+    learned = tune(graph, qparams, *inputs, key=key, p_error=p_error, teacher=teacher, training=training, progress=progress)
+    return with_learned(graph, qparams, learned)
+
+
+def tune(
+    graph: Graph,
+    qparams: QParams,
+    *inputs: Array,
+    key: Array,
+    p_error: float,
+    teacher: Graph | None,
+    training: Training | None,
+    progress: bool | None,
+) -> Learned:
+    """What `reconstruct` learns, with its arguments; on the host."""
     training = training or Training()
     if training.steps < 1:
         raise DataError(f"training.steps must be at least 1, got {training.steps}")
@@ -93,9 +110,9 @@ def reconstruct(
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     task = _Task(layout, qparams, _targets(layout, teacher or graph, data), 1 / (2 * quantile(p_error)), training)
-    if not task.initial.weights:
-        return graph, qparams
-    moved, state = jax.tree.map(jnp.zeros_like, task.initial), None
+    moved = jax.tree.map(jnp.zeros_like, task.initial)
+    import optax
+
     optimizer = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
     state = optimizer.init(moved)
     run = jax.jit(partial(_train, task, optimizer))
@@ -103,9 +120,14 @@ def reconstruct(
         moved, state = run(
             moved, state, data, jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
         )
-    learned = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
+
+
+def with_learned(graph: Graph, qparams: QParams, learned: Learned) -> tuple[Graph, QParams]:
+    """The graph and the quantizers with what `tune` learned for them."""
+    layout = plan(graph)
     tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
-    changed = {step.out: step for step in tuned.steps if step.out in learned.weights}
+    changed = {s.out: s for s in tuned.steps if isinstance(s, Linear) and s.out in learned.weights}
     return rejoined(graph, with_weights(layout.graph, changed)), qparams
 
 
@@ -121,7 +143,7 @@ class Learned:
 
 def initial(layout: Plan, qparams: QParams) -> Learned:
     """The model's own weights, no change of biases and scales."""
-    steps = [step for step in layout.steps if replaceable(layout.graph, step)]
+    steps = [step for step in layout.steps if isinstance(step, Linear) and replaceable(layout.graph, step)]
     bias = lambda s: jnp.zeros((s.weight.shape[s.weight_axis], *(1,) * (-s.channel - 1)))
     free = [name for name in layout.points if name in qparams.tensors and name not in layout.graph.pinned]
     return Learned(
@@ -203,10 +225,10 @@ class _Task:
         for s, k in zip(self.rounded, jax.random.split(key, len(self.rounded))):
             own, other = jax.random.split(k)
             a = accumulators[s.out]
-            if isinstance(steps[s.out], Linear):
+            step = steps[s.out]
+            if isinstance(step, Linear):
                 size = self.noise * jnp.exp2(a.lsbs) * prepared[s.out].scale
-                noise = size * jax.random.normal(own, s.shape)
-                steps[s.out] = replace(steps[s.out], bias=steps[s.out].bias + noise)
+                steps[s.out] = replace(step, bias=step.bias + size * jax.random.normal(own, s.shape))
             if self.training.drop:
                 kept = jax.random.bernoulli(other, 1 - self.training.drop, s.shape)
                 accumulators[s.out] = replace(a, lsbs=a.lsbs * kept)
@@ -231,7 +253,7 @@ def _beyond(qparams: QParams, name: str, y: Array) -> Array:
 
 
 def _train(
-    task: _Task, optimizer: optax.GradientTransformation, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array
+    task: _Task, optimizer: GradientTransformation, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array
 ) -> tuple[Learned, Any]:
     """An optimizer step for each key."""
 
@@ -242,6 +264,6 @@ def _train(
         batch: Callable[[Any], Any] = lambda tree: jax.tree.map(lambda v: v[at], tree)
         gradient = jax.grad(task.loss)(moved, noise, batch(data), batch(task.targets.outputs), batch(task.targets.hints))
         update, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(moved, update), state), None
+        return (jax.tree.map(jnp.add, moved, update), state), None
 
     return jax.lax.scan(body, (moved, state), keys)[0]

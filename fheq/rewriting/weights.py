@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeGuard
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fheq.rewriting.edit import Draft
 from fheq.steps import Linear, Step
 
 
-def replaceable(graph: Graph, step: Step) -> bool:
+def replaceable(graph: Graph, step: Step) -> TypeGuard[Linear]:
     """Whether `with_weights` can change the weight and bias of a step.
 
     It can for an ordinary MatMul, Gemm or Conv whose weight nothing else reads and the model has not quantized.

@@ -1,0 +1,125 @@
+"""Pareto fronts: what a search found, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fheq.console import number, text_table
+from fheq.cost import Report
+from fheq.errors import QuantizationError
+from fheq.graph import Graph
+from fheq.program import IntProgram
+from fheq.qparams import QParams
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A quantization and what it gives.
+
+    Args:
+        graph: the graph that `qparams` belong to (pruned, with reconstructed weights).
+        qparams: its quantizers.
+        program: what `lower` makes of both.
+        p_error: probability of a table's failure, for `compile`.
+        score: of the noisy simulation at that probability on the held-out samples.
+        report: what `cost` predicts at that probability.
+        settings: how it was made, for people.
+    """
+
+    graph: Graph
+    qparams: QParams
+    program: IntProgram
+    p_error: float
+    score: float
+    report: Report
+    settings: str
+
+    @property
+    def complexity(self) -> float:
+        """Predicted operations of one encrypted run."""
+        return self.report.complexity
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """Points of which none is both dearer and worse than another, cheapest first.
+
+    Args:
+        float_score: score of the float model on the same samples.
+    """
+
+    points: tuple[Point, ...]
+    float_score: float
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, at: int) -> Point:
+        return self.points[at]
+
+    def cheapest(self, target: float) -> Point:
+        """The cheapest point with at least the score `target`.
+
+        Raises:
+            QuantizationError: there is none; the message says what the best one reaches.
+        """
+        for point in self.points:
+            if point.score >= target:
+                return point
+        best = self.points[-1]
+        raise QuantizationError(
+            f"no point reaches the score {target:g}: the best has {best.score:g} at {number(best.complexity)} operations "
+            f"(the float model has {self.float_score:g})"
+        )
+
+    def best(self, budget: float) -> Point:
+        """The point with the best score of at most `budget` operations.
+
+        Raises:
+            QuantizationError: there is none; the message says what the cheapest one costs.
+        """
+        within = [point for point in self.points if point.complexity <= budget]
+        if not within:
+            raise QuantizationError(
+                f"no point costs at most {budget:g} operations: the cheapest takes {number(self.points[0].complexity)}"
+            )
+        return within[-1]
+
+    def __str__(self) -> str:
+        rows = [
+            [number(p.score), number(p.complexity), str(sum(r.lookups for r in p.report.rows)), f"{p.p_error:g}", p.settings]
+            for p in self.points
+        ]
+        return text_table(["score", "operations", "tables", "p_error", "settings"], rows)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draws score against predicted operations; needs matplotlib (`pip install "fheq[plot]"`)."""
+        from matplotlib import pyplot
+
+        axes = axes or pyplot.subplots()[1]
+        axes.plot([p.complexity for p in self.points], [p.score for p in self.points], "o-", label="found")
+        axes.axhline(self.float_score, linestyle=":", label="float")
+        axes.set(xscale="log", xlabel="predicted operations", ylabel="score")
+        axes.legend()
+        return axes
+
+
+def pareto(points: Sequence[Point], float_score: float) -> Front:
+    """The front of some points."""
+    kept = undominated([p.complexity for p in points], [p.score for p in points])
+    return Front(tuple(points[i] for i in kept), float_score)
+
+
+def undominated(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Numbers of the entries, cheapest first, that score higher than everything that costs no more."""
+    found, best = [], -float("inf")
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if scores[i] > best:
+            found.append(i)
+            best = scores[i]
+    return found

@@ -1,0 +1,334 @@
+"""The search for the cheapest circuits of an accuracy: pruning, bits, roundings and the probability of failures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.allocate import Change, allocations, layer_changes, with_changes
+from fheq.batching import check_arrays, join, split
+from fheq.calibrate import Stats, calibrate
+from fheq.cost import cost
+from fheq.errors import CompileError, DataError, QuantizationError
+from fheq.evaluate import evaluate, unwrap
+from fheq.fit import fit
+from fheq.front import Front, Point, pareto, undominated
+from fheq.graph import Graph
+from fheq.lower import lower
+from fheq.memory import Memory, fingerprint
+from fheq.progress import track
+from fheq.prune import prune
+from fheq.qparams import QParams
+from fheq.reconstruct import Learned, Training, tune, with_learned
+from fheq.scores import Measure, Score, as_score, r2_to_float
+from fheq.simulate import simulate
+from fheq.spec import Rounding, Spec
+from fheq.sweep import stack, sweep
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search tries.
+
+    Args:
+        tolerances: of pruning (see `prune`).
+        rounding_bits: bits that tables read, the same in all layers to begin with.
+        weight_bits: of weights.
+        spare_bits: bits of activations, relative to `rounding_bits`.
+        input_bits: of the model's inputs.
+        p_errors: probabilities of a table's failure.
+        spec: where all other options come from.
+        finalists: quantizations that are confirmed by noisy simulation.
+        reconstructions: of these, how many are reconstructed.
+        training: options of the reconstructions.
+        held_out: share of the samples that scores are measured on and nothing is fitted to.
+    """
+
+    tolerances: Sequence[float] = (0.0, 0.05, 0.1, 0.25, 0.5)
+    rounding_bits: Sequence[int] = (3, 4, 5, 6)
+    weight_bits: Sequence[int] = (4, 5, 6, 7)
+    spare_bits: Sequence[int] = (-1, 0)
+    input_bits: int = 6
+    p_errors: Sequence[float] = (0.03, 0.1, 0.25)
+    spec: Spec = field(default_factory=Spec)
+    finalists: int = 12
+    reconstructions: int = 4
+    training: Training = field(default_factory=Training)
+    held_out: float = 0.25
+
+    def specs(self) -> list[Spec]:
+        """The grid of a pruned graph."""
+        found = []
+        for bits, weights, spare in product(self.rounding_bits, self.weight_bits, self.spare_bits):
+            inner = max(1, bits + spare)
+            widths = {
+                "op_inputs": inner,
+                "op_weights": weights,
+                "model_inputs": self.input_bits,
+                "model_outputs": max(8, inner),
+            }
+            found.append(replace(self.spec, n_bits=widths, rounding=Rounding(bits, approximate=True)))
+        return found
+
+
+def search(
+    graph: Graph,
+    *inputs: Array,
+    key: Array,
+    score: Score | Measure = r2_to_float,
+    targets: Any = None,
+    target: float | None = None,
+    budget: float | None = None,
+    space: Space | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Front:
+    """Finds quantizations of which none is both dearer and worse than another.
+
+    The graph is pruned to several degrees; every degree is fitted with a grid of bits, scored by one sweep and costed; the
+    best are refined layer by layer; some are reconstructed; the finalists are scored by noisy simulation, on samples that
+    nothing was fitted to.
+
+    Args:
+        graph: what `import_onnx` gives.
+        inputs: calibration data, as for `evaluate`.
+        key: a key of `jax.random`; the same key gives the same answer.
+        score: what is to be high, as `fheq.sweep` takes it (see `fheq.scores`); by default R2 to the float model's outputs.
+        targets: for the score, an array or pytree of arrays with the samples as the leading axis.
+        target: a score to reach: reconstructions go where it is reached most cheaply.
+        budget: operations not to exceed: nothing dearer is considered.
+        space: what is tried.
+        folder: where results are kept, so that a run that was stopped goes on there.
+        progress: whether to show progress bars; by default when standard error is a terminal.
+
+    Raises:
+        DataError: the data do not fit, or the folder holds another search.
+        QuantizationError: nothing stays within the budget.
+    """
+    return _Search(graph, inputs, key, as_score(score), targets, space or Space(), folder, progress).front(target, budget)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A fitted quantization with what the sweep and the cost model say of it."""
+
+    name: str
+    graph: Graph
+    stats: Stats
+    spec: Spec
+    qparams: QParams
+    score: float = 0.0
+    complexity: float = 0.0
+
+
+class _Search:
+    def __init__(self, graph, inputs, key, score, targets, space, folder, progress):
+        self.graph, self.key, self.score, self.space, self.progress = graph, key, score, space, progress
+        parts = check_arrays(graph.inputs, inputs)
+        n = len(parts[0])
+        order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(n)
+        held = round(n * space.held_out)
+        if not 0 < held < n:
+            raise DataError(f"held_out={space.held_out} of {n} samples leaves none to fit to or none to score")
+        whole = lambda at: tuple(join(port, part[at]) for port, part in zip(graph.inputs, parts))
+        self.data, self.held = whole(order[held:]), whole(order[:held])
+        self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
+        self.exact = unwrap(self.outputs(evaluate(graph, *self.held)))
+        self.memory = Memory(
+            folder,
+            fingerprint(*graph.constants.values(), graph.nodes, *parts, jax.random.key_data(key), space, str(targets)),
+        )
+
+    @cached_property
+    def middle(self) -> float:
+        """The middle failure probability."""
+        return sorted(self.space.p_errors)[len(self.space.p_errors) // 2]
+
+    # Scores
+
+    def outputs(self, results: Any) -> list[np.ndarray]:
+        """Outputs of the held-out samples, the samples leading."""
+        ports = self.graph.outputs
+        return [np.asarray(split(p, r, "output")).reshape(-1, *p.shape) for p, r in zip(ports, as_tuple(results))]
+
+    def measured(self, results: Any) -> float:
+        """The score of outputs."""
+        values = jax.vmap(self.score.measure)(unwrap(self.outputs(results)), self.exact, self.targets)
+        means = jax.tree.map(lambda v: jnp.mean(jnp.asarray(v, jnp.float32), axis=0), values)
+        return float(self.score.finish(means))
+
+    def swept(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates, of one graph, with their scores by one sweep and their predicted costs."""
+        exact = Score(lambda y, _, t: self.score.measure(y, t[0], t[1]), self.score.finish)
+        names = "/".join(c.name for c in candidates)
+
+        def run() -> list[float]:
+            stacked = stack(c.qparams for c in candidates)
+            found = sweep(
+                candidates[0].graph,
+                stacked,
+                *self.held,
+                scores={"score": exact},
+                targets=(self.exact, self.targets),
+                progress=self.progress,
+            )
+            return np.asarray(found.scores["score"], np.float64).tolist()
+
+        scores = self.memory.value(f"scores of {fingerprint(names)}", run)
+        return [replace(c, score=s, complexity=self.predicted(c)) for c, s in zip(candidates, scores)]
+
+    def predicted(self, candidate: Candidate) -> float:
+        """Operations at the middle failure probability; infinite where no parameters are found."""
+
+        def run() -> float:
+            try:
+                return float(cost(lower(candidate.graph, candidate.qparams), p_error=self.middle).complexity)
+            except CompileError:
+                return float("inf")
+
+        return self.memory.value(f"cost of {candidate.name}", run)
+
+    # Stages
+
+    def front(self, target: float | None, budget: float | None) -> Front:
+        within = lambda c: budget is None or c.complexity <= budget * 1.2  # a larger p_error may still bring it under
+        pool = [c for c in self.grid() if within(c)]
+        if not pool:
+            raise QuantizationError(f"nothing that was tried costs at most {budget:g} operations")
+        pool += [c for c in self.refined(pool, target) if within(c)]
+        points = []
+        for candidate in track(self.promising(pool, target, self.space.finalists), "confirming", self.progress):
+            points += self.points(candidate.name, candidate.graph, candidate.qparams)
+        points += self.reconstructed(pool, target)
+        if budget is not None:
+            points = [p for p in points if p.complexity <= budget]
+        return pareto(points, self.measured(evaluate(self.graph, *self.held)))
+
+    def grid(self) -> list[Candidate]:
+        """Every pruning with every spec."""
+        found: list[Candidate] = []
+        seen: list[Graph] = []
+        for tolerance in track(self.space.tolerances, "pruning and fitting", self.progress):
+            graph = prune(self.graph, *self.data, tolerance=tolerance) if tolerance else self.graph
+            if graph in seen:
+                continue
+            seen.append(graph)
+            stats = calibrate(graph, *self.data)
+            group = [
+                Candidate(f"pruned {tolerance:g}, {_named(spec)}", graph, stats, spec, fit(graph, stats, spec))
+                for spec in self.space.specs()
+            ]
+            found += self.swept(group)
+        return found
+
+    def refined(self, pool: list[Candidate], target: float | None) -> list[Candidate]:
+        """Bits chosen layer by layer around the most promising candidates."""
+        found = []
+        for base in self.promising(pool, target, BASES):
+            changes = layer_changes(base.graph, base.spec)
+            if len({change.layer for change in changes}) > 1:
+                found += self.allocated(base, changes)
+        return found
+
+    def allocated(self, base: Candidate, changes: list[Change]) -> list[Candidate]:
+        """Candidates with several of the changes, from the effects of each alone."""
+        single = self.swept([base, *(self.changed(base, [change]) for change in changes)])
+        losses = [single[0].score - c.score for c in single[1:]]
+        costs = [c.complexity - single[0].complexity for c in single[1:]]
+        return self.swept([self.changed(base, chosen) for chosen in allocations(changes, losses, costs)])
+
+    def changed(self, base: Candidate, changes: Sequence[Change]) -> Candidate:
+        spec = with_changes(base.spec, changes)
+        name = ", ".join([base.name, *(str(change) for change in changes)])
+        return replace(base, name=name, spec=spec, qparams=fit(base.graph, base.stats, spec))
+
+    def promising(self, pool: list[Candidate], target: float | None, count: int) -> list[Candidate]:
+        """Candidates on the front of the sweep: spread over it, or those next to the target."""
+        front = undominated([c.complexity for c in pool], [c.score for c in pool])
+        if target is None:
+            return [pool[front[i]] for i in sorted({round(i) for i in np.linspace(0, len(front) - 1, count)})]
+        at = next((n for n, i in enumerate(front) if pool[i].score >= target), len(front) - 1)
+        low = max(0, min(at - count // 2, len(front) - count))
+        return [pool[i] for i in front[low : low + count]]
+
+    def points(self, name: str, graph: Graph, qparams: QParams) -> list[Point]:
+        """A quantization under every failure probability."""
+        program = lower(graph, qparams)
+        integers = program.quantize(*self.held)
+        found = []
+        for p_error in self.space.p_errors:
+            try:
+                report = cost(program, p_error=p_error)
+            except CompileError:
+                continue
+            noisy = lambda noise=report.noise: simulate(program, *integers, noise=noise, key=self.key)
+            run = lambda noisy=noisy: self.measured(unwrap(list(program.dequantize(*as_tuple(noisy())))))
+            score = self.memory.value(f"noisy score of {name} at {p_error:g}", run)
+            found.append(Point(graph, qparams, program, p_error, score, report, name))
+        return found
+
+    def reconstructed(self, pool: list[Candidate], target: float | None) -> list[Point]:
+        """Points of reconstructed candidates: spread over the front, or by bisection where the target is just reached."""
+        front = undominated([c.complexity for c in pool], [c.score for c in pool])
+        scores = [pool[i].score for i in front]
+        if target is None:  # what is far from the best is of no use, however cheap
+            front = [i for i in front if pool[i].score >= scores[-1] - USEFUL * (scores[-1] - scores[0])]
+        found: list[Point] = []
+        low, high, count = 0, len(front) - 1, min(self.space.reconstructions, len(front))
+        for n in track(range(count), "reconstructing", self.progress):
+            at = (low + high) // 2 if target is not None else round((len(front) - 1) * (n + 0.5) / count)
+            points = self.reconstruct(pool[front[at]])
+            found += points
+            reached = target is not None and any(p.score >= target for p in points)
+            low, high = (low, at - 1) if reached else (at + 1, high)
+            if target is not None and low > high:
+                break
+        return found
+
+    def reconstruct(self, candidate: Candidate) -> list[Point]:
+        """The points of a reconstructed candidate."""
+        p_error = self.middle
+        name = f"{candidate.name}, reconstructed"
+
+        def run() -> dict[str, np.ndarray]:
+            learned = tune(
+                candidate.graph,
+                candidate.qparams,
+                *self.data,
+                key=self.key,
+                p_error=p_error,
+                teacher=self.graph,
+                training=self.space.training,
+                progress=False,
+            )
+            return {f"{part}/{k}": v for part in PARTS for k, v in getattr(learned, part).items()}
+
+        arrays = self.memory.arrays(name, run)
+        parts = [{k.split("/", 1)[1]: v for k, v in arrays.items() if k.split("/", 1)[0] == part} for part in PARTS]
+        return self.points(name, *with_learned(candidate.graph, candidate.qparams, Learned(*parts)))
+
+
+PARTS = ("weights", "biases", "scales")
+USEFUL = 0.15  # of the range of scores on the front, from the best down: where reconstructions are tried
+BASES = 2  # candidates around which bits are chosen layer by layer
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    """Several outputs as they are, one in a tuple."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _named(spec: Spec) -> str:
+    bits, rounding = spec.bits(), spec.rounding
+    kept = f"tables of {rounding.n_bits}" if rounding else "no rounding"
+    return f"{kept}, activations {bits['op_inputs']}, weights {bits['op_weights']}"

@@ -1,0 +1,118 @@
+"""Pruning: what others can stand in for goes, with its tables, and the function stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from build_models import model, node
+from onnx import ModelProto
+
+import fheq
+from fheq.digits import load
+
+SPEC = fheq.Spec(5, rounding=fheq.Rounding(5, approximate=True))
+
+
+def tables(graph: fheq.Graph, x: np.ndarray) -> int:
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), SPEC))
+    return sum(row.lookups for row in fheq.cost(program, p_error=0.01).rows)
+
+
+def redundant_dense(rng: np.random.Generator) -> ModelProto:
+    """Six hidden neurons: two are alike, one is the sum of two others, all three always active, and one is never read."""
+    first = rng.uniform(-1, 1, (5, 6)).astype(np.float32)
+    first[:, 1] = first[:, 0]
+    bias = np.zeros(6, np.float32)
+    first[:, 4] = first[:, 2] + first[:, 3]
+    bias[2:5] = 20  # always active: linear
+    second = rng.uniform(-1, 1, (6, 3)).astype(np.float32)
+    second[5] = 0
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Add", ["h", "b"], ["a"]),
+        node("Relu", ["a"], ["r"]),
+        node("MatMul", ["r", "v"], ["y"]),
+    ]
+    return model(nodes, {"x": ("N", 5)}, ["y"], {"w": first, "b": bias, "v": second})
+
+
+def redundant_conv(rng: np.random.Generator) -> ModelProto:
+    """Four channels, the last the sum of two others, all three always active."""
+    first = rng.uniform(-1, 1, (4, 2, 3, 3)).astype(np.float32)
+    first[3] = first[1] + first[2]
+    second = rng.uniform(-1, 1, (2, 4, 2, 2)).astype(np.float32)
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["h"], pads=[1, 1, 1, 1]),
+        node("Relu", ["h"], ["r"]),
+        node("Conv", ["r", "v", "c"], ["y"]),
+    ]
+    constants = {"w": first, "b": np.array([0, 40, 40, 40], np.float32), "v": second, "c": np.ones(2, np.float32)}
+    return model(nodes, {"x": ("N", 2, 5, 5)}, ["y"], constants)
+
+
+@pytest.mark.parametrize(("build", "shape", "left"), [(redundant_dense, (5,), 3), (redundant_conv, (2, 5, 5), 3 * 25)])
+def test_redundant_channels_cost_nothing_and_change_nothing(build, shape, left):
+    rng = np.random.default_rng(0)
+    graph = fheq.import_onnx(build(rng))
+    x, unseen = (rng.normal(size=(300, *shape)).astype(np.float32) for _ in range(2))
+    pruned = fheq.prune(graph, x, tolerance=1e-2)
+    exact = np.asarray(fheq.evaluate(graph, unseen))
+    error = np.mean((np.asarray(fheq.evaluate(pruned, unseen)) - exact) ** 2) / np.var(exact)
+    assert error < 1e-2  # the ridge of least squares is all that keeps the stand-ins from being exact
+    assert tables(pruned, x) <= left < tables(graph, x)
+
+
+def test_a_trained_network_halves_its_tables():
+    graph, data = load()
+    x = data["x_train"][:400]
+    pruned = fheq.prune(graph, x, tolerance=0.25)
+    assert tables(pruned, x) < 0.6 * tables(graph, x)
+    accuracy = [np.mean(np.argmax(fheq.evaluate(g, data["x_test"]), axis=1) == data["y_test"]) for g in (graph, pruned)]
+    spread = np.sqrt(accuracy[0] * (1 - accuracy[0]) / len(data["y_test"]))
+    assert accuracy[1] > accuracy[0] - 3 * spread - 0.01
+
+
+def test_without_tolerance_nothing_that_counts_goes():
+    graph, data = load()
+    x = data["x_train"][:200]
+    same = fheq.prune(graph, x, tolerance=0)
+    assert np.allclose(fheq.evaluate(same, x), fheq.evaluate(graph, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+def test_bad_tolerance(tolerance):
+    graph, data = load()
+    with pytest.raises(fheq.FheqError, match="tolerance"):
+        fheq.prune(graph, data["x_train"], tolerance=tolerance)
+
+
+def test_weights_that_the_model_quantized_stay():
+    w = np.arange(-4, 5, dtype=np.int8).reshape(3, 3)
+    nodes = [
+        node("DequantizeLinear", ["w", "s"], ["wf"]),
+        node("MatMul", ["x", "wf"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("DequantizeLinear", ["w", "s"], ["vf"]),
+        node("MatMul", ["r", "vf"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ("N", 3)}, ["y"], {"w": w, "s": np.float32(0.5)}))
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    assert fheq.prune(graph, x, tolerance=1.0) is graph
+
+
+def test_ranks_above_two():
+    rng = np.random.default_rng(1)
+    w, v = rng.normal(size=(4, 6)).astype(np.float32), rng.normal(size=(6, 2)).astype(np.float32)
+    v[2] *= 0.05
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("MatMul", ["r", "v"], ["m"]),
+        node("Tanh", ["m"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ("N", 3, 4)}, ["y"], {"w": w, "v": v}))
+    x = rng.normal(size=(100, 3, 4)).astype(np.float32)
+    pruned = fheq.prune(graph, x, tolerance=1e-2)
+    exact = np.asarray(fheq.evaluate(graph, x))
+    assert np.mean((np.asarray(fheq.evaluate(pruned, x)) - exact) ** 2) < 1e-2 * np.var(exact)
+    assert tables(pruned, x) < tables(graph, x)

@@ -1,0 +1,62 @@
+"""Reconstruction: the integer program comes nearer to the float model on data that it was not tuned on."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import fheq
+from fheq.digits import load
+
+SPEC = fheq.Spec(3, rounding=fheq.Rounding(3, approximate=True))
+TRAINING = fheq.Training(steps=150, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    graph, data = load()
+    x = data["x_train"][:400]
+    return graph, fheq.fit(graph, fheq.calibrate(graph, x), SPEC), x, data["x_test"]
+
+
+def simulated(graph, qparams, x):
+    program = fheq.lower(graph, qparams)
+    return program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+
+
+def unexplained(y, exact):
+    return np.mean((np.asarray(y) - exact) ** 2) / np.var(exact)
+
+
+def test_the_integer_program_comes_nearer_to_the_float_model(fitted):
+    graph, qparams, x, unseen = fitted
+    exact = np.asarray(fheq.evaluate(graph, unseen))
+    tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=TRAINING)
+    assert unexplained(simulated(*tuned, unseen), exact) < 0.8 * unexplained(simulated(graph, qparams, unseen), exact)
+
+
+def test_the_same_key_gives_the_same_weights_and_the_integers_are_those_of_fake_quantization(fitted):
+    graph, qparams, x, unseen = fitted
+    training = fheq.Training(steps=20, drop=0.5)
+    one, two = (fheq.reconstruct(graph, qparams, x, key=jax.random.key(3), training=training) for _ in range(2))
+    assert all(np.array_equal(one[0].constants[name], two[0].constants[name]) for name in one[0].constants)
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
+    fake, real = np.asarray(fheq.fake_quant(*one, unseen)), simulated(*one, unseen)
+    # Float32 decides some ties otherwise than float64; elsewhere the outputs agree to float32's precision.
+    assert np.mean(np.abs(fake - real) > 1e-4 * np.ptp(real)) < 0.05
+
+
+def test_bits_and_roundings_stay(fitted):
+    graph, qparams, x, _ = fitted
+    _, tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=2))
+    for name, accumulator in qparams.accumulators.items():
+        assert np.array_equal(tuned.accumulators[name].lsbs, accumulator.lsbs)
+    for name, tensor in qparams.tensors.items():
+        assert np.array_equal(tuned.tensors[name].qmax, tensor.qmax)
+
+
+def test_no_steps_are_refused(fitted):
+    graph, qparams, x, _ = fitted
+    with pytest.raises(fheq.FheqError, match=r"training\.steps"):
+        fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=0))

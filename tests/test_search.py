@@ -1,0 +1,109 @@
+"""The search: a front that can be trusted, resumed and repeated."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import fheq
+from fheq import memory
+from fheq.allocate import Change, allocations
+from fheq.digits import load
+from fheq.scores import accuracy
+
+SPACE = fheq.Space(
+    tolerances=(0.0, 0.3),
+    rounding_bits=(3, 5),
+    weight_bits=(5,),
+    spare_bits=(0,),
+    p_errors=(0.1,),
+    finalists=4,
+    reconstructions=1,
+    training=fheq.Training(steps=20),
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    graph, data = load()
+    x, y = data["x_train"][:200], data["y_train"][:200]
+    folder = tmp_path_factory.mktemp("search")
+    run = lambda key=0, **options: fheq.search(graph, x, key=jax.random.key(key), space=SPACE, **options)
+    return run, run(folder=folder), folder, (graph, x, y)
+
+
+def test_dearer_points_are_better_and_their_costs_are_those_of_their_programs(found):
+    front = found[1]
+    costs, scores = [p.complexity for p in front.points], [p.score for p in front.points]
+    assert len(front) > 1 and costs == sorted(costs) and scores == sorted(scores)
+    for point in front.points:
+        assert fheq.cost(point.program, p_error=point.p_error).complexity == pytest.approx(point.complexity)
+        again = fheq.lower(point.graph, point.qparams)
+        assert fheq.cost(again, p_error=point.p_error).complexity == pytest.approx(point.complexity)
+    assert "score" in str(front) and len(str(front).splitlines()) == len(front) + 2
+
+
+def test_points_are_chosen_by_score_or_budget(found):
+    front = found[1]
+    assert front.cheapest(front[1].score) is front[1]
+    assert front.best(front[0].complexity) is front[0]
+    with pytest.raises(fheq.FheqError, match="no point reaches"):
+        front.cheapest(2.0)
+    with pytest.raises(fheq.FheqError, match="no point costs"):
+        front.best(1.0)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_answer(found, monkeypatch):
+    run, front, folder, _ = found
+    monkeypatch.setattr(sys.modules["fheq.search"], "tune", lambda *a, **k: pytest.fail("reconstructed again"))
+    monkeypatch.setattr(sys.modules["fheq.search"], "simulate", lambda *a, **k: pytest.fail("simulated again"))
+    resumed = run(folder=folder)
+    assert [(p.complexity, p.score, p.settings) for p in resumed.points] == [
+        (p.complexity, p.score, p.settings) for p in front.points
+    ]
+
+
+def test_a_folder_of_another_search_is_refused(found):
+    run, _, folder, _ = found
+    with pytest.raises(fheq.FheqError, match="another model"):
+        run(key=1, folder=folder)
+
+
+def test_a_budget_is_kept_and_an_impossible_one_is_refused(found):
+    run, front, folder, _ = found
+    within = run(budget=front[0].complexity * 1.01, folder=folder)
+    assert max(p.complexity for p in within.points) <= front[0].complexity * 1.01
+    with pytest.raises(fheq.FheqError, match="at most"):
+        run(budget=1.0, folder=folder)
+
+
+def test_own_scores_have_targets(found):
+    run, _, _, (_, _, y) = found
+    front = run(score=accuracy, targets=y, target=0.5)
+    assert 0 <= front[0].score <= 1 and front.float_score > 0.9
+
+
+def test_results_are_whole_or_absent(tmp_path):
+    kept = memory.Memory(tmp_path, "a")
+    with pytest.raises(ZeroDivisionError):
+        kept.value("x", lambda: 1 / 0)
+    assert kept.value("y", lambda: 2) == 2
+    assert memory.Memory(tmp_path, "a").values == {"fingerprint": "a", "y": 2}
+
+
+def test_allocations_are_the_best_sets_for_their_cost():
+    """Against all subsets, where effects add up."""
+    rng = np.random.default_rng(0)
+    changes = [Change(layer, "", bits, None) for layer in "abcd" for bits in (3, 5)]
+    costs = np.where([c.table_bits == 3 for c in changes], -1, 1) * rng.uniform(1, 3, len(changes))
+    losses = -np.sign(costs) * rng.uniform(0, 1, len(changes))
+    every = [()]
+    for layer in "abcd":
+        every = [(*s, *extra) for s in every for extra in [(), *((i,) for i, c in enumerate(changes) if c.layer == layer)]]
+    total = {s: (sum(costs[i] for i in s), sum(losses[i] for i in s)) for s in every}
+    for chosen in allocations(changes, losses, costs):
+        cost, loss = total[tuple(sorted(changes.index(c) for c in chosen))]
+        assert loss <= min(other for c, other in total.values() if c <= cost) + 1e-9
