@@ -11,7 +11,7 @@ from jax.experimental import enable_x64
 
 from fheq.batching import join, over_samples, split_all
 from fheq.errors import DataError
-from fheq.graph import Graph
+from fheq.graph import Graph, Port
 from fheq.interpret import interpret
 
 Array = Any
@@ -26,6 +26,11 @@ def named(graph: Graph, results: list[Array]) -> list[Array]:
     """The outputs with strings in place of their numbers."""
     lists = [port.labels for port in graph.outputs]
     return [r if names is None else np.asarray(names, object)[np.asarray(r)] for names, r in zip(lists, results)]
+
+
+def numbered(port: Port, values: Array) -> Array:
+    """An output with numbers in place of its strings: what `named` undoes."""
+    return values if port.labels is None else np.searchsorted(port.labels, np.asarray(values, str))
 
 
 def evaluate_sample(graph: Graph, *sample: Array) -> tuple[Array, ...]:

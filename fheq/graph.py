@@ -6,6 +6,7 @@ batches map the graph over the samples (see `fheq.batching`), which is also what
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -15,6 +16,13 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fheq.affine import Affine
+
+
+def _view(values: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(values)
+
+
+copyreg.pickle(MappingProxyType, lambda view: (_view, (dict(view),)))  # graphs travel between processes
 
 
 @dataclass(frozen=True)

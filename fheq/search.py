@@ -18,7 +18,7 @@ from fheq.batching import check_arrays, join, split
 from fheq.calibrate import Stats, calibrate
 from fheq.cost import cost
 from fheq.errors import CompileError, DataError, QuantizationError
-from fheq.evaluate import evaluate, unwrap
+from fheq.evaluate import evaluate, numbered, unwrap
 from fheq.fit import fit
 from fheq.front import Front, Point, pareto, undominated
 from fheq.graph import Graph
@@ -159,7 +159,8 @@ class _Search:
     def outputs(self, results: Any) -> list[np.ndarray]:
         """Outputs of the held-out samples, the samples leading."""
         ports = self.graph.outputs
-        return [np.asarray(split(p, r, "output")).reshape(-1, *p.shape) for p, r in zip(ports, as_tuple(results))]
+        values = [numbered(port, result) for port, result in zip(ports, as_tuple(results))]
+        return [np.asarray(split(p, v, "output")).reshape(-1, *p.shape) for p, v in zip(ports, values)]
 
     def measured(self, results: Any) -> float:
         """The score of outputs."""

@@ -10,20 +10,9 @@ from models import as_tuple
 from onnx import TensorProto, helper, numpy_helper
 
 import fheq
-from benchmarks.op_cases import node_cases
 from fheq.errors import UnsupportedError
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
-ONNX_CASES = (
-    "test_if",
-    "test_loop11",
-    "test_scan_sum",
-    "test_scan9_sum",
-    "test_scan9_multi_state",
-    "test_scan9_scalar",
-    "test_affine_grid_2d_expanded",
-    "test_linear_attention_gated_delta_expanded",
-)
 
 
 def info(name: str, kind: int = FLOAT, shape: list | None = None) -> onnx.ValueInfoProto:
@@ -54,26 +43,6 @@ def run(proto: onnx.ModelProto, *inputs: np.ndarray) -> fheq.Graph:
     for got, want in zip(as_tuple(fheq.evaluate(graph, *inputs)), reference(proto, *inputs), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     return graph
-
-
-@pytest.mark.parametrize("name", ONNX_CASES)
-def test_cases_of_onnx(name: str) -> None:
-    """Integers and booleans of a case are conditions, counts and sizes: they are given as known tensors."""
-    case = next(case for case in node_cases() if case.name == name)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(case.model)
-    del proto.graph.input[:]
-    proto.opset_import[0].version = max(proto.opset_import[0].version, 7)
-    inputs, outputs = ([np.asarray(v) for v in part] for part in case.data_sets[0])
-    fed = []
-    for value, array in zip(case.model.graph.input, inputs):
-        if array.dtype.kind == "f":
-            proto.graph.input.append(value)
-            fed.append(array)
-        else:
-            proto.graph.initializer.append(numpy_helper.from_array(array, value.name))
-    for got, want in zip(as_tuple(fheq.evaluate(fheq.import_onnx(proto), *fed)), outputs, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
 
 
 def test_a_branch_decided_by_a_shape_and_its_outer_names() -> None:

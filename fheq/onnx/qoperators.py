@@ -69,7 +69,7 @@ def unpacked(node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
     Raises:
         UnsupportedError: a layout with channels last.
     """
-    rule = (_MICROSOFT if node.domain == MICROSOFT else _ONNX if not node.domain else {}).get(node.op)
+    rule = (_MICROSOFT if node.domain == MICROSOFT else ONNX_RULES if not node.domain else {}).get(node.op)
     if rule is None or any(name not in types for name in node.inputs if name):
         return None
     if node.attrs.get("channels_last", 0):
@@ -195,7 +195,7 @@ def _same(op: str) -> Callable[[_Body], None]:
     return rule
 
 
-_ONNX: dict[str, Callable[[_Body], None]] = {
+ONNX_RULES: dict[str, Callable[[_Body], None]] = {
     "ConvInteger": _integer_product("Conv"),
     "DynamicQuantizeLinear": _dynamic,
     "MatMulInteger": _integer_product("MatMul"),

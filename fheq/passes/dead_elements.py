@@ -66,7 +66,7 @@ class _Rebuilding:
         whole = ((entry, self.take(entry.value, self.everything(entry.value))) for entry in self.old.outputs)
         outputs = tuple(replace(entry, value=value) for entry, value in whole)
         emitted = self.emit.finish([entry.value for entry in outputs])
-        return IntProgram(self.old.inputs, outputs, emitted, self.emit.values, self.old.accumulators)
+        return IntProgram(self.old.inputs, outputs, emitted, self.emit.values, self.old.accumulators, self.old.client)
 
     def everything(self, name: str) -> np.ndarray:
         shape = self.old.values[name].shape

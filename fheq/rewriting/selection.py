@@ -1,7 +1,8 @@
 """ArgMax, ArgMin, Hardmax and TopK of encrypted tensors, by comparisons (rules of `fheq.rewriting.decompose`).
 
-All are exact on integers of one scale, and of equal values the first one comes first. For an axis of n elements ArgMax and
-Hardmax take some 3 n tables: n for the maximum, n to compare with it, n to see which elements come before the first hit.
+All are exact on integers of one scale, and of equal values the first one comes first. For an axis of n elements ArgMax
+takes some 3 n tables: n for the maximum, n to compare with it, n to see which elements come before the first hit; Hardmax
+takes n more, to be 0 and 1 exactly.
 The indices of TopK take n (n - 1) / 2 comparisons of pairs and k n tables that read ranks; its values take n - 1, n - 2, ...
 tables for each of the k rounds in which the pool of the remaining ones loses its maximum.
 """
@@ -68,13 +69,15 @@ def _hardmax(draft: Draft, node: Node) -> bool:
         for label, value in (("one", 1), ("zero", 0))
     )
     if shape[axis] == 1:
-        hot = draft.apply(node, "GreaterOrEqual", x, x)
+        hot = _float(draft, node, draft.apply(node, "GreaterOrEqual", x, x))
     else:
         before = _before_extreme(draft, node, x, axis, True, False)
         up, down = (draft.apply(node, "Concat", *pair, axis=axis) for pair in ((one, before), (before, zero)))
         hot = draft.apply(node, "Sub", up, down)
-    hot = hot if node.version >= 13 else _reshape(draft, node, hot, kind.shape)
-    draft.apply(node, "Cast", hot, out=out, to=CODES[kind.dtype])
+    whole = draft.fresh(f"{out}/whole")
+    _as_integers(draft, node, hot, whole, 2)
+    whole = whole if node.version >= 13 else _reshape(draft, node, whole, kind.shape)
+    draft.apply(node, "Cast", whole, out=out, to=CODES[kind.dtype])
     return True
 
 
