@@ -103,13 +103,20 @@ def test_concretes_simulation_errs_as_often(rounding: str, p_error: float) -> No
     assert abs(rates[0] - rates[1]) <= SIGMAS * spread
 
 
-def test_overflow_is_counted_and_certified() -> None:
-    built = program("mlp", "approximate")
-    found = fheq.overflow(built, data(built, 2000))
-    (row,) = found.rows
-    assert row.certified != built.accumulators[row.accumulator].can_wrap
-    assert 0 < row.share < 0.5
-    assert "samples" in str(found) and row.accumulator in str(found)
+@pytest.mark.parametrize("rounding", ["none", "approximate"])
+def test_overflow_is_counted_and_certified(rounding: str) -> None:
+    """Against integer products: random data, and the inputs that drive an accumulator to its ends."""
+    built = program("residual", rounding, 2)
+    weight, amount = built.instructions[0].weight, built.instructions[1].amount
+    (entry,) = built.inputs
+    ends = [np.where(sign * weight.T > 0, entry.affine.qmax, entry.affine.qmin) for sign in (1, -1)]
+    q = np.concatenate([data(built, 300), *ends]).astype(int)
+    known = built.accumulators["m1"]
+    read = (q @ weight + amount) % (2 << known.bits)
+    outside = read >= (1 << known.bits) - (1 << known.lsbs >> 1)
+    row = fheq.overflow(built, q).rows[0]
+    assert row.share == np.mean(outside)
+    assert row.certified == (not np.any(outside)) == (rounding == "none")
 
 
 @pytest.mark.parametrize("options", [{"p_error": 0.1}, {"key": KEY}, {"p_error": 2.0, "key": KEY}])
