@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ PROMISING = 4
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Candidates, one per element.
+    """Candidates, one per element; an array of one element is the same for all of them.
 
     Args:
         glwe, small, level: for every partition, index of (k, log2 N) in `noise.glwe_table`, n, index of a level.
@@ -41,10 +42,19 @@ class Points:
     level: tuple[np.ndarray, ...]
     conversion: Mapping[Pair, np.ndarray]
 
-    def __getitem__(self, where) -> Points:
-        pick = lambda arrays: tuple(a[where] for a in arrays)
-        conversion = {pair: v[where] for pair, v in self.conversion.items()}
+    def __len__(self) -> int:
+        lengths = (len(a) for a in (*self.glwe, *self.small, *self.level, *self.conversion.values()))
+        return next((n for n in lengths if n != 1), 1)
+
+    def __getitem__(self, where: Any) -> Points:
+        pick = lambda arrays: tuple(chosen(a, where) for a in arrays)
+        conversion = {pair: chosen(v, where) for pair, v in self.conversion.items()}
         return Points(pick(self.glwe), pick(self.small), pick(self.level), conversion)
+
+
+def chosen(values: np.ndarray, where: Any) -> np.ndarray:
+    """Some candidates' values, of which there may be one for all."""
+    return values if len(values) == 1 else values[where]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +146,7 @@ class _Search:
         conversions = {pair: self.conversion(points, pair)[0] for pair, _ in self.problem.conversions}
         lefts = []
         for c, bound in zip(self.problem.constraints, bounds):
-            left = np.full(len(points.glwe[0]), bound)
+            left = np.full(1, bound)
             for p, (fresh, boot) in enumerate(zip(c.fresh, c.boot)):
                 if fresh:
                     left = left - fresh * self.glwe.fresh[points.glwe[p]]
@@ -149,7 +159,7 @@ class _Search:
 
     def limits(self, points: Points) -> tuple[np.ndarray, dict[Pair, np.ndarray]]:
         """Which candidates hold every constraint without key switch, and what is left to each key switch."""
-        holds = np.ones(len(points.glwe[0]), bool)
+        holds = np.ones(len(points), bool)
         limits: dict[Pair, np.ndarray] = {}
         for c, left in zip(self.problem.constraints, self.lefts(points, self.bounds)):
             holds &= left > 0
@@ -160,16 +170,22 @@ class _Search:
     def switch(self, points: Points, pair: Pair, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cost and variance of the key switch with the fewest levels whose variance is within a limit."""
         source, n = self.glwe.dimension[points.glwe[pair[0]]], points.small[pair[1]]
-        variance = source[:, None] * self.small[n - noise.LWE_DIMENSIONS[0]]
-        fits = variance <= limit[:, None]
-        level = fits.argmax(axis=1)
-        found = fits[np.arange(len(n)), level]
+        rows, limit = self.small[n - noise.LWE_DIMENSIONS[0]], limit / source
+        if len(rows) == 1:
+            level = np.searchsorted(-np.minimum.accumulate(rows[0]), -limit)
+            found = level < len(self.levels)
+            level[~found] = 0
+            variance = rows[0, level]
+        else:
+            fits = rows <= limit[:, None]
+            level = fits.argmax(axis=1)
+            found, variance = fits[np.arange(len(n)), level], rows[np.arange(len(n)), level]
         cost = noise.keyswitch_cost(source, n, self.levels[level])
-        return np.where(found, cost, np.inf), variance[np.arange(len(n)), level]
+        return np.where(found, cost, np.inf), source * variance
 
     def total(self, points: Points, below: float = np.inf) -> np.ndarray:
         """Cost of every candidate, infinite if it breaks a constraint or costs more than `below`."""
-        cost = np.zeros(len(points.glwe[0]))
+        cost = np.zeros(len(points))
         for p, number in enumerate(self.problem.boots):
             cost = cost + number * self.boot_cost(points, p)
         for pair, number in self.problem.conversions:
@@ -179,7 +195,7 @@ class _Search:
         where = np.flatnonzero(holds & (cost < below))
         kept, cost = points[where], cost[where]
         for pair, number in self.problem.switches:
-            cost = cost + number * self.switch(kept, pair, limits[pair][where])[0]
+            cost = cost + number * self.switch(kept, pair, chosen(limits[pair], where))[0]
         out[where] = cost
         return out
 
@@ -240,8 +256,8 @@ class _Search:
         g, n = g[row], n[row]
         if point is None:
             return Points((g,), (n,), (level,), {})
-        repeat = lambda arrays, mine: tuple(mine if q == p else np.repeat(a, len(g)) for q, a in enumerate(arrays))
-        points = Points(repeat(point.glwe, g), repeat(point.small, n), repeat(point.level, level), {})
+        swap = lambda arrays, mine: tuple(mine if q == p else a for q, a in enumerate(arrays))
+        points = Points(swap(point.glwe, g), swap(point.small, n), swap(point.level, level), {})
         return self.shared(points, shares) if self.problem.conversions else points
 
     def shared(self, points: Points, shares: tuple[float, ...]) -> Points:
@@ -254,15 +270,16 @@ class _Search:
             room = min((b / w for b, w in weights), default=np.inf)
             variance = self.glwe.dimension[points.glwe[pair[0]]][:, None] * self.large[points.glwe[pair[1]]]
             parts[pair] = [np.argmax(variance <= share * room, axis=1) for share in shares]
-        tile = lambda arrays: tuple(np.tile(a, len(shares)) for a in arrays)
-        conversion = {pair: np.concatenate(levels) for pair, levels in parts.items()}
+        tile = lambda arrays: tuple(a if len(a) == 1 else np.tile(a, len(shares)) for a in arrays)
+        conversion = {
+            pair: np.concatenate([np.broadcast_to(v, len(points)) for v in found]) for pair, found in parts.items()
+        }
         return Points(tile(points.glwe), tile(points.small), tile(points.level), conversion)
 
     def polish(self, pair: Pair, point: Points, best: float) -> tuple[Points, float]:
         """The best level of one conversion."""
         count = len(self.levels)
-        repeated = point[np.zeros(count, int)]
-        points = replace(repeated, conversion={**repeated.conversion, pair: np.arange(count)})
+        points = replace(point, conversion={**point.conversion, pair: np.arange(count)})
         total = self.total(points)
         at = int(np.argmin(total))
         return (points[at : at + 1], float(total[at])) if total[at] < best else (point, best)
