@@ -12,6 +12,8 @@ from test_cost import calibrated, program
 
 import fheq
 from fheq.optimizer.noise import failure, quantile
+from fheq.program import MatMul
+from fheq.simulate import element_spread
 
 KEY = jax.random.key(0)
 SIGMAS = 5
@@ -30,7 +32,7 @@ def test_tables_fail_as_often_as_the_gaussian_says() -> None:
     built = program("mlp", "none")
     (lookup,) = built.lookups
     deviation, draws = 0.3, 200_000
-    reader = Ciphertexts(built, fheq.noise(built, p_error=0.1), KEY)
+    reader = Ciphertexts(built, fheq.noise(built, p_error=0.1), {}, KEY)
     inside = np.full(draws, (1 << lookup.bits) // 2)
     cells = np.asarray(reader.cell(jax.numpy.asarray(inside), 0, lookup.bits, deviation)) - inside
     expected = failure(deviation**2, 0.25, 1.0)
@@ -47,6 +49,18 @@ def test_noise_is_within_its_bound_and_is_what_the_report_has(rounding: str, p_e
     assert found == fheq.cost(built, p_error).noise
     assert set(found.tables) == {t.args[0] for t in built.lookups}
     assert all(0 < v <= bound * (1 + 1e-9) for v in [*found.tables.values(), *found.outputs])
+
+
+@pytest.mark.parametrize("kind, rounding", [("deep", "approximate"), ("average", "exact")])
+def test_elements_that_add_up_less_have_less_noise(kind: str, rounding: str) -> None:
+    """In proportion to the 2-norms of their weights."""
+    built = program(kind, rounding)
+    found = element_spread(built)
+    (entry,) = built.outputs
+    last = [i for i in built.instructions if isinstance(i, MatMul)][-1]
+    norms = np.sum(last.weight.astype(float) ** 2, axis=0)
+    np.testing.assert_allclose(found[entry.value][0], norms / np.max(norms), rtol=1e-6)
+    assert len(set(norms)) > 1 and all(np.max(v) == 1 for v in found.values())
 
 
 def test_keys_decide_and_samples_are_independent() -> None:

@@ -139,10 +139,14 @@ class _Search:
         cost = noise.keyswitch_cost(self.glwe.dimension[source], self.glwe.dimension[target], self.levels[level])
         return np.where(source == target, 0.0, variance), np.where(source == target, 0.0, cost)
 
+    def modulus_switches(self, points: Points) -> list[np.ndarray]:
+        """Variance of each partition's modulus switch."""
+        return [noise.modulus_switch_variance(n, self.glwe.log2_size[g]) for g, n in zip(points.glwe, points.small)]
+
     def lefts(self, points: Points, bounds: Sequence[float]) -> list[np.ndarray]:
         """What each constraint leaves to its key switch."""
         boots = [n * self.glwe.variance[g, level] for g, n, level in zip(points.glwe, points.small, points.level)]
-        switched = [noise.modulus_switch_variance(n, self.glwe.log2_size[g]) for g, n in zip(points.glwe, points.small)]
+        switched = self.modulus_switches(points)
         conversions = {pair: self.conversion(points, pair)[0] for pair, _ in self.problem.conversions}
         lefts = []
         for c, bound in zip(self.problem.constraints, bounds):
@@ -298,11 +302,13 @@ class _Search:
         )
 
 
-def variances(problem: Problem, solution: Solution) -> list[float]:
-    """Noise at each of a problem's constraints, dominated ones included."""
+def variances(problem: Problem, solution: Solution) -> list[tuple[float, float]]:
+    """Noise at each of a problem's constraints, dominated ones included: of leveled operations, and of the table's own key
+    and modulus switch (0 at an output)."""
     assert solution.point is not None
-    lefts = _Search(problem, 1.0).lefts(solution.point, [0.0] * len(problem.constraints))
-    return [
-        solution.switch_variance.get(c.switch, 0.0) - float(left[0]) if c.switch is not None else -float(left[0])
-        for c, left in zip(problem.constraints, lefts)
-    ]
+    search = _Search(problem, 1.0)
+    lefts = search.lefts(solution.point, [0.0] * len(problem.constraints))
+    switched = [float(v[0]) for v in search.modulus_switches(solution.point)]
+    own = [0.0 if c.switch is None else switched[c.switch[1]] for c in problem.constraints]
+    keys = [0.0 if c.switch is None else solution.switch_variance.get(c.switch, 0.0) for c in problem.constraints]
+    return [(max(-float(left[0]) - o, 0.0), k + o) for left, o, k in zip(lefts, own, keys)]
