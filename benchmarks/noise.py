@@ -21,9 +21,13 @@ ROWS = 16
 MORE = 50  # runs of fheq's simulation for one encrypted run
 APPROXIMATE, EXACT = fheq.Rounding(3, approximate=True), fheq.Rounding(3)
 CASES = [
-    (widths, rounding, p_error)
-    for widths, rounding in (((3, 2, 2), APPROXIMATE), ((3, 3, 3, 2), APPROXIMATE), ((3, 2, 2), EXACT), ((3, 2, 2), None))
-    for p_error in (0.3, 0.1)
+    ((3, 2, 2), APPROXIMATE, 0.3),
+    ((3, 2, 2), APPROXIMATE, 0.1),
+    ((3, 3, 3, 2), APPROXIMATE, 0.3),
+    ((3, 3, 3, 2), APPROXIMATE, 0.1),
+    ((3, 2, 2), EXACT, 0.3),
+    ((3, 2, 2), EXACT, 0.1),
+    ((3, 2, 2), None, 0.3),
 ]
 HEAD = ("widths", "rounding", "p_error", "fheq", "concrete", "encrypted", "s")
 
