@@ -1,7 +1,8 @@
-"""Predicted against compiled complexity on generated circuits: `python -m benchmarks.cost_model [--count N]`.
+"""Predicted against compiled complexity on generated circuits: `python -m benchmarks.cost_model [--count N] [--plot FILE]`.
 
 Prints one line per circuit, then the median and 95th percentile of the relative error, the rank correlation, in how many the
-numbers of bootstraps agree, and the time of predictions.
+numbers of bootstraps agree, and the processor time of predictions. COST.md has what it printed. The plot needs matplotlib
+(`pip install fheq[plot]`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import fheq
 from fheq.cost import cost
 from fheq.optimizer.parameters import _search as cached_search
 
-P_ERRORS = (1e-2, 1e-3, 1e-5, 2.0**-40)
+P_ERRORS = (0.1, 1e-2, 1e-3, 1e-5, 2.0**-40)
 ROUNDINGS = (
     None,
     fheq.Rounding(3, approximate=True),
@@ -55,8 +56,8 @@ class Case:
             return fheq.lower(graph, fheq.fit(graph, stats, fheq.Spec(self.n_bits, rounding=self.rounding)))
 
 
-def mlp(rng: np.random.Generator, widths: tuple[int, ...], residual: bool = False) -> ModelProto:
-    """Dense layers with ReLU; `residual` adds each hidden layer's input where widths agree."""
+def mlp(rng: np.random.Generator, widths: tuple[int, ...], residual: bool = False, rows: tuple[int, ...] = ()) -> ModelProto:
+    """Dense layers with ReLU on `(N, *rows, widths[0])`; `residual` adds each hidden layer's input where widths agree."""
     nodes, known, x = [], [], "x"
     for i, (a, b) in enumerate(pairwise(widths)):
         known.append(numpy_helper.from_array(rng.normal(size=(a, b)).astype(np.float32) / np.float32(np.sqrt(a)), f"w{i}"))
@@ -68,7 +69,7 @@ def mlp(rng: np.random.Generator, widths: tuple[int, ...], residual: bool = Fals
         if residual and a == b and i:
             nodes.append(helper.make_node("Add", [f"r{i}", x], [f"a{i}"]))
         x = nodes[-1].output[0]
-    return _model(nodes, known, ("N", widths[0]))
+    return _model(nodes, known, ("N", *rows, widths[0]))
 
 
 def cnn(rng: np.random.Generator, channels: int, pool: str) -> ModelProto:
@@ -121,45 +122,92 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A case's complexities, whether its bootstraps are as many as predicted, and the seconds of a prediction."""
+
+    case: Case
+    predicted: float
+    compiled: float
+    agrees: bool
+    seconds: float
+
+    @property
+    def rounding(self) -> str:
+        """As labels have it."""
+        rounding = self.case.rounding
+        return "no rounding" if rounding is None else "approximate rounding" if rounding.approximate else "exact rounding"
+
+
+def compare(case: Case) -> Comparison | None:
+    """Predicts and compiles a case, and prints both; None if it cannot be compiled."""
+    program = case.program()
+    cost(program, p_error=case.p_error)
+    cached_search.cache_clear()
+    start = time.process_time()
+    report = cost(program, p_error=case.p_error)
+    seconds = time.process_time() - start
+    rounding = f"{case.rounding.n_bits}{'~' if case.rounding.approximate else '='}" if case.rounding else "-"
+    head = f"{case.name:12s} bits {case.n_bits} rounding {rounding:2s} p {case.p_error:7.1e} widest {report.max_bits:2d}"
+    try:
+        circuit = fheq.compile(program, p_error=case.p_error)
+    except fheq.FheqError as error:
+        print(f"{head} predicted {report.complexity / 1e6:11,.1f} M, not compiled: {str(error)[-60:]}", flush=True)
+        return None
+    print(
+        f"{head} predicted {report.complexity / 1e6:11,.1f} M, compiled {circuit.complexity / 1e6:11,.1f} M, "
+        f"ratio {report.complexity / circuit.complexity:.4f}, {seconds * 1e3:4.0f} ms",
+        flush=True,
+    )
+    return Comparison(case, report.complexity, circuit.complexity, report.bootstraps == circuit.bootstraps, seconds)
+
+
+def plot(found: list[Comparison], path: str) -> None:
+    """Predicted against compiled complexities, by rounding and error probability."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    ends = [f(c.compiled for c in found) for f in (min, max)]
+    axes.plot(ends, ends, color="0.7", linewidth=1, zorder=0, label="equal")
+    for rounding, marker in (("no rounding", "s"), ("exact rounding", "^"), ("approximate rounding", "o")):
+        chosen = [c for c in found if c.rounding == rounding]
+        points = axes.scatter(
+            [c.compiled for c in chosen],
+            [c.predicted for c in chosen],
+            c=[-np.log10(c.case.p_error) for c in chosen],
+            vmin=-np.log10(max(P_ERRORS)),
+            vmax=-np.log10(min(P_ERRORS)),
+            marker=marker,
+            s=24,
+            label=f"{rounding} ({len(chosen)})",
+        )
+    figure.colorbar(points, label="-log10 p_error")
+    axes.set(xscale="log", yscale="log", xlabel="complexity of the compiled circuit", ylabel="predicted by fheq.cost")
+    axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     """Prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=42)
+    parser.add_argument("--count", type=int, default=66)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", metavar="FILE", help="where to save a figure (svg, png)")
     options = parser.parse_args()
-    predicted, compiled, seconds, agree = [], [], [], 0
-    for case in cases(options.count, options.seed):
-        program = case.program()
-        cost(program, p_error=case.p_error)
-        cached_search.cache_clear()
-        start = time.perf_counter()
-        report = cost(program, p_error=case.p_error)
-        elapsed = time.perf_counter() - start
-        rounding = f"{case.rounding.n_bits}{'~' if case.rounding.approximate else '='}" if case.rounding else "-"
-        head = f"{case.name:12s} bits {case.n_bits} rounding {rounding:2s} p {case.p_error:7.1e} widest {report.max_bits:2d}"
-        try:
-            circuit = fheq.compile(program, p_error=case.p_error)
-        except fheq.FheqError as error:
-            print(f"{head} predicted {report.complexity / 1e6:11,.1f} M, not compiled: {str(error)[-60:]}", flush=True)
-            continue
-        seconds.append(elapsed)
-        predicted.append(report.complexity)
-        compiled.append(circuit.complexity)
-        agree += report.bootstraps == circuit.bootstraps
-        ratio = report.complexity / circuit.complexity
-        print(
-            f"{head} predicted {report.complexity / 1e6:11,.1f} M, compiled {circuit.complexity / 1e6:11,.1f} M, "
-            f"ratio {ratio:.4f}, {elapsed * 1e3:4.0f} ms",
-            flush=True,
-        )
-    p, c = np.array(predicted), np.array(compiled)
-    error = np.abs(p / c - 1)
-    correlation = np.corrcoef(ranks(p), ranks(c))[0, 1]
+    found = [c for c in map(compare, cases(options.count, options.seed)) if c is not None]
+    predicted, compiled = (np.array([getattr(c, name) for c in found]) for name in ("predicted", "compiled"))
+    error, seconds, agree = np.abs(predicted / compiled - 1), [c.seconds for c in found], sum(c.agrees for c in found)
+    correlation = np.corrcoef(ranks(predicted), ranks(compiled))[0, 1]
     print(
-        f"{len(p)} circuits: error median {np.median(error):.2%}, 95th percentile {np.quantile(error, 0.95):.2%}, "
+        f"{len(found)} circuits: error median {np.median(error):.2%}, 95th percentile {np.quantile(error, 0.95):.2%}, "
         f"largest {error.max():.2%}; rank correlation {correlation:.4f}; bootstraps agree in {agree}; "
         f"prediction median {np.median(seconds) * 1e3:.0f} ms, largest {np.max(seconds) * 1e3:.0f} ms"
     )
+    if options.plot:
+        plot(found, options.plot)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Izabachène, "TFHE: Fast Fully Homomorphic Encryption over the Torus" (J. Crypto
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,12 +27,14 @@ class Ciphertexts:
 
     Args:
         noise: standard deviations, perhaps traced.
+        spread: by value, the part of the noisiest element's variance that each has through leveled operations.
         key: of the sample.
     """
 
-    def __init__(self, program: IntProgram, noise: Noise, key: Array):
+    def __init__(self, program: IntProgram, noise: Noise, spread: Mapping[str, Array], key: Array):
         self.program = program
         self.noise = noise
+        self.spread = spread
         self.key = key
         self.drawn = 0
         self.flat = leveled(program)
@@ -42,6 +45,10 @@ class Ciphertexts:
         """The next standard normals."""
         self.drawn += 1
         return jax.random.normal(jax.random.fold_in(self.key, self.drawn), shape, jnp.float32)
+
+    def deviation(self, name: str, worst: Array, share: Array | float) -> Array:
+        """Of each element of a value, from that of the noisiest and the part of its variance that differs."""
+        return worst * jnp.sqrt(share * self.spread[name] + 1 - share)
 
     def cell(self, x: Array, lsbs: int, width: int, deviation: Array, centre: float = 0.0) -> Array:
         """The cell, in [0, 2^(width+1)), that a table of `width` bits reads of x, whose cells are 2^lsbs wide."""
@@ -61,7 +68,8 @@ class Ciphertexts:
         if name not in self.read:
             # concrete shifts unrounded values by half a unit, to the middle of what they stand for
             centre = 0.5 if name in self.unrounded else 0.0
-            self.read[name] = self.cell(x, instruction.lsbs, width, self.noise.tables[name], centre)
+            deviation = self.deviation(name, self.noise.tables[name], self.noise.table_shares[name])
+            self.read[name] = self.cell(x, instruction.lsbs, width, deviation, centre)
         cell = self.read[name]
         entry = cell & ((1 << width) - 1)
         result = table[group, entry & ((1 << instruction.bits) - 1)].astype(jnp.int64)
@@ -76,7 +84,8 @@ class Ciphertexts:
         rounded = self.unrounded[name]
         width = self.flat.nodes[self.flat.roundings[name][0]].reads
         if name not in self.read:
-            self.read[name] = self.cell(x, rounded.lsbs, width, self.noise.roundings[name][0], 0.5)
+            deviation = self.deviation(name, self.noise.roundings[name][0], self.noise.rounding_shares[name][0])
+            self.read[name] = self.cell(x, rounded.lsbs, width, deviation, 0.5)
         cell = self.read[name]
         entry = (cell & ((1 << width) - 1)).astype(x.dtype) << rounded.lsbs
         return jnp.where(cell >> width == 0, entry, -entry)
@@ -86,12 +95,15 @@ class Ciphertexts:
         if instruction.approximate:
             return x
         x = x + (1 << instruction.lsbs >> 1)
-        for bit, deviation in enumerate(self.noise.roundings[instruction.out]):
+        found = zip(self.noise.roundings[instruction.out], self.noise.rounding_shares[instruction.out])
+        for bit, (worst, share) in enumerate(found):
+            deviation = self.deviation(instruction.args[0], worst, share)
             lowest = self.cell(x, bit, 0, deviation)  # shifted to the place of the padding
             x = x - (lowest.astype(x.dtype) << bit)
         return x
 
     def decrypt(self, i: int, x: Array) -> Array:
         """Output i, decrypted."""
-        failed = jnp.round(self.noise.outputs[i] * self.normal(x.shape)).astype(x.dtype)
+        deviation = self.deviation(self.program.outputs[i].value, self.noise.outputs[i], 1.0)
+        failed = jnp.round(deviation * self.normal(x.shape)).astype(x.dtype)
         return x + failed

@@ -33,11 +33,16 @@ class Noise:
         roundings: of a rounded value, by its name, at each table that removes one of its bits (cells are halves of the
             torus), lowest bit first; or at the identity by which anything but a table reads an approximately rounded one.
         outputs: at the decryption of each output, in integers.
+        table_shares, rounding_shares: the part of the variances at tables that leveled operations make. Deviations are of a
+            value's noisiest element; this part is smaller for elements that add up less (see `fheq.norms`). All of the
+            outputs' noise is of this part.
     """
 
     tables: Mapping[str, float]
     roundings: Mapping[str, tuple[float, ...]]
     outputs: tuple[float, ...]
+    table_shares: Mapping[str, float]
+    rounding_shares: Mapping[str, tuple[float, ...]]
 
 
 def noise(program: IntProgram, p_error: float | None = None, global_p_error: float | None = None) -> Noise:
@@ -67,14 +72,15 @@ def noise_of(program: IntProgram, solved: Solved) -> Noise:
     flat, parts = solved.flat, solved.parts
     found = solved.variances
     bound = 1 / (2 * quantile(solved.p_error)) if np.isfinite(solved.solution.total) else np.inf
-    cells = [
-        bound if found is None else sqrt(max(found[i], 0.0)) * 2.0 ** (c.bits + 1)
-        for i, c in enumerate(parts.problem.constraints)
-    ]
-    at = dict(zip(parts.own, cells))
-    tables = {t.args[0]: at[flat.tables[t.out]] for t in program.lookups if flat.tables[t.out] >= 0}
-    roundings = {name: tuple(at[i] for i in nodes) for name, nodes in flat.roundings.items()}
-    return Noise(tables, roundings, tuple(cells[len(parts.own) :]))
+    bits = [c.bits for c in parts.problem.constraints]
+    cells = [bound if found is None else sqrt(sum(found[i])) * 2.0 ** (b + 1) for i, b in enumerate(bits)]
+    shares = [0.0] * len(cells) if found is None else [part / max(part + own, 1e-300) for part, own in found]
+    read = [(t.args[0], flat.tables[t.out]) for t in program.lookups if flat.tables[t.out] >= 0]
+    (tables, roundings), (table_shares, rounding_shares) = (
+        ({name: at[i] for name, i in read}, {name: tuple(at[i] for i in nodes) for name, nodes in flat.roundings.items()})
+        for at in (dict(zip(parts.own, values)) for values in (cells, shares))
+    )
+    return Noise(tables, roundings, tuple(cells[len(parts.own) :]), table_shares, rounding_shares)
 
 
 def failure_probabilities(p_error: float | None, global_p_error: float | None) -> tuple[float | None, float | None]:

@@ -16,6 +16,7 @@ from fheq.evaluate import unwrap
 from fheq.failures import Ciphertexts
 from fheq.noise import Noise
 from fheq.noise import noise as noise_of_parameters
+from fheq.norms import Norms, squared
 from fheq.program import (
     Convolution,
     Gather,
@@ -73,7 +74,25 @@ def simulate(
         noise = noise_of_parameters(program, p_error)
     with enable_x64():
         tables = tuple(lookup.table for lookup in program.lookups)
-        return unwrap([np.asarray(out) for out in _simulate(program, tables, noise, key, *arrays)])
+        noisy_parts = None if noise is None else (noise, element_spread(program))
+        return unwrap([np.asarray(out) for out in _simulate(program, tables, noisy_parts, key, *arrays)])
+
+
+def element_spread(program: IntProgram) -> dict[str, Array]:
+    """By value, each element's variance after leveled operations, relative to that of the noisiest."""
+    ones = [np.ones(program.values[entry.value].shape, np.int64) for entry in program.inputs]
+    with enable_x64():
+        return _element_spread(program, *ones)
+
+
+@partial(jax.jit, static_argnums=0)
+def _element_spread(program: IntProgram, *ones: Array) -> dict[str, Array]:
+    norms = Norms(program)
+    env = sample_values(squared(program), (None,) * len(program.lookups), norms, ones)
+    outputs = {entry.value: norms.settle(entry.value, env[entry.value]) for entry in program.outputs}
+    read = {a for i in program.instructions if isinstance(i, (Lookup, Round)) for a in (i.args[0], i.out)} - set(outputs)
+    found = {name: env[name] for name in read} | outputs
+    return {name: (v / jnp.maximum(jnp.max(v), 1)).astype(jnp.float32) for name, v in found.items()}
 
 
 def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.ndarray]:
@@ -96,7 +115,11 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
 
 @partial(jax.jit, static_argnums=0)
 def _simulate(
-    program: IntProgram, tables: tuple[Array, ...], noise: Noise | None, key: Array | None, *inputs: Array
+    program: IntProgram,
+    tables: tuple[Array, ...],
+    noise: tuple[Noise, dict[str, Array]] | None,
+    key: Array | None,
+    *inputs: Array,
 ) -> list[Array]:
     """Tables are arguments: as constants of the compiled function they would make compiling slow."""
     samples = split_all([e.port for e in program.inputs], inputs)
@@ -107,9 +130,13 @@ def _simulate(
 
 
 def _sample(
-    program: IntProgram, tables: tuple[Array, ...], noise: Noise | None, key: Array | None, *sample: Array
+    program: IntProgram,
+    tables: tuple[Array, ...],
+    noise: tuple[Noise, dict[str, Array]] | None,
+    key: Array | None,
+    *sample: Array,
 ) -> tuple[Array, ...]:
-    ciphertexts = None if noise is None else Ciphertexts(program, noise, key)
+    ciphertexts = None if noise is None else Ciphertexts(program, *noise, key)
     env = sample_values(program, tables, ciphertexts, sample)
     outputs = [env[entry.value] for entry in program.outputs]
     if ciphertexts is not None:
@@ -119,9 +146,12 @@ def _sample(
 
 
 def sample_values(
-    program: IntProgram, tables: tuple[Array, ...], ciphertexts: Ciphertexts | None, sample: tuple[Array, ...]
+    program: IntProgram,
+    tables: tuple[Array | None, ...],
+    ciphertexts: Ciphertexts | Norms | None,
+    sample: tuple[Array, ...],
 ) -> dict[str, Array]:
-    """Every value of a program for one sample, by name: exact, or as encrypted runs have them."""
+    """Every value of a program for one sample, by name: exact, or as encrypted runs have them, or their variances."""
     spare = 1 if ciphertexts is None else NOISY_REACH
     limit = 2**31 // spare
     dtype = jnp.int32 if all(v.low > -limit and v.high < limit for v in program.values.values()) else jnp.int64

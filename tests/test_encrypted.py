@@ -2,10 +2,13 @@
 
 A table fails with probability 1e-6 (1e-5 for all of a run in one test) and a test applies fewer than 100: the chance that
 any test sees a wrong result is below 1e-3. Results are compared with simulation integer for integer.
+
+One test makes tables fail often, and compares how often with simulated noise.
 """
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from build_models import model, node
@@ -23,12 +26,14 @@ W = np.float32([[0.5, -1.0], [1.0, 0.75]])
 SMALL = {"op_inputs": 2, "op_weights": 2, "model_inputs": 2, "model_outputs": 3}
 
 
-def lowered(nodes: list, inputs: tuple[str, ...], outputs: tuple[str, ...], spec: Spec) -> fheq.IntProgram:
+def lowered(
+    nodes: list, inputs: tuple[str, ...], outputs: tuple[str, ...], spec: Spec, rows: tuple[int, ...] = ()
+) -> fheq.IntProgram:
     known = {"w": W, "v": np.float32([[1.0], [-0.5]])}
     used = {name for n in nodes for name in n.input}
-    proto = model(nodes, {name: ["N", 2] for name in inputs}, outputs, {k: v for k, v in known.items() if k in used})
+    proto = model(nodes, {name: ["N", *rows, 2] for name in inputs}, outputs, {k: v for k, v in known.items() if k in used})
     graph = fheq.import_onnx(proto)
-    data = (X, Z)[: len(inputs)]
+    data = [v.reshape(-1, *rows, 2) for v in (X, Z)[: len(inputs)]]
     return fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *data), spec))
 
 
@@ -102,3 +107,18 @@ def test_a_linear_classifier_names_its_labels() -> None:
     assert_encrypted_is_simulated(program, circuit, X[:10])
     labels, probabilities = circuit(X[:10], progress=False)
     assert np.mean(labels == model.predict(X[:10])) >= 0.8 and probabilities.shape == (10, 2)
+
+
+def test_tables_fail_as_often_as_simulated() -> None:
+    """Rows are independent: shares of wrong ones differ by less than 5 standard deviations of the binomial, which a right
+    program exceeds once in a million times."""
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    program = lowered(nodes, ("x",), ("y",), Spec(SMALL), rows=(16,))
+    noise = fheq.noise(program, p_error=0.3)
+    (q,) = program.quantize(np.random.default_rng(1).normal(size=(500, 16, 2)).astype(np.float32))
+    exact = fheq.simulate(program, q)
+    expected = np.mean(np.any(fheq.simulate(program, q, noise=noise, key=jax.random.key(0)) != exact, axis=-1))
+    encrypted = fheq.compile(program, p_error=0.3)(q[:8], quantized=True, progress=False)
+    wrong = np.any(encrypted != exact[:8], axis=-1)
+    assert 0.2 < expected < 0.6
+    assert abs(np.mean(wrong) - expected) < 5 * np.sqrt(expected * (1 - expected) * (1 / wrong.size + 1 / 8000))

@@ -12,6 +12,8 @@ from test_cost import calibrated, program
 
 import fheq
 from fheq.optimizer.noise import failure, quantile
+from fheq.program import MatMul
+from fheq.simulate import element_spread
 
 KEY = jax.random.key(0)
 SIGMAS = 5
@@ -30,7 +32,7 @@ def test_tables_fail_as_often_as_the_gaussian_says() -> None:
     built = program("mlp", "none")
     (lookup,) = built.lookups
     deviation, draws = 0.3, 200_000
-    reader = Ciphertexts(built, fheq.noise(built, p_error=0.1), KEY)
+    reader = Ciphertexts(built, fheq.noise(built, p_error=0.1), {}, KEY)
     inside = np.full(draws, (1 << lookup.bits) // 2)
     cells = np.asarray(reader.cell(jax.numpy.asarray(inside), 0, lookup.bits, deviation)) - inside
     expected = failure(deviation**2, 0.25, 1.0)
@@ -47,6 +49,18 @@ def test_noise_is_within_its_bound_and_is_what_the_report_has(rounding: str, p_e
     assert found == fheq.cost(built, p_error).noise
     assert set(found.tables) == {t.args[0] for t in built.lookups}
     assert all(0 < v <= bound * (1 + 1e-9) for v in [*found.tables.values(), *found.outputs])
+
+
+@pytest.mark.parametrize("kind, rounding", [("deep", "approximate"), ("average", "exact")])
+def test_elements_that_add_up_less_have_less_noise(kind: str, rounding: str) -> None:
+    """In proportion to the 2-norms of their weights."""
+    built = program(kind, rounding)
+    found = element_spread(built)
+    (entry,) = built.outputs
+    last = [i for i in built.instructions if isinstance(i, MatMul)][-1]
+    norms = np.sum(last.weight.astype(float) ** 2, axis=0)
+    np.testing.assert_allclose(found[entry.value][0], norms / np.max(norms), rtol=1e-6)
+    assert len(set(norms)) > 1 and all(np.max(v) == 1 for v in found.values())
 
 
 def test_keys_decide_and_samples_are_independent() -> None:
@@ -75,18 +89,14 @@ def test_other_noise_compiles_nothing() -> None:
     assert _simulate._cache_size() == before
 
 
-def test_without_failures_nothing_changes() -> None:
+@pytest.mark.parametrize("kind, rounding", [("mlp", "none"), ("residual", "exact")])
+def test_without_failures_nothing_changes(kind: str, rounding: str) -> None:
     """Every channel's offset brings it into its width in the padding too: clear and encrypted runs agree."""
-    for kind in ("mlp", "residual"):
-        for rounding in ("none", "exact"):
-            built = program(kind, rounding)
-            graph, _ = calibrated(kind)
-            x = np.random.default_rng(9).normal(size=(100, *graph.inputs[0].type.shape[1:])).astype(np.float32)
-            q = built.quantize(x)
-            assert all(row.share == 0 for row in fheq.overflow(built, *q).rows)
-            np.testing.assert_array_equal(
-                fheq.simulate(built, *q), fheq.simulate(built, *q, p_error=1e-12, key=KEY), f"{kind} {rounding}"
-            )
+    built = program(kind, rounding)
+    graph, _ = calibrated(kind)
+    q = built.quantize(np.random.default_rng(9).normal(size=(100, *graph.inputs[0].type.shape[1:])).astype(np.float32))
+    assert all(row.share == 0 for row in fheq.overflow(built, *q).rows)
+    np.testing.assert_array_equal(fheq.simulate(built, *q), fheq.simulate(built, *q, p_error=1e-12, key=KEY))
 
 
 @pytest.mark.parametrize("rounding, p_error", [("approximate", 0.1), ("exact", 1e-5)])
@@ -103,13 +113,20 @@ def test_concretes_simulation_errs_as_often(rounding: str, p_error: float) -> No
     assert abs(rates[0] - rates[1]) <= SIGMAS * spread
 
 
-def test_overflow_is_counted_and_certified() -> None:
-    built = program("mlp", "approximate")
-    found = fheq.overflow(built, data(built, 2000))
-    (row,) = found.rows
-    assert row.certified != built.accumulators[row.accumulator].can_wrap
-    assert 0 < row.share < 0.5
-    assert "samples" in str(found) and row.accumulator in str(found)
+@pytest.mark.parametrize("rounding", ["none", "approximate"])
+def test_overflow_is_counted_and_certified(rounding: str) -> None:
+    """Against integer products: random data, and the inputs that drive an accumulator to its ends."""
+    built = program("residual", rounding, 2)
+    weight, amount = built.instructions[0].weight, built.instructions[1].amount
+    (entry,) = built.inputs
+    ends = [np.where(sign * weight.T > 0, entry.affine.qmax, entry.affine.qmin) for sign in (1, -1)]
+    q = np.concatenate([data(built, 300), *ends]).astype(int)
+    known = built.accumulators["m1"]
+    read = (q @ weight + amount) % (2 << known.bits)
+    outside = read >= (1 << known.bits) - (1 << known.lsbs >> 1)
+    row = fheq.overflow(built, q).rows[0]
+    assert row.share == np.mean(outside)
+    assert row.certified == (not np.any(outside)) == (rounding == "none")
 
 
 @pytest.mark.parametrize("options", [{"p_error": 0.1}, {"key": KEY}, {"p_error": 2.0, "key": KEY}])

@@ -20,31 +20,12 @@ import numpy as np
 
 from fheq.optimizer import noise
 from fheq.optimizer.partition import Pair, Problem
+from fheq.optimizer.points import Points, chosen
 
 STEP = 32
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
 DESCENTS = 6
 PROMISING = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Candidates, one per element.
-
-    Args:
-        glwe, small, level: for every partition, index of (k, log2 N) in `noise.glwe_table`, n, index of a level.
-        conversion: for every conversion, index of its level.
-    """
-
-    glwe: tuple[np.ndarray, ...]
-    small: tuple[np.ndarray, ...]
-    level: tuple[np.ndarray, ...]
-    conversion: Mapping[Pair, np.ndarray]
-
-    def __getitem__(self, where) -> Points:
-        pick = lambda arrays: tuple(a[where] for a in arrays)
-        conversion = {pair: v[where] for pair, v in self.conversion.items()}
-        return Points(pick(self.glwe), pick(self.small), pick(self.level), conversion)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +110,18 @@ class _Search:
         cost = noise.keyswitch_cost(self.glwe.dimension[source], self.glwe.dimension[target], self.levels[level])
         return np.where(source == target, 0.0, variance), np.where(source == target, 0.0, cost)
 
+    def modulus_switches(self, points: Points) -> list[np.ndarray]:
+        """Variance of each partition's modulus switch."""
+        return [noise.modulus_switch_variance(n, self.glwe.log2_size[g]) for g, n in zip(points.glwe, points.small)]
+
     def lefts(self, points: Points, bounds: Sequence[float]) -> list[np.ndarray]:
         """What each constraint leaves to its key switch."""
         boots = [n * self.glwe.variance[g, level] for g, n, level in zip(points.glwe, points.small, points.level)]
-        switched = [noise.modulus_switch_variance(n, self.glwe.log2_size[g]) for g, n in zip(points.glwe, points.small)]
+        switched = self.modulus_switches(points)
         conversions = {pair: self.conversion(points, pair)[0] for pair, _ in self.problem.conversions}
         lefts = []
         for c, bound in zip(self.problem.constraints, bounds):
-            left = np.full(len(points.glwe[0]), bound)
+            left = np.full(1, bound)
             for p, (fresh, boot) in enumerate(zip(c.fresh, c.boot)):
                 if fresh:
                     left = left - fresh * self.glwe.fresh[points.glwe[p]]
@@ -149,7 +134,7 @@ class _Search:
 
     def limits(self, points: Points) -> tuple[np.ndarray, dict[Pair, np.ndarray]]:
         """Which candidates hold every constraint without key switch, and what is left to each key switch."""
-        holds = np.ones(len(points.glwe[0]), bool)
+        holds = np.ones(len(points), bool)
         limits: dict[Pair, np.ndarray] = {}
         for c, left in zip(self.problem.constraints, self.lefts(points, self.bounds)):
             holds &= left > 0
@@ -160,16 +145,22 @@ class _Search:
     def switch(self, points: Points, pair: Pair, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cost and variance of the key switch with the fewest levels whose variance is within a limit."""
         source, n = self.glwe.dimension[points.glwe[pair[0]]], points.small[pair[1]]
-        variance = source[:, None] * self.small[n - noise.LWE_DIMENSIONS[0]]
-        fits = variance <= limit[:, None]
-        level = fits.argmax(axis=1)
-        found = fits[np.arange(len(n)), level]
+        rows, limit = self.small[n - noise.LWE_DIMENSIONS[0]], limit / source
+        if len(rows) == 1:
+            level = np.searchsorted(-np.minimum.accumulate(rows[0]), -limit)
+            found = level < len(self.levels)
+            level[~found] = 0
+            variance = rows[0, level]
+        else:
+            fits = rows <= limit[:, None]
+            level = fits.argmax(axis=1)
+            found, variance = fits[np.arange(len(n)), level], rows[np.arange(len(n)), level]
         cost = noise.keyswitch_cost(source, n, self.levels[level])
-        return np.where(found, cost, np.inf), variance[np.arange(len(n)), level]
+        return np.where(found, cost, np.inf), source * variance
 
     def total(self, points: Points, below: float = np.inf) -> np.ndarray:
         """Cost of every candidate, infinite if it breaks a constraint or costs more than `below`."""
-        cost = np.zeros(len(points.glwe[0]))
+        cost = np.zeros(len(points))
         for p, number in enumerate(self.problem.boots):
             cost = cost + number * self.boot_cost(points, p)
         for pair, number in self.problem.conversions:
@@ -179,7 +170,7 @@ class _Search:
         where = np.flatnonzero(holds & (cost < below))
         kept, cost = points[where], cost[where]
         for pair, number in self.problem.switches:
-            cost = cost + number * self.switch(kept, pair, limits[pair][where])[0]
+            cost = cost + number * self.switch(kept, pair, chosen(limits[pair], where))[0]
         out[where] = cost
         return out
 
@@ -240,8 +231,8 @@ class _Search:
         g, n = g[row], n[row]
         if point is None:
             return Points((g,), (n,), (level,), {})
-        repeat = lambda arrays, mine: tuple(mine if q == p else np.repeat(a, len(g)) for q, a in enumerate(arrays))
-        points = Points(repeat(point.glwe, g), repeat(point.small, n), repeat(point.level, level), {})
+        swap = lambda arrays, mine: tuple(mine if q == p else a for q, a in enumerate(arrays))
+        points = Points(swap(point.glwe, g), swap(point.small, n), swap(point.level, level), {})
         return self.shared(points, shares) if self.problem.conversions else points
 
     def shared(self, points: Points, shares: tuple[float, ...]) -> Points:
@@ -254,15 +245,16 @@ class _Search:
             room = min((b / w for b, w in weights), default=np.inf)
             variance = self.glwe.dimension[points.glwe[pair[0]]][:, None] * self.large[points.glwe[pair[1]]]
             parts[pair] = [np.argmax(variance <= share * room, axis=1) for share in shares]
-        tile = lambda arrays: tuple(np.tile(a, len(shares)) for a in arrays)
-        conversion = {pair: np.concatenate(levels) for pair, levels in parts.items()}
+        tile = lambda arrays: tuple(a if len(a) == 1 else np.tile(a, len(shares)) for a in arrays)
+        conversion = {
+            pair: np.concatenate([np.broadcast_to(v, len(points)) for v in found]) for pair, found in parts.items()
+        }
         return Points(tile(points.glwe), tile(points.small), tile(points.level), conversion)
 
     def polish(self, pair: Pair, point: Points, best: float) -> tuple[Points, float]:
         """The best level of one conversion."""
         count = len(self.levels)
-        repeated = point[np.zeros(count, int)]
-        points = replace(repeated, conversion={**repeated.conversion, pair: np.arange(count)})
+        points = replace(point, conversion={**point.conversion, pair: np.arange(count)})
         total = self.total(points)
         at = int(np.argmin(total))
         return (points[at : at + 1], float(total[at])) if total[at] < best else (point, best)
@@ -281,11 +273,13 @@ class _Search:
         )
 
 
-def variances(problem: Problem, solution: Solution) -> list[float]:
-    """Noise at each of a problem's constraints, dominated ones included."""
+def variances(problem: Problem, solution: Solution) -> list[tuple[float, float]]:
+    """Noise at each of a problem's constraints, dominated ones included: of leveled operations, and of the table's own key
+    and modulus switch (0 at an output)."""
     assert solution.point is not None
-    lefts = _Search(problem, 1.0).lefts(solution.point, [0.0] * len(problem.constraints))
-    return [
-        solution.switch_variance.get(c.switch, 0.0) - float(left[0]) if c.switch is not None else -float(left[0])
-        for c, left in zip(problem.constraints, lefts)
-    ]
+    search = _Search(problem, 1.0)
+    lefts = search.lefts(solution.point, [0.0] * len(problem.constraints))
+    switched = [float(v[0]) for v in search.modulus_switches(solution.point)]
+    own = [0.0 if c.switch is None else switched[c.switch[1]] for c in problem.constraints]
+    keys = [0.0 if c.switch is None else solution.switch_variance.get(c.switch, 0.0) for c in problem.constraints]
+    return [(max(-float(left[0]) - o, 0.0), k + o) for left, o, k in zip(lefts, own, keys)]

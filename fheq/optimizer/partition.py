@@ -180,8 +180,7 @@ def _noises(program: Leveled, count: int, blocks: list[int], home: dict[int, int
 def _combine(parts: list[Noise], weights: tuple[float, ...]) -> Noise:
     """A weighted sum of independent noises; without weights, the largest of each."""
     if weights:
-        squares = np.square(weights)
-        join = lambda values: np.tensordot(squares, np.asarray(values, np.float64), 1)
+        join = lambda values: sum(w**2 * v for w, v in zip(weights, values))
     else:
         join = lambda values: np.max(values, axis=0)
     pairs = {pair for _, _, conv in parts for pair in conv}

@@ -30,8 +30,9 @@ class Solved:
     solution: Solution
 
     @property
-    def variances(self) -> list[float] | None:
-        """Noise at each of the problem's constraints; None where the parameters are not native."""
+    def variances(self) -> list[tuple[float, float]] | None:
+        """Noise at each of the problem's constraints, of leveled operations and of the table's own switches; None where the
+        parameters are not native."""
         return None if self.solution.point is None else variances(self.parts.problem, self.solution)
 
     def failures(self) -> tuple[float, float]:
@@ -43,7 +44,7 @@ class Solved:
             return (self.p_error, float(-np.expm1(count * log1p(-self.p_error)))) if finite else (1.0, 1.0)
         kappa, worst, log_success = noise.quantile(self.p_error), 0.0, 0.0
         for c, variance in zip(self.parts.problem.constraints, found):
-            p = noise.failure(variance, noise.variance_bound(c.bits, kappa), kappa)
+            p = noise.failure(sum(variance), noise.variance_bound(c.bits, kappa), kappa)
             worst = max(worst, p)
             log_success += c.count * log1p(-p) if p < 1 else -np.inf
         return worst, float(-np.expm1(log_success))
