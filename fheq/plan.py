@@ -23,7 +23,7 @@ from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
-from fheq.rewrites import decompose
+from fheq.rewrites import activate_before_maximum, compose, decompose
 from fheq.steps import Join, Operand, Step
 
 
@@ -53,7 +53,7 @@ class Plan:
     """See the module's docstring.
 
     Args:
-        graph: the decomposed graph that the names refer to.
+        graph: the decomposed graph, its linear operators composed, that the names refer to.
         steps: in order of evaluation.
         regions: by computed tensor (and graph input).
         points: point to its source.
@@ -88,7 +88,7 @@ def plan(graph: Graph) -> Plan:
     Raises:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
-    return Planner(decompose(graph)).finish()
+    return Planner(compose(activate_before_maximum(decompose(graph)))).finish()
 
 
 class Planner:
