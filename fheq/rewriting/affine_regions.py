@@ -110,13 +110,15 @@ class _Search:
         return self.outputs.isdisjoint(node.outputs) and all(id(reader) in inside for reader in readers)
 
     def tables(self, source: str, nodes: Sequence[Node]) -> int:
-        """Elements of the accumulators that steps in the region read."""
+        """Elements of the accumulators that steps in the region read; 0 for a region that is better left as it is."""
         accumulators: dict[str, frozenset[str]] = {source: frozenset()}  # by tensor, those that it is a function of
         read: dict[str, int] = {}
         for node in nodes:
             origins = [accumulators[name] for name in self.computed(node)]
             step = find(node).kind is Kind.LINEAR or len(set(origins)) > 1  # type: ignore[union-attr]
             step &= self.is_step(node)
+            if len(origins) > 1 and not all(origins):
+                return 0  # the source itself beside weighted sums of it: as one weight, its 1 would leave them few steps
             if step:
                 for name in self.computed(node):
                     if accumulators[name]:
