@@ -25,7 +25,7 @@ from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
-from fheq.rewrites import decompose
+from fheq.rewrites import activate_before_maximum, compose, decompose
 from fheq.steps import Join, Operand, Step
 
 
@@ -55,7 +55,7 @@ class Plan:
     """See the module's docstring.
 
     Args:
-        graph: the decomposed graph that the names refer to.
+        graph: the decomposed graph, its linear operators composed, that the names refer to.
         steps: in order of evaluation.
         regions: by computed tensor (and graph input).
         points: point to its source.
@@ -94,7 +94,7 @@ def plan(graph: Graph) -> Plan:
     """
     server, client = split(graph)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
-        return Planner(decompose(server)).finish(client)
+        return Planner(compose(activate_before_maximum(decompose(server)))).finish(client)
 
 
 class Planner:

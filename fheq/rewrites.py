@@ -1,4 +1,4 @@
-"""Graph to Graph: what import does last, and `decompose`, which the quantization side calls.
+"""Graph to Graph: what import does last, and what planning starts with.
 
 Each rewrite is a pure function; a rewritten graph computes the same values.
 """
@@ -13,9 +13,11 @@ from fheq.graph import Graph, Node, TensorType
 from fheq.ops.table import Kind, lookup
 from fheq.qat import normalise_quantizers
 from fheq.rewriting.batchnorm import fold_batch_norms
+from fheq.rewriting.compose import compose as compose
 from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.fold import prune
+from fheq.rewriting.monotone import activate_before_maximum as activate_before_maximum
 
 Rewrite = Callable[[Graph], Graph]
 

@@ -23,6 +23,8 @@ from fheq.program import (
     Shift,
 )
 
+ELEMENTWISE = (Shift, Scale, Plus, Round, Lookup)
+
 
 def first_equals(
     program: IntProgram, known: Mapping[str, np.ndarray], integers: Mapping[str, np.ndarray]
@@ -46,6 +48,10 @@ def first_equals(
         if isinstance(instruction, Gather):
             found = _gathered(instruction, args)
             first[instruction.out] = np.arange(len(found))
+        elif isinstance(instruction, ELEMENTWISE) and any(map(_all_different, args)):
+            first[instruction.out] = np.arange(args[0].size)
+            found = count + first[instruction.out]
+            count += len(found)
         else:
             keys = _keys(instruction, args, shape, program.values[instruction.args[0]].shape)
             at, which = distinct(keys)
@@ -54,6 +60,12 @@ def first_equals(
             count += len(at)
         numbers[instruction.out] = _numbered(found, known[instruction.out], integers[instruction.out])
     return first
+
+
+def _all_different(numbers: np.ndarray) -> bool:
+    """Whether the unknown elements are plainly different, as those of an input or of a product whose weights all differ."""
+    unknown = numbers[numbers >= 0]
+    return bool(np.all(unknown[1:] > unknown[:-1]))
 
 
 def _numbered(found: np.ndarray, known: np.ndarray, integers: np.ndarray) -> np.ndarray:

@@ -87,8 +87,11 @@ def reached(instruction: Lookup, low: np.ndarray, high: np.ndarray) -> Range:
 def _looked_up(instruction: Lookup, low: np.ndarray, high: np.ndarray) -> Range:
     first, last = reached(instruction, low, high)
     group = np.broadcast_to(instruction.group, low.shape)
-    reads = np.stack([group.ravel(), first.ravel(), last.ravel()], axis=1)
-    at, which = distinct(reads)
-    rows = [instruction.table[g, a : b + 1] for g, a, b in reads[at]]
-    smallest, largest = (np.array([f(row) for row in rows], np.int64) for f in (np.min, np.max))
-    return smallest[which].reshape(low.shape), largest[which].reshape(low.shape)
+    starts = group * instruction.table.shape[1]
+    slices = np.stack([(starts + first).ravel(), (starts + last).ravel() + 1], axis=1)
+    at, which = distinct(slices)
+    entries = np.append(instruction.table.ravel(), 0)  # a slice may end at the end
+    smallest, largest = (
+        f.reduceat(entries, slices[at].ravel())[::2].astype(np.int64)[which] for f in (np.minimum, np.maximum)
+    )
+    return smallest.reshape(low.shape), largest.reshape(low.shape)

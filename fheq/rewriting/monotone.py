@@ -1,0 +1,108 @@
+"""Activations before the maximum: f(max(x)) = max(f(x)) where f does not decrease."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.graph import Graph, Node
+from fheq.ops.table import Kind, find
+from fheq.rewriting.edit import Draft
+
+_ALWAYS = (
+    *("Atan", "Asinh", "Ceil", "Clip", "Erf", "Exp", "Floor", "Identity", "Relu", "Round"),
+    *("Sigmoid", "Sign", "Sinh", "Softplus", "Softsign", "Tanh"),
+)
+_WITH_SIGNS = {  # attributes that must not be negative
+    "Celu": ("alpha",),
+    "Elu": ("alpha",),
+    "HardSigmoid": ("alpha",),
+    "LeakyRelu": ("alpha",),
+    "Selu": ("alpha", "gamma"),
+    "ThresholdedRelu": ("alpha",),
+}
+_WINDOWS = ("GlobalMaxPool", "MaxPool")
+
+
+def activate_before_maximum(graph: Graph) -> Graph:
+    """The graph with non-decreasing functions of a maximum (or minimum) that nobody else reads moved to what it compares.
+
+    Where the compared tensor needs a table anyway, being no quantized one, the function costs nothing there, the maximum
+    compares what the activation leaves of the range, and its result needs no table.
+    """
+    while True:
+        changed = next((new for node in graph.nodes if (new := _exchanged(graph, node)) is not None), None)
+        if changed is None:
+            return graph
+        graph = changed
+
+
+def _exchanged(graph: Graph, node: Node) -> Graph | None:
+    op = find(node)
+    if op is None or op.kind is not Kind.MAX:
+        return None
+    readers = graph.consumers()
+    if len(readers[node.inputs[0]]) > 1 or not _needs_table(graph, node.inputs[0]):
+        return None
+    chain = _chain(graph, node, readers)
+    if not chain:
+        return None
+    draft = Draft(graph)
+    moved = {id(function) for function in chain}
+    for other in graph.nodes:
+        if other is node:
+            value, read = node.inputs[0], node.outputs[0]
+            for function in chain:
+                inputs = tuple(value if name == read else name for name in function.inputs)
+                read, value = function.outputs[0], draft.fresh(f"{function.outputs[0]}/each")
+                draft.write(replace(function, inputs=inputs, outputs=(value,)))
+            draft.write(replace(node, inputs=(value, *node.inputs[1:]), outputs=(read, *node.outputs[1:])))
+        elif id(other) not in moved:
+            draft.write(other)
+    return draft.finish()
+
+
+def _chain(graph: Graph, node: Node, readers: Mapping[str, list[Node]]) -> list[Node]:
+    """The non-decreasing functions after a maximum, up to the last one that is not affine."""
+    outputs = {port.name for port in graph.outputs}
+    tensor, chain, curved = node.outputs[0], [], 0
+    while tensor not in outputs and tensor not in graph.pinned and len(readers.get(tensor, [])) == 1:
+        (function,) = readers[tensor]
+        if not _non_decreasing(graph, node, function, tensor):
+            break
+        chain.append(function)
+        tensor = function.outputs[0]
+        curved = curved if find(function).affine else len(chain)  # type: ignore[union-attr]
+    return chain[:curved]
+
+
+def _non_decreasing(graph: Graph, maximum: Node, node: Node, tensor: str) -> bool:
+    """Whether an elementwise node does not decrease in `tensor`, alike for all that the maximum compares."""
+    known = [graph.constants[name] for name in node.inputs if name in graph.constants]
+    shape, result = graph.types[tensor].shape, graph.types[node.outputs[0]].shape
+    spatial = len(shape) - 2 if maximum.op in _WINDOWS else len(shape)
+    same = all(math.prod(v.shape[max(v.ndim - spatial, 0) :]) == 1 for v in known)
+    alone = [name for name in node.inputs if name and name not in graph.constants] == [tensor]
+    if node.domain or not same or not alone or shape != result or node.outputs[0] in graph.pinned:
+        return False
+    if node.op in _WITH_SIGNS:
+        return all(node.attrs[name] >= 0 for name in _WITH_SIGNS[node.op])
+    if node.op in ("Mul", "PRelu"):
+        return all(np.all(v >= 0) for v in known)
+    if node.op in ("Sub", "Div"):
+        return node.inputs[0] == tensor and (node.op == "Sub" or all(np.all(v > 0) for v in known))
+    return node.op in ("Add", *_ALWAYS)
+
+
+def _needs_table(graph: Graph, tensor: str) -> bool:
+    """Whether what a maximum compares is not quantized already."""
+    node = graph.producers().get(tensor)
+    if node is None or tensor in graph.pinned:
+        return False
+    kind = find(node).kind  # type: ignore[union-attr]
+    if kind is Kind.MOVEMENT:
+        return all(_needs_table(graph, name) for name in node.inputs if name and name not in graph.constants)
+    return kind is not Kind.MAX and node.op != "FakeQuant"
