@@ -50,6 +50,7 @@ from fheq.prune import prune as prune
 from fheq.qparams import QParams as QParams
 from fheq.reconstruct import Training as Training
 from fheq.reconstruct import reconstruct as reconstruct
+from fheq.round_weights import round_weights as round_weights
 from fheq.scores import Score as Score
 from fheq.search import Space as Space
 from fheq.search import search as search

@@ -1,14 +1,13 @@
 """Structured pruning: channels that a model can do without, removed with their tables.
 
 A channel between two linear layers costs a table for each of its elements. Where the other channels can stand in for it, the
-weights that read it become 0 and the other weights of the reading layers make up for it by least squares: the optimal brain
-surgeon (Hassibi and Stork, NeurIPS 1992; blockwise in Optimal Brain Compression, arXiv 2208.11580), with whole channels as
-units. Lowering then drops the tables that nothing reads.
+weights that read it become 0 and the other weights of the reading layers make up for it by least squares (see
+`fheq.surgeon`). Lowering then drops the tables that nothing reads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,17 +20,13 @@ from fheq.batching import check_arrays
 from fheq.calibrate import wide
 from fheq.client import rejoined
 from fheq.errors import DataError
-from fheq.fake_quant import operand_values
 from fheq.graph import Graph, Node
 from fheq.integers import apply_form
 from fheq.interpret import run_node
 from fheq.plan import Plan, plan
-from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, with_weights
 from fheq.steps import Linear
-
-CHUNK = 64  # samples whose inputs are multiplied out together
-RIDGE = 1e-4  # of the mean variance of a layer's inputs: what keeps few samples from fitting noise
+from fheq.surgeon import Reader, features, one_matrix
 
 
 def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
@@ -94,8 +89,7 @@ def _groups(layout: Plan) -> list[Group]:
 
 
 def _prunable(layout: Plan, step: Any) -> bool:
-    plain = isinstance(step, Linear) and replaceable(layout.graph, step) and step.x.slope is None
-    return plain and step.options.get("group", 1) == 1 and (step.form == "conv" or step.weight.ndim == 2)
+    return isinstance(step, Linear) and replaceable(layout.graph, step) and step.x.slope is None and one_matrix(step)
 
 
 def _channels(step: Linear) -> list[np.ndarray]:
@@ -180,101 +174,5 @@ def wide_array(a: np.ndarray) -> np.ndarray:
     return a.astype(np.float64) if a.dtype.kind == "f" else a
 
 
-def features(step: Linear, env: dict[str, Any]) -> Any:
-    """The operand of a step for every sample, `(n, *operand shape)`."""
-    nothing = QParams({}, {}, {})
-    return jax.vmap(lambda value: operand_values(nothing, step.x, {step.x.key: value}))(env[step.x.key])
-
-
 def _apply(step: Linear, x: Any) -> Any:
     return apply_form(step, x, jnp.asarray(step.weight)) + step.bias
-
-
-def _rows(step: Linear, x: Any) -> np.ndarray:
-    """The inputs of a step's outputs, `(positions, features)`, the features of a channel side by side."""
-    if step.form == "conv":
-        patches = jax.lax.conv_general_dilated_patches(
-            x.reshape(-1, *x.shape[2:]),
-            step.weight.shape[2:],
-            step.options["strides"],
-            "VALID",
-            rhs_dilation=step.options["dilations"],
-        )
-        x = jnp.moveaxis(patches, 1, -1)
-    return np.asarray(x).reshape(-1, x.shape[-1])
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A layer whose inputs are being pruned.
-
-    Args:
-        weight: `(channels, features per channel, outputs)`, in units of each output's standard deviation.
-        inverse: inverse covariance of the inputs, `(channels * features, channels * features)`.
-        units: standard deviation of each output.
-        mean: means of the inputs; target: means of the outputs.
-    """
-
-    step: Linear
-    weight: np.ndarray
-    inverse: np.ndarray
-    units: np.ndarray
-    mean: np.ndarray
-    target: np.ndarray
-
-    @staticmethod
-    def observe(step: Linear, exact: Any, pruned: Any) -> Reader:
-        """The layer with the weights that give the model's results from the pruned copy's inputs, by least squares."""
-        matrix = step.weight if step.form == "matmul" else step.weight.reshape(len(step.weight), -1).T
-        size, count = len(matrix), 0
-        shapes = (size,), matrix.shape[1:], (size, size), matrix.shape, matrix.shape[1:]
-        sums: list[np.ndarray] = [np.zeros(shape) for shape in shapes]
-        for at in range(0, len(exact), CHUNK):
-            y = _rows(step, exact[at : at + CHUNK]) @ matrix
-            x = _rows(step, pruned[at : at + CHUNK])
-            count += len(x)
-            for i, term in enumerate((x.sum(0), y.sum(0), x.T @ x, x.T @ y, (y**2).sum(0))):
-                sums[i] = sums[i] + term
-        mean, target, square, cross, power = (s / count for s in sums)
-        covariance = square - np.outer(mean, mean)
-        ridge = RIDGE * max(np.trace(covariance) / size, 1e-30)
-        inverse = np.linalg.inv(covariance + ridge * np.eye(size))
-        fitted = matrix + inverse @ (cross - np.outer(mean, target) - covariance @ matrix)
-        variance = power - target**2
-        units = np.sqrt(np.maximum(variance, 1e-6 * variance.max() + 1e-30))
-        rows = size // (step.weight.shape[0] if step.form == "matmul" else step.weight.shape[1])
-        return Reader(step, (fitted / units).reshape(-1, rows, len(units)), inverse, units, mean, target)
-
-    @property
-    def channels(self) -> int:
-        """Input channels."""
-        return len(self.weight)
-
-    def errors(self) -> np.ndarray:
-        """Relative squared error, averaged over the outputs, that the removal of each channel adds."""
-        rows = self.weight.shape[1]
-        blocks = self.inverse.reshape(self.channels, rows, self.channels, rows)
-        own = blocks[np.arange(self.channels), :, np.arange(self.channels)]
-        gone = np.trace(own, axis1=1, axis2=2) == 0
-        solved = np.linalg.solve(np.where(gone[:, None, None], np.eye(rows), own), self.weight)
-        return np.einsum("kro,kro->k", self.weight, solved) / len(self.units)
-
-    def without(self, channel: int) -> Reader:
-        """The layer without a channel, the others making up for it."""
-        rows, flat = self.weight.shape[1], self.weight.reshape(len(self.inverse), -1)
-        mine = slice(channel * rows, (channel + 1) * rows)
-        gain = np.linalg.solve(self.inverse[mine, mine], self.inverse[mine]).T
-        weight, inverse = flat - gain @ flat[mine], self.inverse - gain @ self.inverse[mine]
-        weight[mine], inverse[mine], inverse[:, mine] = 0, 0, 0
-        return replace(self, weight=weight.reshape(self.weight.shape), inverse=inverse)
-
-    def pruned(self, alive: np.ndarray) -> Linear:
-        """The step with its new weight and bias."""
-        weight = np.where(alive[:, None, None], self.weight, 0) * self.units
-        matrix = weight.reshape(len(self.inverse), -1)
-        bias = self.target - self.mean @ matrix
-        if self.step.form == "matmul":
-            return replace(self.step, weight=matrix, bias=self.step.bias + bias)
-        shape = self.step.weight.shape
-        offset = (np.ravel(self.step.bias) + bias).reshape(-1, *(1,) * (len(shape) - 2))
-        return replace(self.step, weight=matrix.T.reshape(shape), bias=offset)

@@ -108,7 +108,7 @@ def search(
         target: a score to reach: reconstructions go where it is reached most cheaply.
         budget: operations not to exceed: nothing dearer is considered.
         space: what is tried.
-        folder: where results are kept, so that a run that was stopped goes on there.
+        folder: where results are kept, so that a run that was stopped goes on there, or one of a larger space.
         progress: whether to show progress bars; by default when standard error is a terminal.
 
     Raises:
@@ -144,10 +144,10 @@ class _Search:
         self.data, self.held = whole(order[held:]), whole(order[:held])
         self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
         self.exact = unwrap(self.outputs(evaluate(graph, *self.held)))
-        self.memory = Memory(
-            folder,
-            fingerprint(*graph.constants.values(), graph.nodes, *parts, jax.random.key_data(key), space, str(targets)),
-        )
+        # What is tried may be extended from one run to the next; what results depend on may not.
+        options = (space.spec, space.input_bits, space.training, space.held_out, getattr(score.measure, "__qualname__", ""))
+        arrays = (*graph.constants.values(), *parts, jax.random.key_data(key), *jax.tree.leaves(targets))
+        self.memory = Memory(folder, fingerprint(graph.nodes, options, *map(np.asarray, arrays)))
 
     @cached_property
     def middle(self) -> float:
@@ -197,7 +197,7 @@ class _Search:
             except CompileError:
                 return float("inf")
 
-        return self.memory.value(f"cost of {candidate.name}", run)
+        return self.memory.value(f"cost of {candidate.name} at {self.middle:g}", run)
 
     # Stages
 

@@ -55,6 +55,18 @@ def test_corrected_biases_give_channels_the_means_of_the_float_model(fitted):
     assert shift(*fheq.correct_biases(graph, qparams, x)) < 1e-3 * np.abs(exact).max() < shift(graph, qparams)
 
 
+@pytest.mark.parametrize("granularity", list(fheq.Granularity))
+def test_second_order_rounding_beats_rounding_to_nearest(fitted, granularity):
+    graph, _, x, unseen = fitted
+    spec = fheq.Spec({"op_inputs": 6, "op_weights": 3}, weights=granularity)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), spec)
+    exact = np.asarray(fheq.evaluate(graph, unseen))
+    rounded = fheq.round_weights(graph, qparams, x)
+    assert unexplained(simulated(rounded, qparams, unseen), exact) < 0.9 * unexplained(
+        simulated(graph, qparams, unseen), exact
+    )
+
+
 def test_bits_and_roundings_stay(fitted):
     graph, qparams, x, _ = fitted
     _, tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=2))
