@@ -99,7 +99,7 @@ def all_rows(size: int, top: int) -> np.ndarray:
     return np.array(list(product(range(top), repeat=size)), np.int64)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 6])
+@pytest.mark.parametrize("size", [3, 6])  # by pairs, and by the maximum
 @pytest.mark.parametrize("last", [0, 1], ids=["first", "last"])
 @pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
 def test_encrypted_index_of_an_extreme_is_exact(op: str, last: int, size: int) -> None:
