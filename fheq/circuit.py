@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -143,11 +144,24 @@ def compile(
     return Circuit(program, p_error, global_p_error, _compile(program, p_error, global_p_error, clear))
 
 
+def _set_up_thread() -> None:
+    """Gives concrete the state of tracing that it sets up only in the thread that imports it."""
+    tag, rounding, truncation = (
+        import_module(f"concrete.fhe.extensions.{name}") for name in ("tag", "round_bit_pattern", "truncate_bit_pattern")
+    )
+    if not hasattr(tag.tag_context, "stack"):
+        tag.tag_context.stack = []
+    for module in (rounding, truncation):
+        if not hasattr(module.local, "_is_adjusting"):
+            module.local._is_adjusting = False
+
+
 def _compile(program: IntProgram, p_error: float | None, global_p_error: float | None, clear: frozenset[str]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources")  # concrete's own import of it
         from concrete import fhe
 
+    _set_up_thread()
     tracing = Tracing(program, clear)
     statuses = {f"x{i}": "clear" if e.name in clear else "encrypted" for i, e in enumerate(program.inputs)}
     compiler = fhe.Compiler(tracing.function(), statuses)

@@ -241,7 +241,7 @@ def test_problems_collects_all():
     nodes = [
         node("Relu", ["x"], ["a"]),
         node("Unknown", ["a"], ["b"], domain="own"),
-        node("NonZero", ["b"], ["c"]),
+        node("Unique", ["b"], ["c"]),
         node("Det", ["x"], ["d"]),
         node("If", ["x"], ["e"], then_branch=mlp().graph, else_branch=mlp().graph),
     ]

@@ -69,7 +69,8 @@ def test_programs_are_compiled_and_run_elsewhere() -> None:
 
 
 def test_what_raises_is_reported_and_chances_go_by_key() -> None:
-    """In threads: any executor will do."""
+    """In threads: any executor will do, whichever thread imported concrete."""
+    fheq.compile(program(2), p_error=1e-3)
 
     def half(circuit: fheq.Circuit) -> float:
         return 1 / (circuit.p_error - 1e-3)

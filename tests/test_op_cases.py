@@ -385,7 +385,8 @@ def _quantizer_cases() -> Iterator[Case]:
     for domain in ("onnx.brevitas", "qonnx.custom_op.general"):
         for signed, narrow, low, high in ((1, 0, -4, 3), (1, 1, -3, 3), (0, 0, 0, 7), (0, 1, 0, 6)):
             result = np.clip(np.round(x / step), low, high) * step
-            yield own("Quant", 1, x, step, zero, bits, domain=domain, signed=signed, narrow=narrow, result=result)
+            for op in ("Quant", "IntQuant"):
+                yield own(op, 1, x, step, zero, bits, domain=domain, signed=signed, narrow=narrow, result=result)
         for mode, function in (("CEIL", np.ceil), ("floor", np.floor), ("ROUND_TO_ZERO", np.trunc), ("round", np.round)):
             options = {"signed": 1, "narrow": 0, "rounding_mode": mode}
             result = (np.clip(function(x / step + 2), -4, 3) - 2) * step

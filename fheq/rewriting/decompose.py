@@ -77,7 +77,7 @@ def _division(draft: Draft, node: Node) -> bool:
 def _power(draft: Draft, node: Node) -> bool:
     """a ** b of two computed tensors, for a above 0: exp(b * log(a))."""
     a, b = node.inputs
-    if not _computed(draft, (b,)):
+    if not _computed(draft, (a, b)):
         return False
     kind = draft.types[node.outputs[0]].dtype
     if not _is_float(draft, a):
