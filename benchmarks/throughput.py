@@ -10,6 +10,7 @@ import argparse
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -117,11 +118,12 @@ def calibrate(path: Path, peer: str | None) -> None:
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def minmax() -> None:
-        calibrater = MinMaxCalibrater(path, augmented_model_path="/tmp/augmented.onnx")
-        calibrater.augment_graph()
-        calibrater.create_inference_session()
-        calibrater.collect_data(Reader())
-        calibrater.compute_data()
+        with tempfile.TemporaryDirectory() as folder:
+            calibrater = MinMaxCalibrater(path, augmented_model_path=str(Path(folder) / "augmented.onnx"))
+            calibrater.augment_graph()
+            calibrater.create_inference_session()
+            calibrater.collect_data(Reader())
+            calibrater.compute_data()
 
     found = ratios(
         {

@@ -128,7 +128,7 @@ def _reduce_part(graph: Graph, data: tuple[Any, ...], keep: Any) -> dict[str, Te
 
     def values(*sample: Any) -> tuple[Any, ...]:
         env = dict(zip(layout.inputs, sample))
-        found = interpret(wide(layout.graph), {n: _widened(v) for n, v in env.items()}, targets=names)
+        found = interpret(wide(layout.graph), {n: widened(v) for n, v in env.items()}, targets=names)
         return tuple(found[name].astype(jnp.float32) for name in names)
 
     def body(stats: dict[str, TensorStats], batch: tuple[tuple[Any, ...], Any]) -> tuple[dict[str, TensorStats], None]:
@@ -148,7 +148,8 @@ def wide(graph: Graph) -> Graph:
     return graph.replace(constants=constants)
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
+    """A float array of JAX in float64 (where 64-bit types are enabled)."""
     return value.astype(jnp.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 

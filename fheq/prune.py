@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays
-from fheq.calibrate import wide
+from fheq.calibrate import wide, widened
 from fheq.client import rejoined
 from fheq.errors import DataError
 from fheq.graph import Graph, Node
@@ -116,7 +116,7 @@ class _Walk:
 
     def run(self, arrays: list[np.ndarray]) -> dict[str, Linear]:
         """The changed steps, by the tensor that each makes."""
-        exact: dict[str, Any] = {name: jnp.asarray(wide_array(a)) for name, a in zip(self.layout.inputs, arrays)}
+        exact: dict[str, Any] = {name: widened(jnp.asarray(a)) for name, a in zip(self.layout.inputs, arrays)}
         pruned = dict(exact)
         last = self.last_uses()
         for i, node in enumerate(self.graph.nodes):
@@ -167,11 +167,6 @@ class _Walk:
             readers = [reader.without(at) for reader in readers]
         if not alive.all():
             self.changed.update((reader.step.out, reader.pruned(alive)) for reader in readers)
-
-
-def wide_array(a: np.ndarray) -> np.ndarray:
-    """Float arrays in float64."""
-    return a.astype(np.float64) if a.dtype.kind == "f" else a
 
 
 def _apply(step: Linear, x: Any) -> Any:

@@ -12,26 +12,17 @@ from build_models import reference
 
 import fheq
 from fheq.check import survey
-from fheq.graph import Node
-from fheq.ops import find
 
 FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 NAMES = sorted(path.stem for path in FOLDER.glob("light_*.onnx"))
 QUICK = ("light_shufflenet", "light_squeezenet")
-NEEDS_LRN = ("light_bvlc_alexnet", "light_inception_v1", "light_zfnet512")
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="this onnx package ships no models")
 
 
-def path_of(name: str) -> Path:
-    if name in NEEDS_LRN and find(Node("", "LRN", ("x",), ("y",), version=9)) is None:
-        pytest.skip("no row for LRN")
-    return FOLDER / f"{name}.onnx"
-
-
 @pytest.mark.parametrize("name", QUICK)
 def test_supported_and_evaluated_as_by_onnxruntime(name: str) -> None:
-    path = path_of(name)
+    path = FOLDER / f"{name}.onnx"
     found = survey(path)
     assert found.problems == ()
     assert found.tables is not None and found.tables["activations"] > 10_000
