@@ -13,6 +13,7 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.calibrate import Stats
+from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.integers import (
     accumulator_decoder,
@@ -170,10 +171,20 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
 
 
 def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
-    """How the accumulator of a step is rounded; not at all when no table reads it, or the table needs every integer."""
-    if step.out not in layout.points.values() or (isinstance(step, Linear) and step.options.get("exact")):
+    """How the accumulator of a step is rounded; not at all when what reads it needs every integer.
+
+    Raises:
+        QuantizationError: exact rounding of an accumulator that is decrypted, which would take tables and save none.
+    """
+    if isinstance(step, Linear) and step.options.get("exact"):
         return None
-    return spec.override(step.out, step.node.name).rounding or spec.rounding
+    own = spec.override(step.out, step.node.name).rounding
+    if step.out in layout.points.values():
+        return own or spec.rounding
+    found = own or spec.output_rounding
+    if found is not None and not found.approximate:
+        raise QuantizationError(f"the accumulator {step.out!r} is decrypted: its rounding must be approximate")
+    return found
 
 
 def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step) -> Affine:
@@ -181,12 +192,12 @@ def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Ste
     worst = channel_bounds(worst_case(layout, qparams, step), axis)
     rounding = rounding_of(layout, spec, step)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
-    if step.out not in layout.points.values():
-        return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
-    limit = table_bits(len(worst.low))
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
         return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode)
+    if step.out not in layout.points.values():
+        return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+    limit = table_bits(len(worst.low))
     # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
     stated = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
     fits = aligned(bounds, 0)[1] <= limit

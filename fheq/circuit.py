@@ -5,19 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from fheq.batching import check_arrays, join, split_all
+from fheq.decryption import centred, decrypted_bits, removed_bits
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import unwrap
 from fheq.noise import failure_probabilities
 from fheq.program import IntProgram
 from fheq.progress import track
 from fheq.simulate import check_integers
-from fheq.tracing import Tracing
+from fheq.tracing import Tracing, bare_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +77,21 @@ class Circuit:
 
     def decrypt(self, encrypted: Sequence[tuple[Any, ...]], quantized: bool = False) -> Any:
         """Decrypts results to real arrays in the model's layout (to integers when `quantized`)."""
-        return self._outputs([_tuple(self.concrete.decrypt(*sample)) for sample in encrypted], quantized)
+        return self._outputs([self._integers(_tuple(self.concrete.decrypt(*s))) for s in encrypted], quantized)
 
     def __call__(self, *inputs: Any, quantized: bool = False, progress: bool | None = None) -> Any:
         """Encrypts, runs and decrypts a batch; makes keys if there are none."""
         return self.decrypt(self.run(self.encrypt(*inputs, quantized=quantized), progress), quantized)
+
+    @cached_property
+    def _decryption(self) -> list[tuple[int, int]]:
+        """Width and removed low bits of each output's ciphertext."""
+        return list(zip(decrypted_bits(self.program), removed_bits(self.program)))
+
+    def _integers(self, sample: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+        """The program's outputs from what concrete decrypts."""
+        found = zip(sample, self._decryption)
+        return tuple(centred(np.asarray(v, np.int64), bits) << lsbs for v, (bits, lsbs) in found)
 
     def evaluate(self, *inputs: Any, quantized: bool = False) -> Any:
         """The circuit's clear evaluation by concrete, without encryption or noise."""
@@ -95,7 +107,8 @@ class Circuit:
             Real outputs in the model's layout (integers when `quantized`).
         """
         self.concrete.enable_fhe_simulation()
-        return self._outputs([_tuple(self.concrete.simulate(*s)) for s in self._samples(inputs, quantized)], quantized)
+        samples = self._samples(inputs, quantized)
+        return self._outputs([self._integers(_tuple(self.concrete.simulate(*s))) for s in samples], quantized)
 
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
         ports = [entry.port for entry in self.program.inputs]
@@ -173,6 +186,7 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         approximate_rounding_config=fhe.ApproximateRoundingConfig(
             logical_clipping=False, approximate_clipping_start_precision=False
         ),
+        additional_post_processors=[bare_outputs()],
     )
     sample = tuple(np.zeros(entry.port.type.shape, np.int64) for entry in program.inputs)
     try:

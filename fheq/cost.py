@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from fheq.decryption import removed_bits
 from fheq.noise import Noise, failure_probabilities, noise_of
 from fheq.optimizer.leveled import Leveled
 from fheq.optimizer.parameters import Solution
@@ -63,7 +64,7 @@ class Output:
     """A program's output.
 
     Args:
-        bits: width of its integers.
+        bits: width of its integers, without low bits that are rounded away.
         leveled: whether it is decrypted without a table after the last linear operation.
     """
 
@@ -165,7 +166,8 @@ def cost(program: IntProgram, p_error: float | None = None, global_p_error: floa
     rows = tuple(_row(program, solved, deviations, lookup) for lookup in program.lookups)
     wraps = tuple(Wrap(name, a.low, a.high, a.bits) for name, a in program.accumulators.items() if a.can_wrap)
     made = {lookup.out for lookup in program.lookups}
-    outputs = tuple(Output(e.name, program.values[e.value].bits, e.value not in made) for e in program.outputs)
+    removed = zip(program.outputs, removed_bits(program))
+    outputs = tuple(Output(e.name, program.values[e.value].bits - lsbs, e.value not in made) for e, lsbs in removed)
     boots, total, widest = solved.parts.problem.boots, solved.solution.total, max(solved.flat.widths.values())
     return Report(
         rows,

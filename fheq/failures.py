@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fheq.decryption import centred
 from fheq.noise import Noise
 from fheq.optimizer.leveled import leveled
 from fheq.program import IntProgram, Lookup, Round
@@ -104,6 +105,10 @@ class Ciphertexts:
 
     def decrypt(self, i: int, x: Array) -> Array:
         """Output i, decrypted."""
-        deviation = self.deviation(self.program.outputs[i].value, self.noise.outputs[i], 1.0)
-        failed = jnp.round(deviation * self.normal(x.shape)).astype(x.dtype)
-        return x + failed
+        name, bits = self.program.outputs[i].value, self.flat.nodes[self.flat.outputs[i]].bits
+        failed = self.deviation(name, self.noise.outputs[i], 1.0) * self.normal(x.shape)
+        if name not in self.unrounded:
+            return centred(x + jnp.round(failed).astype(x.dtype), bits)
+        lsbs = self.unrounded[name].lsbs
+        cell = jnp.floor((x.astype(jnp.float32) + 0.5) * 2.0**-lsbs + failed + 0.5).astype(x.dtype)
+        return centred(cell, bits) << lsbs

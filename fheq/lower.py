@@ -266,10 +266,14 @@ class _Lowering:
         slope = np.where(elements < 0, 0.0, ends[1] - ends[0])
         value = self.emit.gather((source,), elements, np.zeros(len(elements), np.int64), shape)
         value = self.emit.orient(value, np.sign(slope).astype(np.int64).reshape(shape))
-        top = np.where(slope < 0, self.emit.values[source].high, 0)
+        top = self.emit.values[source].high
+        known = self.accumulators.get(region.source)
+        if known is not None and known.lsbs and region.source not in self.layout.points.values():
+            value = self.emit.round(value, known.lsbs, known.approximate)
+            top += 1  # rounded half up, 2^bits - 1 - q is 2^bits less the rounded q
         size = np.where(slope == 0, 1.0, np.abs(slope))
         # A flipped element is top - q, so its decoder starts at the other end.
-        return self.entry(port, value, size, ends[0] + slope * top)
+        return self.entry(port, value, size, ends[0] + slope * np.where(slope < 0, top, 0))
 
     def affine_output(self, name: str, real: np.ndarray) -> np.ndarray:
         """The output's elements when its source elements have the given real values (aligned with the output)."""

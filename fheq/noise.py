@@ -32,7 +32,7 @@ class Noise:
             being the two-sided quantile of p_error, a value at a cell's centre leaves it with probability p_error.
         roundings: of a rounded value, by its name, at each table that removes one of its bits (cells are halves of the
             torus), lowest bit first; or at the identity by which anything but a table reads an approximately rounded one.
-        outputs: at the decryption of each output, in integers.
+        outputs: at the decryption of each output, in integers (of an approximately rounded one in cells).
         table_shares, rounding_shares: the part of the variances at tables that leveled operations make. Deviations are of a
             value's noisiest element; this part is smaller for elements that add up less (see `fheq.norms`). All of the
             outputs' noise is of this part.

@@ -89,9 +89,8 @@ def element_spread(program: IntProgram) -> dict[str, Array]:
 def _element_spread(program: IntProgram, *ones: Array) -> dict[str, Array]:
     norms = Norms(program)
     env = sample_values(squared(program), (None,) * len(program.lookups), norms, ones)
-    outputs = {entry.value: norms.settle(entry.value, env[entry.value]) for entry in program.outputs}
-    read = {a for i in program.instructions if isinstance(i, (Lookup, Round)) for a in (i.args[0], i.out)} - set(outputs)
-    found = {name: env[name] for name in read} | outputs
+    read = {a for i in program.instructions if isinstance(i, (Lookup, Round)) for a in (i.args[0], i.out)}
+    found = {name: env[name] for name in read | {entry.value for entry in program.outputs}}
     return {name: (v / jnp.maximum(jnp.max(v), 1)).astype(jnp.float32) for name, v in found.items()}
 
 
@@ -140,8 +139,7 @@ def _sample(
     env = sample_values(program, tables, ciphertexts, sample)
     outputs = [env[entry.value] for entry in program.outputs]
     if ciphertexts is not None:
-        settled = [ciphertexts.settle(entry.value, x) for entry, x in zip(program.outputs, outputs)]
-        outputs = [ciphertexts.decrypt(i, x) for i, x in enumerate(settled)]
+        outputs = [ciphertexts.decrypt(i, x) for i, x in enumerate(outputs)]
     return tuple(x.astype(jnp.int64) for x in outputs)
 
 

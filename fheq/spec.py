@@ -122,6 +122,8 @@ class Spec:
         observer: ranges of activations inside the model.
         input_observer: ranges of the model's inputs.
         rounding: of accumulators before tables; None keeps all bits (up to 16, the widest table).
+        output_rounding: of accumulators that are decrypted, approximate: with every bit that an output has less, all tables
+            before it may be noisier, which makes them cheaper. None keeps all bits.
         accumulators: what sizes accumulators.
         margin: least fraction of an observed accumulator range that is added at both ends when a thousand values were seen;
             more data need less, heavy tails more (see `fheq.accumulators.unseen_reach`).
@@ -135,12 +137,15 @@ class Spec:
     observer: Observer = field(default_factory=MeanSquaredError)
     input_observer: Observer = field(default_factory=MeanSquaredError)
     rounding: Rounding | None = None
+    output_rounding: Rounding | None = None
     accumulators: AccumulatorRange = AccumulatorRange.OBSERVED
     margin: float = 0.15
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         get_n_bits_dict(self.n_bits)
+        if self.output_rounding is not None and not self.output_rounding.approximate:
+            raise QuantizationError("output_rounding must be approximate: exact rounding takes tables and saves none here")
         if not 0 <= self.margin <= 10:
             raise QuantizationError(f"margin must be between 0 and 10 (a fraction of the range), got {self.margin}")
 

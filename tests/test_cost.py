@@ -25,11 +25,13 @@ from fheq.optimizer.partition import Constraint, Problem
 TOLERANCE = 0.05  # of compiled complexities; nearly all agree to the last digit
 
 KINDS = ("mlp", "deep", "residual", "average", "max", "moved")
-ROUNDINGS = {
-    "none": None,
-    "exact": fheq.Rounding(4),
-    "approximate": fheq.Rounding(4, approximate=True),
-    "wide": fheq.Rounding(5, approximate=True),
+NARROW = fheq.Rounding(4, approximate=True)
+ROUNDINGS: dict[str, dict[str, fheq.Rounding]] = {
+    "none": {},
+    "exact": {"rounding": fheq.Rounding(4)},
+    "approximate": {"rounding": NARROW},
+    "wide": {"rounding": fheq.Rounding(5, approximate=True)},
+    "outputs": {"rounding": NARROW, "output_rounding": NARROW},
 }
 
 
@@ -80,7 +82,7 @@ def program(kind: str, rounding: str, n_bits: int = 3) -> fheq.IntProgram:
     graph, stats = calibrated(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fheq.lower(graph, fheq.fit(graph, stats, fheq.Spec(n_bits, rounding=ROUNDINGS[rounding])))
+        return fheq.lower(graph, fheq.fit(graph, stats, fheq.Spec(n_bits, **ROUNDINGS[rounding])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +107,8 @@ def test_totals_are_sums(kind: str, rounding: str):
         ("mlp", "approximate", 1e-3),
         ("mlp", "wide", 1e-5),
         ("deep", "approximate", 1e-2),
+        ("deep", "outputs", 0.1),
+        ("residual", "outputs", 1e-3),
         ("residual", "approximate", 2.0**-40),
         ("residual", "exact", 1e-4),
         ("average", "approximate", 1e-5),

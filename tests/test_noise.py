@@ -40,7 +40,7 @@ def test_tables_fail_as_often_as_the_gaussian_says() -> None:
     assert set(np.unique(cells)) <= {-2, -1, 0, 1, 2}
 
 
-@pytest.mark.parametrize("rounding", ["none", "approximate", "exact"])
+@pytest.mark.parametrize("rounding", ["none", "approximate", "outputs", "exact"])
 @pytest.mark.parametrize("p_error", [0.1, 1e-5])
 def test_noise_is_within_its_bound_and_is_what_the_report_has(rounding: str, p_error: float) -> None:
     built = program("residual", rounding)
@@ -99,7 +99,7 @@ def test_without_failures_nothing_changes(kind: str, rounding: str) -> None:
     np.testing.assert_array_equal(fheq.simulate(built, *q), fheq.simulate(built, *q, p_error=1e-12, key=KEY))
 
 
-@pytest.mark.parametrize("rounding, p_error", [("approximate", 0.1), ("exact", 1e-5)])
+@pytest.mark.parametrize("rounding, p_error", [("approximate", 0.1), ("outputs", 0.1), ("exact", 1e-5)])
 def test_concretes_simulation_errs_as_often(rounding: str, p_error: float) -> None:
     """Out-of-range inputs of accumulators included: the data fill the inputs' ranges. Outputs of a sample are not
     independent, so samples are counted."""

@@ -92,6 +92,7 @@ class _Builder:
         self.made = Leveled(widths=_widths(program, self.own))
         self.at: dict[str, int] = {}
         self.rounds: dict[str, Round] = {}
+        self.bare: dict[str, tuple[Round, int]] = {}  # approximate roundings, and their nodes before any table
         self.waiting: dict[str, list[int]] = {}  # tables of a rounding or a move, until a lookup reads the value
 
     def build(self) -> Leveled:
@@ -99,8 +100,16 @@ class _Builder:
             self.at[entry.value] = self.add("input", entry.value)
         for instruction in self.program.instructions:
             self.at[instruction.out] = self.node(instruction)
-        self.made.outputs = [self.read(entry.value) for entry in self.program.outputs]
+        self.made.outputs = [self.output(entry.value) for entry in self.program.outputs]
         return self.made
+
+    def output(self, name: str) -> int:
+        """The node that is decrypted: of an approximately rounded value the bits that are left, with no table."""
+        if name not in self.bare:
+            return self.read(name)
+        instruction, node = self.bare[name]
+        size = int(np.prod(self.program.values[name].shape))
+        return self.made.add(Node("linear", (node,), (1.0,), self.cell(instruction), size, 0))
 
     def add(self, kind: str, name: str, args: tuple[int, ...] = (), weights: tuple[float, ...] = (), reads: int = 0) -> int:
         size = int(np.prod(self.program.values[name].shape))
@@ -142,7 +151,9 @@ class _Builder:
 
     def approximate(self, instruction: Round) -> int:
         x = instruction.args[0]
-        return self.scaled(x, self.read(x), self.made.widths[x] - self.own[x])
+        node = self.scaled(x, self.read(x), self.made.widths[x] - self.own[x])
+        self.bare[instruction.out] = instruction, node
+        return node
 
     def truncate(self, instruction: Round) -> int:
         """One table per removed bit: it reads the lowest bit at the top, in the place of the padding."""
