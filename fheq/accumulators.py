@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.calibrate import Stats
+from fheq.clipping import tails
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.integers import (
@@ -24,12 +24,12 @@ from fheq.integers import (
     operand_decoder,
     quantize_weight,
 )
-from fheq.observers import tails
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
 from fheq.stated_weights import stated_weight
+from fheq.statistics import Stats
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory

@@ -40,7 +40,7 @@ def correct_biases(graph: Graph, qparams: QParams, *inputs: Any) -> tuple[Graph,
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     learned = initial(layout, qparams)
     names = tuple(learned.weights)
-    mean = lambda name, v: jnp.mean(by_channel(layout, name, v), axis=(0, 2))
+    mean = lambda name, v: jnp.mean(by_channel(layout, name, v), axis=(0, 1))
 
     @jax.jit
     def exact(*data: Any) -> dict[str, Any]:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fheq.batching import check_arrays
 from fheq.errors import DataError
+from fheq.fake_quant import operand_values
 from fheq.granularity import channel_axis
 from fheq.graph import Graph
-from fheq.interpret import interpret
-from fheq.observers import TensorStats, init, merge, merge_over, update
+from fheq.integers import apply_form
+from fheq.interpret import run_node
+from fheq.observers import Observer, parts_read
 from fheq.plan import Plan, plan
+from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.sharding import DATA, gather, local_mesh, size
-from fheq.steps import counts_decisions
+from fheq.statistics import PARTS, Stats, TensorStats, init, merge, update
+from fheq.steps import Linear, counts_decisions
 
-Stats = Mapping[str, TensorStats]
-
-BATCH = 32  # samples per scan step
-BLOCK = 8  # scan steps per call
+TILE, LEAST = 512, 16  # most and fewest samples that are evaluated together
+ROOM = 1 << 21  # values of all tensors of these samples
 FEW_SAMPLES = 50
 
 
@@ -41,6 +43,7 @@ def calibrate(
     *inputs: Any,
     batches: Iterable[Any] | None = None,
     batch_size: int | None = None,
+    observers: Iterable[Observer] | None = None,
     progress: bool | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, TensorStats]:
@@ -52,7 +55,12 @@ def calibrate(
     Args:
         inputs: one array per model input, as for `evaluate`.
         batches: instead of `inputs`, an iterable of such arrays (tuples where the model has several inputs).
-        batch_size: samples evaluated together; 32 by default.
+        batch_size: samples that are gathered before they are evaluated. They are evaluated in tiles whose size the graph
+            alone decides (see `tile`), so that this changes no result; a last tile that is not full is filled up.
+        observers: those that `fit` will be given, to collect no more than they read: for `[MinMax()]` counts and extremes
+            alone, in a fraction of the time. By default all is collected, which serves every observer. Without moments and
+            histograms `fit` widens observed accumulator ranges by the spec's margin alone, and does not trade weights for
+            resolution where it rounds.
         progress: whether to show a progress bar for `batches`; by default when standard error is a terminal.
         mesh: devices that share the work, with an axis "data". In several processes each gives its own samples, and all get
             the statistics of all (see `fheq.sharding`).
@@ -65,29 +73,35 @@ def calibrate(
     if batch_size is not None and batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}")
     chunks = [inputs] if batches is None else _as_tuples(batches, progress)
+    parts = PARTS if observers is None else parts_read(observers)
     local = local_mesh(mesh)
-    width = (batch_size or BATCH) * BLOCK * size(local, (DATA,))
     layout = plan(graph)
-    total: dict[str, TensorStats] | None = None
+    width = tile(layout) * size(local, (DATA,))
     count = 0
-    for block in _blocks(graph, chunks, width):
-        n = len(block[0])
-        count += n
-        padded = [_pad(part, width).reshape(BLOCK, -1, *part.shape[1:]) for part in block]
-        keep = (np.arange(width) < n).reshape(BLOCK, -1)
-        with enable_x64():
-            found = _reduce(graph, local, tuple(padded), keep)
-        found = jax.tree.map(np.asarray, found)
-        total = found if total is None else {name: merge(total[name], found[name]) for name in total}
-    if total is None:
+    with enable_x64():
+        stats = _start(graph, parts, local)
+        for data, keep in _tiles(graph, chunks, width, batch_size or width):
+            stats = _update(local, stats, _observe(graph, local, *data), keep)
+            count += int(np.sum(keep))
+    if not count:
         raise DataError("the calibration data hold no samples")
-    for i, other in enumerate(gather(mesh, (total, count))):
-        if i == 0:
-            total, count = other
-        else:
-            total, count = {name: merge(total[name], other[0][name]) for name in total}, count + other[1]
-    _warn(layout, total, int(count))
+    found = [(_on_host(stats, local), count)]
+    found = [part for one in found for part in gather(mesh, one)]
+    total = {name: reduce(merge, [part[0][name] for part in found]) for name in stats}
+    _warn(layout, total, sum(int(part[1]) for part in found))
     return total
+
+
+def tile(layout: Plan) -> int:
+    """The samples that are evaluated together: a power of two, fewer the larger the model's tensors are.
+
+    It depends on nothing else, for the last digits of float32 products depend on the number of samples.
+    """
+    values = sum(int(np.prod(layout.shape(name))) for node in layout.graph.nodes for name in node.outputs if name)
+    count = TILE
+    while count > LEAST and count * values > ROOM:
+        count //= 2
+    return count
 
 
 def observed(layout: Plan) -> tuple[str, ...]:
@@ -101,49 +115,86 @@ def observed(layout: Plan) -> tuple[str, ...]:
 
 
 def by_channel(layout: Plan, name: str, values: Any) -> Any:
-    """Values `(B, *shape)` to `(B, C, n)`."""
+    """Values `(B, *shape)` to `(B, n, C)`."""
     axis = channel_axis(layout, name)
     if axis is None:
-        return values.reshape(values.shape[0], 1, -1)
-    moved = jnp.moveaxis(values, axis + values.ndim, 1)
-    return moved.reshape(*moved.shape[:2], -1)
+        return values.reshape(values.shape[0], -1, 1)
+    moved = jnp.moveaxis(values, axis, -1)
+    return moved.reshape(len(moved), -1, moved.shape[-1])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None) -> dict[str, TensorStats]:
+    """The statistics of nothing; of each device along a leading axis where there is a mesh."""
+    layout = plan(graph)
+    none = {name: jax.tree.map(jnp.asarray, init(_channels(layout, name), parts)) for name in observed(layout)}
+    if mesh is None:
+        return none
+    spread = lambda leaf: jnp.broadcast_to(leaf, (size(mesh, (DATA,)), *leaf.shape))
+    return jax.lax.with_sharding_constraint(jax.tree.map(spread, none), NamedSharding(mesh, P(DATA)))
+
+
+def _on_host(stats: dict[str, TensorStats], mesh: Mesh | None) -> dict[str, TensorStats]:
+    found = jax.tree.map(np.asarray, stats)
+    if mesh is None:
+        return found
+    parts = [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(size(mesh, (DATA,)))]
+    return {name: reduce(merge, [part[name] for part in parts]) for name in stats}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _reduce(graph: Graph, mesh: Mesh | None, data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
-    if mesh is None:
-        return _reduce_part(graph, data, keep)
-
-    def part(data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
-        found = _reduce_part(graph, data, keep)
-        return {name: merge_over(stats, DATA) for name, stats in found.items()}
-
-    shard = P(None, DATA)
-    return jax.shard_map(part, mesh=mesh, in_specs=(shard, shard), out_specs=P(), check_vma=False)(data, keep)
-
-
-def _reduce_part(graph: Graph, data: tuple[Any, ...], keep: Any) -> dict[str, TensorStats]:
+def _observe(graph: Graph, mesh: Mesh | None, *data: Any) -> dict[str, Any]:
+    """The values of the observed tensors, `(B, n, C)` in float32: the order in which convolutions make them."""
     layout = plan(graph)
     names = observed(layout)
 
-    def values(*sample: Any) -> tuple[Any, ...]:
-        env = dict(zip(layout.inputs, sample))
-        found = interpret(wide(layout.graph), {n: widened(v) for n, v in env.items()}, targets=names)
-        return tuple(found[name].astype(jnp.float32) for name in names)
+    def sample(*parts: Any) -> tuple[Any, ...]:
+        env = float_values(layout, *parts)
+        return tuple(jnp.asarray(env[name], jnp.float32) for name in names)
 
-    def body(stats: dict[str, TensorStats], batch: tuple[tuple[Any, ...], Any]) -> tuple[dict[str, TensorStats], None]:
-        parts, mask = batch
-        found = jax.vmap(values)(*parts)
-        new = {name: update(stats[name], by_channel(layout, name, v), mask) for name, v in zip(names, found)}
-        return new, None
+    def batch(*parts: Any) -> dict[str, Any]:
+        return {name: by_channel(layout, name, v) for name, v in zip(names, jax.vmap(sample)(*parts))}
 
-    start = {name: jax.tree.map(jnp.asarray, init(_channels(layout, name))) for name in names}
-    return jax.lax.scan(body, start, (data, keep))[0]
+    return batch(*data) if mesh is None else _by_device(batch, mesh)(*data)
+
+
+# A program of its own: fused with the reductions, values would be computed once for each.
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _update(mesh: Mesh | None, stats: dict[str, TensorStats], values: dict[str, Any], keep: Any) -> dict[str, TensorStats]:
+    def part(stats: dict[str, TensorStats], values: dict[str, Any], keep: Any) -> dict[str, TensorStats]:
+        return {name: update(stats[name], jnp.swapaxes(value, 1, 2), keep) for name, value in values.items()}
+
+    def own(stats: dict[str, TensorStats], values: dict[str, Any], keep: Any) -> dict[str, TensorStats]:
+        found = part(jax.tree.map(lambda leaf: leaf[0], stats), values, keep)
+        return jax.tree.map(lambda leaf: leaf[None], found)
+
+    return part(stats, values, keep) if mesh is None else _by_device(own, mesh)(stats, values, keep)
+
+
+def _by_device(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A function of samples as one of each device's own."""
+    return jax.shard_map(fn, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA), check_vma=False)
+
+
+def float_values(layout: Plan, *sample: Any) -> dict[str, Any]:
+    """Every tensor of the decomposed graph for one sample, in float, convolutions as products of matrices."""
+    env, none = dict(zip(layout.inputs, sample)), QParams({}, {}, {})
+    convolutions = {step.out: step for step in layout.steps if isinstance(step, Linear) and step.form == "conv"}
+    read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
+    for node in layout.graph.nodes:
+        step = convolutions.get(node.outputs[0])
+        if step is not None:
+            dtype = layout.graph.types[step.out].dtype
+            x, weight, bias = (jnp.asarray(v, dtype) for v in (operand_values(none, step.x, env), step.weight, step.bias))
+            env[step.out] = apply_form(step, x, weight) + bias
+        else:
+            env.update((n, v) for n, v in zip(node.outputs, run_node(node, read, layout.graph.constants)) if n)
+    return env
 
 
 @lru_cache(maxsize=32)
 def wide(graph: Graph) -> Graph:
-    """The graph in float64: observed in float32, its values do not depend on how samples are batched."""
+    """The graph in float64."""
     constants = {n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in graph.constants.items()}
     return graph.replace(constants=constants)
 
@@ -165,8 +216,20 @@ def _as_tuples(batches: Iterable[Any], progress: bool | None) -> Iterator[tuple[
         yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
+def _tiles(
+    graph: Graph, chunks: Iterable[tuple[Any, ...]], width: int, batch_size: int
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Data re-cut into tiles of `width` samples, whatever batches they came in, and which samples of each tile count."""
+    for block in _blocks(graph, chunks, width * -(-batch_size // width)):
+        for start in range(0, len(block[0]), width):
+            yield (
+                [_pad(part[start : start + width], width) for part in block],
+                np.arange(start, start + width) < len(block[0]),
+            )
+
+
 def _blocks(graph: Graph, chunks: Iterable[tuple[Any, ...]], width: int) -> Iterator[list[np.ndarray]]:
-    """Re-cuts the data into blocks of `width` samples (the last one shorter), whatever batches they came in."""
+    """Data re-cut into blocks of `width` samples, the last one shorter."""
     waiting: list[list[np.ndarray]] = []
     held = 0
     for chunk in chunks:
@@ -177,10 +240,14 @@ def _blocks(graph: Graph, chunks: Iterable[tuple[Any, ...]], width: int) -> Iter
             waiting.append([part[at : at + taken] for part in parts])
             held, at = held + taken, at + taken
             if held == width:
-                yield [np.concatenate(column) for column in zip(*waiting)]
+                yield [_joined(column) for column in zip(*waiting)]
                 waiting, held = [], 0
     if held:
-        yield [np.concatenate(column) for column in zip(*waiting)]
+        yield [_joined(column) for column in zip(*waiting)]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _pad(part: np.ndarray, width: int) -> np.ndarray:

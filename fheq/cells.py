@@ -13,12 +13,12 @@ import numpy as np
 
 from fheq.accumulators import Bounds, channel_bounds, chosen_bounds, removable, rounding_of, worst_case
 from fheq.affine import Affine
-from fheq.calibrate import Stats
 from fheq.granularity import channel_axis
 from fheq.integers import input_channels, operand_axis, operand_decoder, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
+from fheq.statistics import Stats
 from fheq.steps import Linear, counts_decisions
 
 DEPTH = 3  # how many bits fewer are tried
@@ -34,6 +34,8 @@ def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: L
     rounding = rounding_of(layout, spec, step)
     axis = channel_axis(layout, step.out)
     if rounding is None or affine.axis is None or axis is None or counts_decisions(step):
+        return affine
+    if stats[step.out].squares is None:  # the trade needs variances
         return affine
     worst = channel_bounds(worst_case(layout, qparams, step), axis)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)

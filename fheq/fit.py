@@ -9,18 +9,18 @@ import numpy as np
 
 from fheq.accumulators import fit_accumulators
 from fheq.affine import Affine
-from fheq.calibrate import Stats, observed
+from fheq.calibrate import observed
 from fheq.cells import fill_cells
 from fheq.errors import QuantizationError
 from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
-from fheq.observers import TensorStats, per_tensor
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.stated_weights import stated_weight
+from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Linear
 
 TINY = 1e-12  # relative width below which a range counts as a point

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import enable_x64
 
 from fheq.affine import LEAVES, Affine, straight_through
+from fheq.convolution import convolve
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
@@ -136,22 +136,8 @@ def apply_form(step: Linear, x: Array, weight: Array) -> Array:
         return xp.matmul(x, weight).reshape(step.shape)
     if step.form == "left":
         return xp.matmul(weight, x).reshape(step.shape)
-    if xp is jnp:
-        return _convolve(step, x, weight).reshape(step.shape)
-    with enable_x64():
-        return np.asarray(_convolve(step, jnp.asarray(x), jnp.asarray(weight))).reshape(step.shape)
-
-
-def _convolve(step: Linear, x: Array, weight: Array) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        weight,
-        step.options["strides"],
-        [(0, 0)] * (weight.ndim - 2),
-        rhs_dilation=step.options["dilations"],
-        feature_group_count=step.options["group"],
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    options = step.options
+    return convolve(x, weight, options["strides"], options["dilations"], options["group"]).reshape(step.shape)
 
 
 class Weights(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import join, split, split_all
+from fheq.convolution import convolve
 from fheq.errors import DataError
 from fheq.evaluate import unwrap
 from fheq.failures import Ciphertexts
@@ -223,13 +224,5 @@ def _linear(instruction: MatMul | Convolution, x: Array, dtype: Any) -> Array:
     if isinstance(instruction, MatMul):
         y = jnp.matmul(weight, x) if instruction.left else jnp.matmul(x, weight)
     else:
-        y = jax.lax.conv_general_dilated(
-            x,
-            weight,
-            instruction.strides,
-            [(0, 0)] * (weight.ndim - 2),
-            rhs_dilation=instruction.dilations,
-            feature_group_count=instruction.group,
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        y = convolve(x, weight, instruction.strides, instruction.dilations, instruction.group)
     return y.astype(jnp.int64)

@@ -34,8 +34,8 @@ from fheq.sharding import DATA, configuration_axes, gather, local_mesh, size
 from fheq.spec import Spec
 
 Array = Any
-CHUNK = 32  # configurations evaluated together
-BATCH = 256  # samples evaluated together
+CHUNK = 32  # configurations whose weights are quantized together
+BATCH = 512  # samples evaluated together
 
 
 def grid(spec: Spec | None = None, **axes: Iterable[Any]) -> list[Spec]:
@@ -276,11 +276,12 @@ def _sums_part(
             y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample))
             return {name: found(y, want, target) for name, found in measures}
 
-        def total(q: QParams, known: Any) -> dict[str, Any]:
-            values = jax.vmap(partial(measure, q, known))(targets, exact, *parts)
+        def total(configuration: tuple[QParams, Any]) -> dict[str, Any]:
+            values = jax.vmap(partial(measure, *configuration))(targets, exact, *parts)
             return jax.tree.map(partial(_total, keep), values)
 
-        return None, jax.vmap(total)(qparams, prepared)
+        # One after the other: together, the values of all would leave the caches after every operation.
+        return None, jax.lax.map(total, (qparams, prepared))
 
     return jax.lax.scan(block, None, blocks)[1]
 

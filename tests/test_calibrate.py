@@ -17,13 +17,13 @@ from jax.experimental import enable_x64
 from models import prepared, weights
 
 import fheq
-from fheq.calibrate import BATCH, BLOCK, FEW_SAMPLES, CalibrationWarning, _reduce
+from fheq.calibrate import FEW_SAMPLES, TILE, CalibrationWarning, _observe
 from fheq.errors import DataError
-from fheq.observers import TensorStats, bin_of, centres, init, merge, per_tensor, update
+from fheq.statistics import TensorStats, bin_of, centres, init, merge, per_tensor, update
 
 quiet = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)
-NOISY = (RNG.normal(size=(BATCH * BLOCK * 2 + 45, 4)) * [1, 10, 0.1, 3] + [0, 5, 0, -40]).astype(np.float32)
+NOISY = (RNG.normal(size=(TILE + 45, 4)) * [1, 10, 0.1, 3] + [0, 5, 0, -40]).astype(np.float32)
 X = np.round(NOISY * 16) / 16  # with weights like these, float32 is exact in any order: laws hold to the last bit
 W = np.round(weights(4, 3) * 16) / 16
 RESOLUTION = 1 / 16  # the widest bin relative to its lower edge
@@ -124,10 +124,10 @@ def test_parts_merge_to_the_whole(graph: fheq.Graph, stats: dict[str, TensorStat
 
 @quiet
 def test_no_number_of_samples_retraces(graph: fheq.Graph, stats: dict[str, TensorStats]) -> None:
-    before = _reduce._cache_size()
-    for n in (1, 2, BATCH, BATCH * BLOCK, BATCH * BLOCK + 1, len(X)):
+    before = _observe._cache_size()
+    for n in (1, 2, 32, TILE, TILE + 1, len(X)):
         fheq.calibrate(graph, X[:n])
-    assert _reduce._cache_size() == before
+    assert _observe._cache_size() == before
 
 
 # Against numpy

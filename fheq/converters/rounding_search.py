@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays, join
-from fheq.calibrate import Stats
 from fheq.evaluate import named
 from fheq.fake_quant import fake_quant
 from fheq.fit import fit
@@ -22,6 +21,7 @@ from fheq.program import IntProgram
 from fheq.qparams import QParams
 from fheq.simulate import simulate
 from fheq.spec import BitsError, Rounding, Spec
+from fheq.statistics import Stats
 
 FEWEST, MOST = 2, 8
 METHODS = ("EXACT", "APPROXIMATE")

@@ -1,0 +1,196 @@
+"""Statistics of tensors: a monoid that knows no bits.
+
+`init`, `update` with a batch, `merge`. Observers make ranges of them (`fheq.observers`).
+
+The histogram has fixed edges: each power of two from 2^-40 to 2^24 is cut into 16, for either sign, and what is smaller
+counts as zero. So histograms of any data merge by addition, and their resolution is relative (about 5%).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.errors import QuantizationError
+
+Array = Any
+T = TypeVar("T")
+
+LOW, HIGH, _PARTS = -40, 24, 16
+_SIDE = (HIGH - LOW) * _PARTS
+BINS = 2 * _SIDE + 1
+MOMENTS, HISTOGRAM = "moments", "histogram"
+PARTS = (MOMENTS, HISTOGRAM)  # what may be collected beside counts and extremes
+
+
+class TensorStats(NamedTuple):
+    """Statistics of one tensor, per channel; `C` is 1 for a tensor without a channel axis.
+
+    count: `(C,)` elements seen; minimum, maximum: `(C,)`; total, squares: `(C,)` sums of x and x^2; histogram: `(C, BINS)`.
+    Moments and histogram are None where they were not collected.
+    """
+
+    count: Array
+    minimum: Array
+    maximum: Array
+    total: Array | None
+    squares: Array | None
+    histogram: Array | None
+
+
+Stats = Mapping[str, TensorStats]  # of a graph, by tensor name
+
+
+def init(channels: int, parts: Collection[str] = PARTS) -> TensorStats:
+    """The statistics of no data: the identity of `merge`.
+
+    Args:
+        parts: what is collected beside counts and extremes, of `PARTS`.
+    """
+    zeros = np.zeros(channels) if MOMENTS in parts else None
+    counts = np.zeros((channels, BINS), np.int64) if HISTOGRAM in parts else None
+    full = np.full(channels, np.inf)
+    return TensorStats(np.zeros(channels, np.int64), full, -full, zeros, zeros, counts)
+
+
+def bin_of(x: Array) -> Array:
+    """Index of the histogram bin of each float32 value: its exponent and the top bits of its mantissa are the bin."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> (23 - _PARTS.bit_length() + 1)
+    magnitude = jnp.clip(bits - (126 + LOW) * _PARTS + 1, 0, _SIDE)
+    return _SIDE + jnp.where(x < 0, -magnitude, magnitude)
+
+
+def centres() -> np.ndarray:
+    """The value that stands for each bin, shape `(BINS,)`."""
+    place = np.arange(_SIDE)
+    magnitude = 2.0 ** (place // _PARTS + LOW - 1) * (1 + (place % _PARTS + 0.5) / _PARTS)
+    return np.concatenate([-magnitude[::-1], [0.0], magnitude])
+
+
+class Bins(NamedTuple):
+    """The bins of a histogram that some channel uses, K of them: the others change no sum over bins.
+
+    centre: `(K,)`; value: `(C, K)` what stands for each bin of each channel; mass: `(C, K)` how many values are there.
+    """
+
+    centre: np.ndarray
+    value: np.ndarray
+    mass: np.ndarray
+
+
+def bins(stats: TensorStats) -> Bins:
+    """The bins in use; the value of each is its centre, within the observed extremes.
+
+    The outermost bins in use stand for the extremes themselves, which is exact for values that crowd at a limit, as those of
+    a saturated tanh do.
+
+    Raises:
+        QuantizationError: histograms were not collected.
+    """
+    if stats.histogram is None:
+        raise QuantizationError("the statistics hold no histograms: calibrate with an observer that reads them, or with all")
+    least, most = (np.asarray(v, np.float64)[:, None] for v in (stats.minimum, stats.maximum))
+    histogram = np.asarray(stats.histogram)
+    kept = np.flatnonzero(histogram.any(axis=0))
+    mass, centre = histogram[:, kept].astype(np.float64), centres()[kept]
+    used = mass > 0
+    place = np.arange(len(kept))[None, :]
+    first = np.argmax(used, axis=1)[:, None]
+    last = len(kept) - 1 - np.argmax(used[:, ::-1], axis=1)[:, None]
+    value = np.clip(centre[None, :], least, most)
+    return Bins(centre, np.where(place <= first, least, np.where(place >= last, most, value)), mass)
+
+
+def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
+    """Adds a batch to what is collected; a pure function of arrays, for `jax.jit`.
+
+    Args:
+        values: `(B, C, n)` float32.
+        keep: `(B,)` bool; samples to count.
+    """
+    moments = stats.total is not None and stats.squares is not None
+
+    def add(found: tuple[Array, ...], sample: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        value, kept = sample
+        low, high = (jnp.where(kept, value, end) for end in (jnp.inf, -jnp.inf))
+        extremes = jnp.minimum(found[0], low), jnp.maximum(found[1], high)
+        if not moments:
+            return extremes, None
+        seen = jnp.where(kept, value, 0).astype(found[2].dtype)
+        return (*extremes, found[2] + seen, found[3] + seen * seen), None
+
+    full = jnp.full(values.shape[1:], jnp.inf, values.dtype)
+    zeros = (jnp.zeros(values.shape[1:], stats.total.dtype),) * 2 if moments else ()
+    # Sample by sample: operations on whole rows become vector instructions, XLA's reductions of leading axes do not.
+    low, high, *sums = jax.lax.scan(add, (full, -full, *zeros), (values, keep))[0]
+    total, squares = (jnp.sum(leaf, axis=1) for leaf in sums) if moments else (0, 0)
+    return TensorStats(
+        stats.count + jnp.sum(keep) * values.shape[2],
+        jnp.minimum(stats.minimum, jnp.min(low, axis=1)),
+        jnp.maximum(stats.maximum, jnp.max(high, axis=1)),
+        stats.total + total if moments else None,
+        stats.squares + squares if moments else None,
+        None if stats.histogram is None else _counted(stats.histogram, values, keep[:, None, None]),
+    )
+
+
+def _counted(histogram: Array, values: Array, mask: Array) -> Array:
+    values = jnp.swapaxes(values, 1, 2)  # calibration gives them in this order, in which they are then counted
+    place = jnp.arange(values.shape[2], dtype=jnp.int32) * BINS + bin_of(values)
+    ones = jnp.broadcast_to(mask, values.shape).astype(histogram.dtype)
+    found = histogram.ravel().at[place.ravel()].add(ones.ravel(), mode="promise_in_bounds")
+    return found.reshape(histogram.shape)
+
+
+def merge(a: TensorStats, b: TensorStats) -> TensorStats:
+    """The statistics of the data of both, as far as both were collected."""
+
+    def add(x: Array | None, y: Array | None) -> Array | None:
+        return None if x is None or y is None else x + y
+
+    return TensorStats(
+        a.count + b.count,
+        np.minimum(a.minimum, b.minimum),
+        np.maximum(a.maximum, b.maximum),
+        add(a.total, b.total),
+        add(a.squares, b.squares),
+        add(a.histogram, b.histogram),
+    )
+
+
+def of_statistics(fn: Callable[[TensorStats], T]) -> Callable[[TensorStats], T]:
+    """Remembers a function of statistics while they are alive, so that many fits to the same ones work it out once."""
+    known: dict[tuple[int, ...], tuple[list[weakref.ref], T]] = {}
+
+    @wraps(fn)
+    def remembered(stats: TensorStats) -> T:
+        key = tuple(map(id, stats))
+        if key not in known or any(ref() is not leaf for ref, leaf in zip(known[key][0], stats)):
+            forget = lambda _: known.pop(key, None)
+            known[key] = [weakref.ref(leaf, forget) for leaf in stats], fn(stats)
+        return known[key][1]
+
+    return remembered
+
+
+@of_statistics
+def per_tensor(stats: TensorStats) -> TensorStats:
+    """The same data seen as one channel."""
+
+    def add(x: Array | None) -> Array | None:
+        return None if x is None else np.sum(x, axis=0, keepdims=True)
+
+    return TensorStats(
+        np.sum(stats.count, keepdims=True),
+        np.min(stats.minimum, keepdims=True),
+        np.max(stats.maximum, keepdims=True),
+        add(stats.total),
+        add(stats.squares),
+        add(stats.histogram),
+    )
