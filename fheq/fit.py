@@ -175,7 +175,7 @@ def _affine(
     if given is not None and (given.axis is None or axis is not None):
         scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape).copy()
         if sharing.group[key] in sharing.identical:
-            return replace(given, axis=axis)
+            return replace(given, axis=axis, mode="ROUND")
     elif sharing.group[key] in sharing.identical:
         low = np.min([ranges[m][0] for m in members], axis=0)
         high = np.max([ranges[m][1] for m in members], axis=0)

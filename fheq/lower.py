@@ -70,7 +70,10 @@ def unsigned(qparams: QParams) -> QParams:
 
     def shifted(a: Affine) -> Affine:
         scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
-        return replace(a, scale=scale, zero_point=zero_point - qmin, qmin=qmin * 0, qmax=qmax - qmin, signed=False)
+        low = qmin if a.mode == "ROUND" else np.min(qmin)
+        leaves = {"zero_point": zero_point - low, "qmin": qmin - low, "qmax": qmax - low}
+        origin = a.origin if a.mode == "ROUND" else a.origin + int(low)
+        return replace(a, scale=scale, **leaves, signed=False, origin=origin)
 
     host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
     tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
