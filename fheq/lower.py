@@ -71,9 +71,9 @@ def unsigned(qparams: QParams) -> QParams:
     def shifted(a: Affine) -> Affine:
         scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
         low = qmin if a.mode == "ROUND" else np.min(qmin)
-        leaves = {"zero_point": zero_point - low, "qmin": qmin - low, "qmax": qmax - low}
         origin = a.origin if a.mode == "ROUND" else a.origin + int(low)
-        return replace(a, scale=scale, **leaves, signed=False, origin=origin)
+        moved = replace(a, zero_point=zero_point - low, qmin=qmin - low, qmax=qmax - low)
+        return replace(moved, scale=scale, signed=False, origin=origin)
 
     host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
     tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
