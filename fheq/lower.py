@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import jax
 import numpy as np
 
 from fheq.accumulators import channel_bounds, first_of_channel, makes_accumulator, worst_case
@@ -25,7 +22,7 @@ from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import simplify
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
-from fheq.qparams import QParams
+from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 from fheq.tables import tabulate
@@ -63,21 +60,6 @@ def check_complete(layout: Plan, qparams: QParams) -> None:
             if name not in getattr(qparams, part):
                 raise QuantizationError(f"qparams.{part} lacks {name!r}: fit this graph")
             validate(getattr(qparams, part)[name], name)
-
-
-def unsigned(qparams: QParams) -> QParams:
-    """The same real grids with integers from 0: what is encrypted is never negative."""
-
-    def shifted(a: Affine) -> Affine:
-        scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
-        low = qmin if a.mode == "ROUND" else np.min(qmin)
-        origin = a.origin if a.mode == "ROUND" else a.origin + int(low)
-        moved = replace(a, zero_point=zero_point - low, qmin=qmin - low, qmax=qmax - low)
-        return replace(moved, scale=scale, signed=False, origin=origin)
-
-    host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
-    tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
-    return QParams(tensors, host(qparams.weights), host(qparams.accumulators))
 
 
 class _Lowering:
