@@ -6,6 +6,7 @@ import numpy as np
 
 from fheq.accumulators import channel_bounds, first_of_channel, makes_accumulator, worst_case
 from fheq.affine import Affine, validate
+from fheq.alignment import check_alignment
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
@@ -48,7 +49,7 @@ def check_complete(layout: Plan, qparams: QParams) -> None:
     """Checks that every quantizer is there and holds its invariants.
 
     Raises:
-        QuantizationError: naming what is not.
+        QuantizationError: naming what is not, or the node that reads scales which it cannot undo.
     """
     needed = {
         "tensors": [*layout.inputs, *layout.points],
@@ -60,6 +61,7 @@ def check_complete(layout: Plan, qparams: QParams) -> None:
             if name not in getattr(qparams, part):
                 raise QuantizationError(f"qparams.{part} lacks {name!r}: fit this graph")
             validate(getattr(qparams, part)[name], name)
+    check_alignment(layout, qparams)
 
 
 class _Lowering:

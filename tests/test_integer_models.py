@@ -13,6 +13,7 @@ from build_models import model, node, tensor
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 import fheq
+from fheq.errors import QuantizationError
 from fheq.post_training import PostTrainingQATImporter
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -138,6 +139,51 @@ def test_a_step_apart_from_onnxruntime_is_a_tie_of_its_own_values(name, kind):
     apart = steps > 0.01
     assert steps.max() < 1.01 and not np.any(apart & ~ties)
     assert np.mean(apart) <= (0.1 if name in TIES else 1e-3)
+
+
+def channels(*last: onnx.NodeProto) -> tuple[onnx.ModelProto, np.ndarray]:
+    """A tensor with a scale per channel, and one with one scale, read by the given nodes."""
+    known = {"s": np.float32([0.05, 0.2]), "z": np.int8([0, 3]), "t": np.float32(0.07), "u": np.int8(1)}
+    known |= {"w": tensor(2, 3), "v": tensor(4, 3), "k": tensor(2, 2, 2, 2), "axis": np.array([1])}
+    second = [node("QuantizeLinear", ["x2", "t", "u"], ["r"]), node("DequantizeLinear", ["r", "t", "u"], ["e"])]
+    nodes = [*qdq("x", "d"), *second, *last]
+    read = {name for n in nodes for name in n.input}
+    shape = ["N", 2, 4, 4]
+    return model(nodes, {"x": shape, "x2": shape}, ["y"], {k: v for k, v in known.items() if k in read})
+
+
+KEPT_APART = [
+    [node("Conv", ["d", "k"], ["y"], kernel_shape=[2, 2], pads=[1, 1, 0, 0])],
+    [node("Transpose", ["d"], ["m"], perm=[0, 2, 3, 1]), node("MatMul", ["m", "w"], ["y"])],
+    [node("MaxPool", ["d"], ["y"], kernel_shape=[2, 2])],
+    [node("Concat", ["d", "e"], ["m"], axis=1), node("AveragePool", ["m"], ["y"], kernel_shape=[2, 2])],
+    [node("Mul", ["d", "e"], ["y"])],
+]
+TOGETHER = [
+    [node("MatMul", ["d", "v"], ["y"])],
+    [node("Concat", ["d", "e"], ["m"], axis=1), node("ReduceSum", ["m", "axis"], ["y"])],
+    [node("ReduceMax", ["d"], ["y"], axes=[1])],
+    [node("Max", ["d", "e"], ["y"])],
+]
+
+
+@pytest.mark.parametrize("last", KEPT_APART, ids=lambda nodes: nodes[-1].op_type)
+def test_scales_per_channel_are_exact_where_the_reader_keeps_channels_apart(last):
+    graph = fheq.import_onnx(channels(*last))
+    data = CALIBRATION[:100], CALIBRATION[100:200]
+    spec = fheq.Spec({"op_inputs": 8, "op_weights": 12}, accumulators=fheq.AccumulatorRange.WORST_CASE)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *data), spec))
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(*data)))
+    want = np.asarray(fheq.evaluate(graph, *data))
+    np.testing.assert_allclose(got, want, atol=8 * 2 / 2**12 * np.abs(want).max())  # weights of 12 bits, 8 of them
+
+
+@pytest.mark.parametrize("last", TOGETHER, ids=lambda nodes: nodes[-1].op_type)
+def test_scales_that_a_reader_would_mix_are_refused_by_its_name(last):
+    graph = fheq.import_onnx(channels(*last))
+    stats = fheq.calibrate(graph, CALIBRATION[:20], CALIBRATION[20:40])
+    with pytest.raises(QuantizationError, match=r"'make_y'.*different scales"):
+        fheq.fit(graph, stats, 8)
 
 
 @pytest.mark.parametrize("weights", [QuantType.QUInt8, QuantType.QInt8])
