@@ -35,6 +35,7 @@ from fheq.frameworks import from_torch as from_torch
 from fheq.front import Front as Front
 from fheq.front import Point as Point
 from fheq.graph import Graph as Graph
+from fheq.jaxpr import from_jax as from_jax
 from fheq.lower import lower as lower
 from fheq.many import Compiled as Compiled
 from fheq.many import compile_many as compile_many

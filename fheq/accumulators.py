@@ -25,7 +25,7 @@ from fheq.integers import (
     quantize_weight,
 )
 from fheq.plan import Plan
-from fheq.qparams import QParams
+from fheq.qparams import QParams, unsigned
 from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
 from fheq.stated_weights import stated_weight
@@ -164,9 +164,10 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
         layout: `plan(graph)`.
     """
     accumulators = {}
+    encrypted = unsigned(qparams)  # sums of unequal numbers of terms (pools with pads) differ in where 0 lies
     for step in layout.steps:
         if makes_accumulator(step):
-            accumulators[step.out] = _fit_one(layout, stats, spec, qparams, step)
+            accumulators[step.out] = _fit_one(layout, stats, spec, encrypted, step)
     return replace(qparams, accumulators=accumulators)
 
 

@@ -2,12 +2,13 @@
 
     real = scale * (q - zero_point),   qmin <= q <= qmax (both included)
 
-Values round half to even, as ONNX QuantizeLinear does. Accumulators, which are integers already, lose their low bits with
-`round_accumulator`, as concrete's `round_bit_pattern` does (half up).
+Values round half to even, as ONNX QuantizeLinear does, unless a model states another of `MODES`. Accumulators, which are
+integers already, lose their low bits with `round_accumulator`, as concrete's `round_bit_pattern` does (half up).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +38,8 @@ class Affine:
             and without a leading batch axis); None when per tensor.
         signed: whether the integers are meant as signed.
         rounding: how an accumulator loses its `lsbs`, "exact" or "approximate"; "exact" elsewhere.
+        mode: how the steps `real / scale` become integers, one of `MODES`.
+        origin: what is added to an integer to have the one that the model states: modes may look at its sign or parity.
     """
 
     scale: Array
@@ -47,6 +50,8 @@ class Affine:
     axis: int | None = field(default=None, metadata={"static": True})
     signed: bool = field(default=False, metadata={"static": True})
     rounding: str = field(default="exact", metadata={"static": True})
+    mode: str = field(default="ROUND", metadata={"static": True})
+    origin: int = field(default=0, metadata={"static": True})
 
     def quantize(self, x: Array) -> Array:
         """See `quantize`."""
@@ -70,20 +75,58 @@ class Affine:
         return replace(self, **leaves)
 
 
-MODES = ("exact", "approximate")
+ACCUMULATOR_ROUNDINGS = ("exact", "approximate")
 LEAVES = ("scale", "zero_point", "qmin", "qmax", "lsbs")
 
 
+def _namespace(x: Array) -> Any:
+    return jnp if isinstance(x, jax.Array) else np
+
+
+# The rounding modes of QONNX and Brevitas.
+ROUNDINGS: dict[str, Callable[[Array], Array]] = {
+    "ROUND": lambda x: _namespace(x).round(x),
+    "HALF_EVEN": lambda x: _namespace(x).round(x),
+    "CEIL": lambda x: _namespace(x).ceil(x),
+    "FLOOR": lambda x: _namespace(x).floor(x),
+    "ROUND_TO_ZERO": lambda x: _namespace(x).trunc(x),
+    "DOWN": lambda x: _namespace(x).trunc(x),
+    "UP": lambda x: _namespace(x).sign(x) * _namespace(x).ceil(abs(x)),
+    "HALF_UP": lambda x: _namespace(x).sign(x) * _namespace(x).floor(abs(x) + 0.5),
+    "HALF_DOWN": lambda x: _namespace(x).sign(x) * _namespace(x).ceil(abs(x) - 0.5),
+}
+# SIGN is BipolarQuant: -1 or 1. ROUND rounds before the zero point is added, all others after.
+MODES: dict[str, Callable[[Array], Array]] = {**ROUNDINGS, "SIGN": lambda x: _namespace(x).where(x >= 0, 1.0, -1.0)}
+_DIRECTED = ("CEIL", "FLOOR", "ROUND_TO_ZERO", "DOWN", "UP")
+_SNAP = 2.0**-22  # relative error of float32 scales and quotients
+
+
+def integers_of(mode: str, steps: Array, zero_point: Array) -> Array:
+    """The integers, not clipped, of values in units of the scale.
+
+    A directed mode would turn the error of a float32 scale into a whole step: values that are on the grid stay.
+    """
+    if mode == "ROUND":
+        return MODES[mode](steps) + zero_point
+    if mode in _DIRECTED:
+        nearest = MODES["ROUND"](steps)
+        steps = _namespace(steps).where(abs(steps - nearest) <= _SNAP * abs(nearest), nearest, steps)
+    return MODES[mode](steps + zero_point)
+
+
 def quantize(affine: Affine, x: Array) -> Array:
-    """Real values to integers, saturated to [qmin, qmax], ties to even.
+    """Real values to integers, saturated to [qmin, qmax], ties to even or as `affine.mode` says.
 
     JAX arrays keep their dtype; anything else is computed in float64 on the host and returned as int64.
     """
     a = affine.expanded(np.ndim(x))
     if isinstance(x, jax.Array):
-        return jnp.clip(jnp.round(x / a.scale) + a.zero_point, a.qmin, a.qmax)
-    steps = np.round(np.asarray(x, np.float64) / a.scale) + a.zero_point
-    return np.clip(steps, a.qmin, a.qmax).astype(np.int64)
+        return jnp.clip(_whole(a, x / a.scale), a.qmin, a.qmax)
+    return np.clip(_whole(a, np.asarray(x, np.float64) / a.scale), a.qmin, a.qmax).astype(np.int64)
+
+
+def _whole(a: Affine, steps: Array) -> Array:
+    return integers_of(a.mode, steps, a.zero_point + a.origin) - a.origin
 
 
 def dequantize(affine: Affine, q: Array) -> Array:
@@ -103,7 +146,7 @@ def fake_quant(affine: Affine, x: Array) -> Array:
     """`dequantize(quantize(x))`, differentiable in x straight through and in scale as LSQ (arXiv 1902.08153)."""
     a = affine.expanded(jnp.ndim(x))
     steps = jnp.clip(x / a.scale, a.qmin - a.zero_point, a.qmax - a.zero_point)  # the bounds are integers: clip, then round
-    return a.scale * straight_through(jnp.round(steps), steps)
+    return a.scale * straight_through(_whole(a, steps) - a.zero_point, steps)
 
 
 def round_accumulator(acc: Array, lsbs: Array) -> Array:
@@ -126,8 +169,10 @@ def validate(affine: Affine, name: str) -> None:
             raise QuantizationError(f"quantizer of {name!r}: {leaf} is not finite")
         if value.ndim > 1 or (value.ndim == 1 and affine.axis is None):
             raise QuantizationError(f"quantizer of {name!r}: {leaf} has shape {value.shape}; use () or (C,) with an axis")
-    if affine.rounding not in MODES:
-        raise QuantizationError(f"quantizer of {name!r}: rounding is {affine.rounding!r}; it must be one of {MODES}")
+    for field_name, known in (("rounding", ACCUMULATOR_ROUNDINGS), ("mode", tuple(MODES))):
+        if getattr(affine, field_name) not in known:
+            given = getattr(affine, field_name)
+            raise QuantizationError(f"quantizer of {name!r}: {field_name} is {given!r}; it must be one of {known}")
     if np.any(leaves["scale"] <= 0):
         raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
     if np.any(leaves["qmin"] > leaves["qmax"]):

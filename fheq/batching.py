@@ -51,6 +51,32 @@ def join(port: Port, values: Array) -> Array:
     return moved.reshape(*shape[:axis], values.shape[0] * shape[axis], *shape[axis + 1 :])
 
 
+def doubled_axis(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
+    """The one axis that is twice as long for two samples as it is for one."""
+    if len(one) != len(two):
+        return None
+    changed = [i for i, (a, b) in enumerate(zip(one, two)) if a != b]
+    return changed[0] if len(changed) == 1 and two[changed[0]] == 2 * one[changed[0]] else None
+
+
+def example_arrays(example: Sequence[Any]) -> list[np.ndarray]:
+    """Example inputs as numpy, float64 as float32.
+
+    Raises:
+        DataError: no inputs, no samples, a scalar, or different numbers of samples.
+    """
+    if not example:
+        raise DataError("give example inputs: their shapes are those of the model")
+    arrays = [np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in example]
+    for i, array in enumerate(arrays):
+        if array.ndim < 1 or array.shape[0] < 1:
+            raise DataError(f"example input {i} has shape {array.shape}; samples are due along axis 0, one at least")
+    counts = [array.shape[0] for array in arrays]
+    if len(set(counts)) > 1:
+        raise DataError(f"example inputs have {counts} samples; give as many of each")
+    return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
+
+
 def split_all(ports: Sequence[Port], arrays: Sequence[Array], what: str = "input") -> list[Array]:
     """`split` for all ports, with equal numbers of samples.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fheq.accumulators import fit_accumulators
 from fheq.affine import Affine
+from fheq.alignment import check_alignment
 from fheq.calibrate import observed
 from fheq.cells import fill_cells
 from fheq.errors import QuantizationError
@@ -48,6 +49,7 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec) -> QPa
     _check_overrides(layout, spec)
     tensors = fit_tensors(layout, stats, spec)
     qparams = QParams(tensors, {}, {})
+    check_alignment(layout, qparams)
     for step in layout.steps:
         if isinstance(step, Linear):
             qparams.weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
@@ -175,7 +177,7 @@ def _affine(
     if given is not None and (given.axis is None or axis is not None):
         scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape).copy()
         if sharing.group[key] in sharing.identical:
-            return replace(given, axis=axis)
+            return replace(given, axis=axis, mode="ROUND")
     elif sharing.group[key] in sharing.identical:
         low = np.min([ranges[m][0] for m in members], axis=0)
         high = np.max([ranges[m][1] for m in members], axis=0)

@@ -1,8 +1,8 @@
 """Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
 
-Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. There is no function for JAX: the one
-release of jax2onnx whose requirements fit jax 0.7.1 and numpy 1.26 (0.7.1) fails with them. Nor is there one for Keras,
-whose export needs TensorFlow. Export such models elsewhere, and give the file to `import_onnx`.
+Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. JAX functions need no exporter: see
+`fheq.jaxpr`. There is no function for Keras, whose export needs TensorFlow: export such models elsewhere, and give the file
+to `import_onnx`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from fheq.batching import example_arrays
 from fheq.errors import DataError, FheqError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
         UnsupportedError: skl2onnx does not convert the estimator.
     """
     skl2onnx = _extra("skl2onnx", "sklearn")
-    (row,) = _arrays([example])
+    (row,) = example_arrays([example])
     if row.ndim != 2:
         raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
     call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset={"": OPSET, "ai.onnx.ml": 3})
@@ -64,7 +63,7 @@ def from_torch(module: Any, *example: Any) -> Graph:
         UnsupportedError: torch does not export the module.
     """
     torch = _extra("torch", "torch")
-    inputs = tuple(torch.as_tensor(x[:1]) for x in _arrays(example))
+    inputs = tuple(torch.as_tensor(x[:1]) for x in example_arrays(example))
     names = [f"x{i}" for i in range(len(inputs))]
     training = module.training
 
@@ -105,21 +104,6 @@ def _exported(exporter: str, model: Any, call: Callable[[], Any]) -> Any:
         cause = (str(error) or type(error).__name__).strip().splitlines()[0]
         name = getattr(model, "__name__", type(model).__name__)
         raise UnsupportedError(f"{exporter} cannot export {name}: {cause}") from error
-
-
-def _arrays(example: Sequence[Any]) -> list[np.ndarray]:
-    """Example inputs as numpy, float64 as float32.
-
-    Raises:
-        DataError: no inputs, no samples, or a scalar.
-    """
-    if not example:
-        raise DataError("give example inputs: their shapes are those of the model")
-    arrays = [np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in example]
-    for i, array in enumerate(arrays):
-        if array.ndim < 1 or array.shape[0] < 1:
-            raise DataError(f"example input {i} has shape {array.shape}; samples are due along axis 0, one at least")
-    return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
 
 
 def _read(model: ModelProto | bytes) -> Graph:

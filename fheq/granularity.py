@@ -148,7 +148,8 @@ class _Resolver:
             agree = all(varies_only_along(c.reshape(-1, c.shape[-1]), 0) for c in channels)
             channels = [c[..., :1] for c in channels]
         else:
-            agree = True
+            sizes = {self.layout.shape(k)[self.axis[k]] for k in origins if self.axis[k] is not None}  # type: ignore[index]
+            agree = len(sizes) <= 1
         agree &= all(np.array_equal(channels[0], c) for c in channels[1:])
         if not agree:
             changed |= any(self.axis[k] is not None for k in origins)

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from fheq.affine import Affine
+from fheq.affine import ROUNDINGS, Affine, integers_of
 from fheq.errors import ModelError, UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.quantizers import ROUNDINGS
 from fheq.ops.table import Kind, Op, register
 from fheq.rewriting.edit import Draft
 
@@ -28,7 +27,7 @@ class Grid:
     Args:
         scale, zero_point: in the shape that broadcasts against the tensor.
         affine: the same for `Graph.pinned`; None for a grid that is not to be kept.
-        rounding: one of QONNX's modes.
+        rounding: one of `fheq.affine.MODES`.
         bits: the width of a Quant node; None for other quantizers.
     """
 
@@ -64,9 +63,7 @@ class Grid:
 
 def fake_quant_row(node: Node, x: Any, scale: Any, zero_point: Any, qmin: Any, qmax: Any) -> Any:
     """fheq.FakeQuant: the values that the integers of a stated quantizer stand for."""
-    mode = node.attrs["rounding_mode"]
-    steps = x / scale
-    steps = jnp.round(steps) + zero_point if mode == "ROUND" else ROUNDINGS[mode](steps + zero_point)
+    steps = integers_of(node.attrs["rounding_mode"], x / scale, zero_point)
     return (scale * (jnp.clip(steps, qmin, qmax) - zero_point)).astype(x.dtype)
 
 

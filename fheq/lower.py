@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import jax
 import numpy as np
 
 from fheq.accumulators import channel_bounds, first_of_channel, makes_accumulator, worst_case
 from fheq.affine import Affine, validate
+from fheq.alignment import check_alignment
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
@@ -25,7 +23,7 @@ from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import simplify
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
-from fheq.qparams import QParams
+from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 from fheq.tables import tabulate
@@ -51,7 +49,7 @@ def check_complete(layout: Plan, qparams: QParams) -> None:
     """Checks that every quantizer is there and holds its invariants.
 
     Raises:
-        QuantizationError: naming what is not.
+        QuantizationError: naming what is not, or the node that reads scales which it cannot undo.
     """
     needed = {
         "tensors": [*layout.inputs, *layout.points],
@@ -63,18 +61,7 @@ def check_complete(layout: Plan, qparams: QParams) -> None:
             if name not in getattr(qparams, part):
                 raise QuantizationError(f"qparams.{part} lacks {name!r}: fit this graph")
             validate(getattr(qparams, part)[name], name)
-
-
-def unsigned(qparams: QParams) -> QParams:
-    """The same real grids with integers from 0: what is encrypted is never negative."""
-
-    def shifted(a: Affine) -> Affine:
-        scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
-        return replace(a, scale=scale, zero_point=zero_point - qmin, qmin=qmin * 0, qmax=qmax - qmin, signed=False)
-
-    host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
-    tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
-    return QParams(tensors, host(qparams.weights), host(qparams.accumulators))
+    check_alignment(layout, qparams)
 
 
 class _Lowering:

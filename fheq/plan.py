@@ -12,7 +12,7 @@ Calibration observes the points and sources, `fit` gives them quantizers, `fake_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import jax
@@ -245,7 +245,7 @@ class Planner:
             return False
         unmoved = np.array_equal(region.moved, np.arange(len(region.moved)))
         if region.source in self.inputs and region.source not in self.adopted and (stated.axis is None or unmoved):
-            self.adopted[region.source] = stated
+            self.adopted[region.source] = replace(stated, mode=node.attrs["rounding_mode"])
             return True
         held = self.held(region.source)
         return held is not None and stated.axis is None and _same(held, stated)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fheq.affine import Affine, dequantize
+from fheq.affine import Affine, dequantize, integers_of
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node
 from fheq.grids import (
@@ -26,7 +26,7 @@ from fheq.grids import (
     rounding_mode,
     write_fake_quant,
 )
-from fheq.ops.quantizers import QUANT_DOMAINS, ROUNDINGS
+from fheq.ops.quantizers import QUANT_DOMAINS
 from fheq.qdq import Twins
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.fold import fold
@@ -37,8 +37,6 @@ BIAS_READERS = ("Conv", "ConvTranspose", "Gemm")
 
 def normalise_quantizers(graph: Graph) -> Graph:
     """Quantizer nodes as pinned constants, and as one FakeQuant node each on computed tensors.
-
-    A BipolarQuant of a computed tensor becomes GreaterOrEqual and Where, and its output is pinned.
 
     Raises:
         UnsupportedError: a scale, zero point or width that depends on data, or that has no per-channel form.
@@ -53,7 +51,8 @@ def normalise_quantizers(graph: Graph) -> Graph:
         elif _is(node, "Trunc"):
             _write_trunc(draft, node)
         elif _is(node, "BipolarQuant"):
-            _write_bipolar(draft, node)
+            grid = bipolar_grid(node, graph.constants, len(graph.types[node.inputs[0]].shape))
+            write_fake_quant(draft, node, node.inputs[0], grid, node.outputs[0])
         elif not twins.write(node):
             draft.write(node)
     return _without_bias_pins(draft.finish())
@@ -64,12 +63,13 @@ def constant_quantizer(node: Node, known: Mapping[str, np.ndarray]) -> tuple[np.
     if _is(node, "Quant", "IntQuant"):
         x = known[node.inputs[0]]
         grid = _widened(quant_grid(node, known, x.ndim), x)
-        steps = np.asarray(ROUNDINGS[grid.rounding](x.astype(np.float64) / grid.scale + grid.zero_point))
-        q = np.clip(steps, grid.qmin, grid.qmax)
+        steps = np.asarray(x, np.float64) / grid.scale
+        q = np.clip(integers_of(grid.rounding, steps, grid.zero_point), grid.qmin, grid.qmax)
         return np.asarray((q - grid.zero_point) * grid.scale).astype(x.dtype), grid.affine
     if _is(node, "BipolarQuant"):
-        x, scale = known[node.inputs[0]], parameter(node, 1, known)
-        return np.where(x >= 0, scale, -scale).astype(x.dtype), bipolar_affine(node, scale, x.ndim)
+        x = known[node.inputs[0]]
+        grid = bipolar_grid(node, known, x.ndim)
+        return np.where(x >= 0, grid.scale, -grid.scale).astype(x.dtype), grid.affine
     if node.op == "DequantizeLinear" and not node.domain:
         q = known[node.inputs[0]]
         if q.dtype == np.int32 or not is_integer(q.dtype):
@@ -92,9 +92,10 @@ def _widened(grid: Grid, x: np.ndarray) -> Grid:
     return grid.with_range(qmin, qmax)
 
 
-def bipolar_affine(node: Node, scale: np.ndarray, ndim: int) -> Affine:
-    """The integers -1 and 1 (0 is in the range, but no value of the tensor)."""
-    return affine_of(node, scale, np.zeros(()), -1, 1, ndim)
+def bipolar_grid(node: Node, known: Mapping[str, np.ndarray], ndim: int) -> Grid:
+    """The integers -1 and 1 of a BipolarQuant node (0 is in the range, but no value of the tensor)."""
+    scale, zero = parameter(node, 1, known), np.zeros(())
+    return Grid(scale, zero, -1, 1, affine_of(node, scale, zero, -1, 1, ndim), "SIGN")
 
 
 def _write_trunc(draft: Draft, node: Node) -> None:
@@ -124,21 +125,6 @@ def _write_trunc(draft: Draft, node: Node) -> None:
     draft.apply(node, "Mul", x, constant("step", step), out=output)
     if shifted == np.round(shifted):
         draft.pinned[output] = affine_of(node, step, shifted, qmin, qmax, 0)
-
-
-def _write_bipolar(draft: Draft, node: Node) -> None:
-    """A BipolarQuant of a computed tensor as a comparison and a choice between two known values."""
-    source, output = node.inputs[0], node.outputs[0]
-    scale, dtype = parameter(node, 1, draft.constants), draft.types[source].dtype
-    affine = bipolar_affine(node, scale, len(draft.types[source].shape))
-    if affine.axis is None and np.ndim(affine.scale):
-        raise UnsupportedError(f"{describe(node)}: a scale per block or per element is not supported")
-    zero, high, low = (
-        draft.constant(f"{output}/{label}", value, dtype)
-        for label, value in (("zero", np.zeros(())), ("high", scale), ("low", -scale))
-    )
-    draft.apply(node, "Where", draft.apply(node, "GreaterOrEqual", source, zero), high, low, out=output)
-    draft.pinned[output] = affine
 
 
 def _without_bias_pins(graph: Graph) -> Graph:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import numpy as np
 
 from fheq.affine import Affine
 
@@ -33,3 +34,18 @@ class QParams:
         from fheq.console import qparams_table
 
         return qparams_table(self)
+
+
+def unsigned(qparams: QParams) -> QParams:
+    """The same real grids with integers from 0: what is encrypted is never negative."""
+
+    def shifted(a: Affine) -> Affine:
+        scale, zero_point, qmin, qmax = (np.asarray(v, np.float64) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
+        low = qmin if a.mode == "ROUND" else np.min(qmin)
+        origin = a.origin if a.mode == "ROUND" else a.origin + int(low)
+        moved = replace(a, zero_point=zero_point - low, qmin=qmin - low, qmax=qmax - low)
+        return replace(moved, scale=scale, signed=False, origin=origin)
+
+    host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
+    tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
+    return QParams(tensors, host(qparams.weights), host(qparams.accumulators))

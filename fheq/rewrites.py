@@ -18,6 +18,7 @@ from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.fold import prune
 from fheq.rewriting.monotone import activate_before_maximum as activate_before_maximum
+from fheq.rewriting.softmax import recognise_softmax
 
 Rewrite = Callable[[Graph], Graph]
 
@@ -88,6 +89,7 @@ DEFAULT_REWRITES: tuple[Rewrite, ...] = (
     separate_sums,
     normalise_quantizers,
     remove_identities,
+    recognise_softmax,
     untie_constants,
     fold_batch_norms,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import onnx
 import pytest
 from build_models import model, node
 from models import as_tuple
@@ -80,6 +81,60 @@ def test_approximate_rounding_is_within_a_cell() -> None:
     circuit = fheq.compile(program, p_error=P_ERROR)
     encrypted = circuit(q, quantized=True, progress=False)
     assert np.max(np.abs(encrypted - fheq.simulate(program, q))) <= step
+
+
+def exported() -> onnx.ModelProto:
+    """What `export_qdq` writes of two layers that were quantized: a QDQ model."""
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("Gemm", ["r", "v"], ["y"])]
+    known = {"w": W, "v": np.float32([[1.0], [-0.5]])}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 2]}, ["y"], known))
+    return fheq.export_qdq(graph, fheq.fit(graph, fheq.calibrate(graph, X), SMALL))
+
+
+def qonnx() -> onnx.ModelProto:
+    """Quant nodes of two modes of rounding, and signs."""
+    domain = "qonnx.custom_op.general"
+    quant = lambda x, y, **how: node("Quant", [x, "s", "z", "bits"], [y], domain=domain, signed=1, narrow=1, **how)
+    nodes = [
+        quant("x", "q", rounding_mode="FLOOR"),
+        quant("w", "u", rounding_mode="ROUND"),
+        node("MatMul", ["q", "u"], ["h"]),
+        node("BipolarQuant", ["h", "s"], ["b"], domain=domain),
+        node("MatMul", ["b", "u"], ["y"]),
+    ]
+    known = {"w": W, "s": np.float32(0.5), "z": np.float32(0), "bits": np.float32(2)}
+    return model(nodes, {"x": ["N", 2]}, ["y"], known, domains={domain: 1})
+
+
+def gru() -> onnx.ModelProto:
+    """One unit over two time steps."""
+    known = {"w": np.float32([[[0.5], [1.0], [-1.0]]]), "r": np.float32([[[0.5], [-0.5], [1.0]]])}
+    known |= {"shape": np.int64([2, 1, 1])}
+    nodes = [node("Reshape", ["x", "shape"], ["t"]), node("GRU", ["t", "w", "r"], ["", "h"], hidden_size=1)]
+    return model([*nodes, node("Reshape", ["h", "flat"], ["y"])], {"x": [1, 2]}, ["y"], known | {"flat": np.int64([1, 1])})
+
+
+def attention() -> onnx.ModelProto:
+    """Products of encrypted matrices around a softmax, for two tokens of one channel."""
+    nodes = [
+        node("Reshape", ["x", "column"], ["k"]),
+        node("Reshape", ["x", "row"], ["q"]),
+        node("MatMul", ["k", "q"], ["s"]),
+        node("Softmax", ["s"], ["p"], axis=-1),
+        node("MatMul", ["p", "k"], ["a"]),
+        node("MatMul", ["a", "u"], ["y"]),
+    ]
+    known = {"column": np.int64([1, 2, 1]), "row": np.int64([1, 1, 2]), "u": np.float32([[1.0]])}
+    return model(nodes, {"x": [1, 2]}, ["y"], known)
+
+
+@pytest.mark.parametrize("kind", [exported, qonnx, gru, attention], ids=lambda kind: kind.__name__)
+def test_models_of_each_kind(kind) -> None:
+    graph = fheq.import_onnx(kind())
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), SMALL))
+    circuit = fheq.compile(program, p_error=P_ERROR)
+    assert 0 < circuit.bootstraps < 100
+    assert_encrypted_is_simulated(program, circuit, X[:1])
 
 
 def test_trees_and_labels() -> None:

@@ -88,6 +88,22 @@ def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_prog
     assert differences(fheq.lower(graph, qparams), program) == []
 
 
+@pytest.mark.parametrize("mode", ["FLOOR", "CEIL", "SIGN"])
+def test_inputs_that_are_not_rounded_to_the_nearest_stay_so(mode):
+    domain = "qonnx.custom_op.general"
+    if mode == "SIGN":
+        first = node("BipolarQuant", ["x", "s"], ["q"], domain=domain)
+    else:
+        first = node("Quant", ["x", "s", "z", "bits"], ["q"], domain=domain, signed=1, narrow=0, rounding_mode=mode)
+    known = {"s": np.float32(0.3), "z": np.float32(0), "bits": np.float32(4), "w": tensor(4, 2)}
+    known = {name: value for name, value in known.items() if name in first.input or name == "w"}
+    proto = model([first, node("MatMul", ["q", "w"], ["y"])], {"x": ["N", 4]}, ["y"], known, domains={domain: 1})
+    graph, x = fheq.import_onnx(proto), tensor(60, 4, low=-2, high=2)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    got = run(fheq.export_qdq(graph, qparams), x)
+    np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, x), atol=1e-5)
+
+
 def test_a_rounded_accumulator_is_refused_by_name():
     graph = fheq.import_onnx(mlp())
     x = tensor(60, 4)

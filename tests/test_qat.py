@@ -12,6 +12,7 @@ from fheq.errors import ModelError, UnsupportedError
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.qat import normalise_quantizers
 
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 BREVITAS = "onnx.brevitas"
 QONNX = "qonnx.custom_op.general"
 ATTRS = {"signed": 1, "narrow": 0, "rounding_mode": "ROUND"}
@@ -58,6 +59,20 @@ def test_rounding_modes(mode, function):
     np.testing.assert_allclose(fheq.evaluate(graph, x), 0.25 * np.clip(function(x / 0.25), -8, 7), atol=1e-6)
     with pytest.raises(UnsupportedError, match=r"'make_y'.*SIDEWAYS"):
         load([quant("x", "y", rounding_mode="SIDEWAYS")], known())
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("mode", ["ROUND", "FLOOR", "CEIL", "ROUND_TO_ZERO", "UP", "HALF_UP", "HALF_DOWN"])
+@pytest.mark.parametrize("signed", [0, 1])
+def test_inputs_are_encoded_in_the_mode_that_the_model_states(mode, zero, signed):
+    """Quarters, eighths and what lies between: values on the grid, ties and others, of both signs."""
+    graph = load([quant("x", "y", rounding_mode=mode, signed=signed)], known(zero=zero))
+    x = np.concatenate([np.arange(-24, 25) / 8, tensor(48, low=-3, high=3), [0, 1]]).astype(np.float32).reshape(-1, 3)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 5))
+    assert not program.lookups
+    (y,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+    np.testing.assert_allclose(y, fheq.evaluate(graph, x), atol=1e-6)
+    np.testing.assert_allclose(fheq.fake_quant(graph, fheq.fit(graph, fheq.calibrate(graph, x), 5), x), y, atol=1e-6)
 
 
 def test_known_tensor_through_transpose():
@@ -108,7 +123,7 @@ def test_batch_norm_leaves_pinned_weights():
 def test_bipolar():
     nodes = [node("BipolarQuant", ["x", "s"], ["h"], domain=QONNX), node("BipolarQuant", ["w", "s"], ["q"], domain=QONNX)]
     graph = load([*nodes, node("MatMul", ["h", "q"], ["y"])], known(w=tensor(3, 2)))
-    assert [n.op for n in graph.nodes] == ["GreaterOrEqual", "Where", "MatMul"]
+    assert [n.op for n in graph.nodes] == ["FakeQuant", "MatMul"]
     assert limits(graph.pinned["h"]) == limits(graph.pinned["q"]) == (-1, 1)
     x = tensor(5, 3)
     want = np.where(x >= 0, 0.25, -0.25) @ graph.constants["q"]

@@ -67,7 +67,7 @@ class _Export:
         layout = self.layout
         for port in layout.graph.inputs:
             if port.type.dtype.kind == "f":
-                self.pair(port.name, self.qparams.tensors[port.name], port.type.shape, self.raw(port.name))
+                self.stated(port.name, self.qparams.tensors[port.name], port.type.shape, self.raw(port.name))
             else:
                 self.emit("Identity", [port.name], self.raw(port.name))
         steps = {step.out: step for step in layout.steps}
@@ -162,16 +162,39 @@ class _Export:
         if node.op == "Whole":
             self.emit("Cast", [self.emit("Round", inputs[:1], f"{out}/rounded")], out, to=TensorProto.INT32)
             return
-        mode = node.attrs.get("rounding_mode")
-        affine, shape = self.layout.graph.pinned.get(node.outputs[0]), self.layout.graph.types[node.outputs[0]].shape
+        kind = self.layout.graph.types[node.outputs[0]]
+        scale, zero, low, high = (self.constants[name] for name in inputs[1:5])
+        axes = lambda v: np.reshape(v, (1,) * (len(kind.shape) - v.ndim) + v.shape)
+        affine = self.layout.graph.pinned.get(node.outputs[0])
+        mode = node.attrs["rounding_mode"]
         if mode == "ROUND" and affine is not None:
-            self.pair(inputs[0], affine, shape, out)
+            self.pair(inputs[0], affine, kind.shape, out)
+        else:
+            self.rounded(inputs[0], mode, (axes(scale), axes(zero), axes(low), axes(high)), out)
+
+    def stated(self, tensor: str, affine: Affine, shape: tuple[int, ...], out: str) -> None:
+        """A tensor on the grid of a quantizer of any mode."""
+        if affine.mode == "ROUND":
+            self.pair(tensor, affine, shape, out)
+            return
+        a = affine.expanded(len(shape))
+        leaves = (np.asarray(v, np.float32) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
+        self.rounded(tensor, affine.mode, tuple(leaves), out)
+
+    def rounded(self, tensor: str, mode: str, leaves: tuple[np.ndarray, ...], out: str) -> None:
+        """A quantizer whose mode QuantizeLinear does not have."""
+        scale, zero, low, high = (
+            self.constant(f"{out}/{label}", value) for label, value in zip(("scale", "zero", "low", "high"), leaves)
+        )
+        if mode == "SIGN":
+            above = self.emit("GreaterOrEqual", [tensor, self.constant(f"{out}/none", np.float32(0))], f"{out}/above")
+            self.emit("Where", [above, scale, self.constant(f"{out}/below", -leaves[0])], out)
             return
         if mode not in _ROUNDERS:
-            raise UnsupportedError(f"{describe(node)}: QDQ has no form for the rounding mode {mode}; use ROUND")
-        scale, zero, low, high = inputs[1:5]
-        steps = self.emit("Add", [self.emit("Div", [inputs[0], scale], f"{out}/steps"), zero], f"{out}/moved")
-        q = self.emit("Clip", [self.emit(_ROUNDERS[mode], [steps], f"{out}/whole"), low, high], f"{out}/integers")
+            raise UnsupportedError(f"quantizer of {out!r}: QDQ has no form for the rounding mode {mode}; use ROUND")
+        steps = self.emit("Add", [self.emit("Div", [tensor, scale], f"{out}/steps"), zero], f"{out}/moved")
+        q = self.emit(_ROUNDERS[mode], [steps], f"{out}/whole")
+        q = self.emit("Min", [self.emit("Max", [q, low], f"{out}/not_below"), high], f"{out}/integers")
         self.emit("Mul", [self.emit("Sub", [q, zero], f"{out}/centred"), scale], out)
 
     def copy(self, node: Node, inputs: list[str], outputs: list[str]) -> None:

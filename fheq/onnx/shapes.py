@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from fheq.batching import doubled_axis
 from fheq.errors import ShapeError
 from fheq.graph import Port, TensorType
 from fheq.onnx.parse import Input
@@ -65,7 +66,7 @@ def output_ports(names: Iterable[str], types: Types, types_of_two: Types | None)
         if types_of_two is None:
             axis = 0 if shape and shape[0] == 1 else None
         else:
-            axis = _doubled(shape, types_of_two[name].shape)
+            axis = doubled_axis(shape, types_of_two[name].shape)
         ports.append(Port(name, types[name], axis))
     return tuple(ports)
 
@@ -73,13 +74,6 @@ def output_ports(names: Iterable[str], types: Types, types_of_two: Types | None)
 def is_symbolic(inputs: Sequence[Input], dims: Mapping[str, int] | None) -> bool:
     """Whether an axis of an input stays open."""
     return any(not isinstance(d, int) for value in inputs for d in _fixed(value, dict(dims or {})))
-
-
-def _doubled(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:
-    if len(one) != len(two):
-        return None
-    changed = [i for i, (a, b) in enumerate(zip(one, two)) if a != b]
-    return changed[0] if len(changed) == 1 and two[changed[0]] == 2 * one[changed[0]] else None
 
 
 def _fixed(value: Input, dims: Mapping[str, int]) -> tuple[int | str | None, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fheq.affine import ROUNDINGS
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
 from fheq.ops.arguments import axis_of, checked, dtype_of
@@ -56,20 +57,6 @@ def _dequantize_linear(node: Node, x: Array, scale: Array, zero_point: Array | N
     if zero_point is not None:
         steps = steps - _spread(node, x, zero_point).astype(np.int32)
     return (steps.astype(scale.dtype) * _spread(node, x, scale)).astype(dtype)
-
-
-# The rounding modes of QONNX and Brevitas.
-ROUNDINGS: dict[str, Callable[[Array], Array]] = {
-    "ROUND": jnp.round,
-    "HALF_EVEN": jnp.round,
-    "CEIL": jnp.ceil,
-    "FLOOR": jnp.floor,
-    "ROUND_TO_ZERO": jnp.trunc,
-    "DOWN": jnp.trunc,
-    "UP": lambda x: jnp.sign(x) * jnp.ceil(jnp.abs(x)),
-    "HALF_UP": lambda x: jnp.sign(x) * jnp.floor(jnp.abs(x) + 0.5),
-    "HALF_DOWN": lambda x: jnp.sign(x) * jnp.ceil(jnp.abs(x) - 0.5),
-}
 
 
 def _rounding(node: Node, default: str) -> Callable[[Array], Array]:
