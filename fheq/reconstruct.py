@@ -22,7 +22,7 @@ from fheq.batching import check_arrays
 from fheq.client import rejoined, split
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
-from fheq.fake_quant import output_values, prepare, tensor_values
+from fheq.fake_quant import output_values, prepare, table_noise, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
 from fheq.optimizer.noise import quantile
@@ -213,26 +213,22 @@ class _Task:
         prepared = prepare(layout, qparams)
 
         def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
-            noisy = self.disturbed(layout, qparams, prepared, key)
-            env = tensor_values(noisy[0], noisy[1], prepared, *sample)
+            drop, disturb = jax.random.split(key)
+            noise = table_noise(layout, qparams, prepared, self.noise, disturb)
+            env = tensor_values(layout, self.dropped(qparams, drop), prepared, *sample, noise=noise)
             return self.error(layout, qparams, env, outputs, hints)
 
         return jnp.mean(jax.vmap(one)(jax.random.split(key, len(sample[0])), sample, outputs, hints))
 
-    def disturbed(self, layout: Plan, qparams: QParams, prepared: Mapping[str, Any], key: Array) -> tuple[Plan, QParams]:
-        """Noise in the biases of linear steps, which their tables read, and rounding left out at random."""
-        accumulators, steps = dict(qparams.accumulators), {step.out: step for step in layout.steps}
+    def dropped(self, qparams: QParams, key: Array) -> QParams:
+        """Accumulators of which elements drawn at random are not rounded."""
+        if not self.training.drop:
+            return qparams
+        accumulators = dict(qparams.accumulators)
         for s, k in zip(self.rounded, jax.random.split(key, len(self.rounded))):
-            own, other = jax.random.split(k)
-            a = accumulators[s.out]
-            step = steps[s.out]
-            if isinstance(step, Linear):
-                size = self.noise * jnp.exp2(a.lsbs) * prepared[s.out].scale
-                steps[s.out] = replace(step, bias=step.bias + size * jax.random.normal(own, s.shape))
-            if self.training.drop:
-                kept = jax.random.bernoulli(other, 1 - self.training.drop, s.shape)
-                accumulators[s.out] = replace(a, lsbs=a.lsbs * kept)
-        return replace(layout, steps=tuple(steps.values())), replace(qparams, accumulators=accumulators)
+            kept = jax.random.bernoulli(k, 1 - self.training.drop, s.shape)
+            accumulators[s.out] = replace(accumulators[s.out], lsbs=accumulators[s.out].lsbs * kept)
+        return replace(qparams, accumulators=accumulators)
 
     def error(self, layout: Plan, qparams: QParams, env: Mapping[str, Array], outputs: Any, hints: Any) -> Array:
         """Relative squared errors of outputs and intermediate results, and the reach beyond accumulators' ranges."""

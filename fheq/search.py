@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -24,6 +23,7 @@ from fheq.front import Front, Point, pareto, undominated
 from fheq.graph import Graph
 from fheq.lower import lower
 from fheq.memory import Memory, fingerprint
+from fheq.program import IntProgram
 from fheq.progress import track
 from fheq.prune import prune
 from fheq.qparams import QParams
@@ -46,7 +46,9 @@ class Space:
         weight_bits: of weights.
         spare_bits: bits of activations, relative to `rounding_bits`.
         input_bits: of the model's inputs.
-        p_errors: probabilities of a table's failure.
+        output_bits: of accumulators that are decrypted.
+        p_errors: probabilities of a table's failure. Large ones are no worse than small ones with fewer bits: what a table
+            costs and how much noise it reads depend on bits and probability together, and more bits round less.
         spec: where all other options come from.
         finalists: quantizations that are confirmed by noisy simulation.
         reconstructions: of these, how many are reconstructed.
@@ -54,12 +56,13 @@ class Space:
         held_out: share of the samples that scores are measured on and nothing is fitted to.
     """
 
-    tolerances: Sequence[float] = (0.0, 0.05, 0.1, 0.25, 0.5)
-    rounding_bits: Sequence[int] = (3, 4, 5, 6)
+    tolerances: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
+    rounding_bits: Sequence[int] = (4, 5, 6, 7)
     weight_bits: Sequence[int] = (4, 5, 6, 7)
-    spare_bits: Sequence[int] = (-1, 0)
+    spare_bits: Sequence[int] = (-2, -1, 0)
     input_bits: int = 6
-    p_errors: Sequence[float] = (0.03, 0.1, 0.25)
+    output_bits: int = 6
+    p_errors: Sequence[float] = (0.05, 0.25, 0.5, 0.65)
     spec: Spec = field(default_factory=Spec)
     finalists: int = 12
     reconstructions: int = 4
@@ -70,14 +73,17 @@ class Space:
         """The grid of a pruned graph."""
         found = []
         for bits, weights, spare in product(self.rounding_bits, self.weight_bits, self.spare_bits):
-            inner = max(1, bits + spare)
+            inner = bits + spare
+            if inner < FEWEST:
+                continue
             widths = {
                 "op_inputs": inner,
                 "op_weights": weights,
                 "model_inputs": self.input_bits,
                 "model_outputs": max(8, inner),
             }
-            found.append(replace(self.spec, n_bits=widths, rounding=Rounding(bits, approximate=True)))
+            roundings = {"rounding": Rounding(bits, True), "output_rounding": Rounding(self.output_bits, True)}
+            found.append(replace(self.spec, n_bits=widths, **roundings))
         return found
 
 
@@ -95,9 +101,9 @@ def search(
 ) -> Front:
     """Finds quantizations of which none is both dearer and worse than another.
 
-    The graph is pruned to several degrees; every degree is fitted with a grid of bits, scored by one sweep and costed; the
-    best are refined layer by layer; some are reconstructed; the finalists are scored by noisy simulation, on samples that
-    nothing was fitted to.
+    The graph is pruned to several degrees; every degree is fitted with a grid of bits, scored by one noisy sweep over bits
+    and failure probabilities, and costed; the best are refined layer by layer; some are reconstructed; the finalists are
+    scored by noisy simulation, on samples that nothing was fitted to.
 
     Args:
         graph: what `import_onnx` gives.
@@ -120,9 +126,10 @@ def search(
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A fitted quantization with what the sweep and the cost model say of it."""
+    """A fitted quantization under a failure probability, with what the sweep and the cost model say of it."""
 
     name: str
+    p_error: float
     graph: Graph
     stats: Stats
     spec: Spec
@@ -134,6 +141,7 @@ class Candidate:
 class _Search:
     def __init__(self, graph, inputs, key, score, targets, space, folder, progress):
         self.graph, self.key, self.score, self.space, self.progress = graph, key, score, space, progress
+        self.last: tuple[str, IntProgram] | None = None
         parts = check_arrays(graph.inputs, inputs)
         n = len(parts[0])
         order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(n)
@@ -145,14 +153,15 @@ class _Search:
         self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
         self.exact = unwrap(self.outputs(evaluate(graph, *self.held)))
         # What is tried may be extended from one run to the next; what results depend on may not.
-        options = (space.spec, space.input_bits, space.training, space.held_out, getattr(score.measure, "__qualname__", ""))
+        options = (
+            space.spec,
+            (space.input_bits, space.output_bits),
+            space.training,
+            space.held_out,
+            getattr(score.measure, "__qualname__", ""),
+        )
         arrays = (*graph.constants.values(), *parts, jax.random.key_data(key), *jax.tree.leaves(targets))
         self.memory = Memory(folder, fingerprint(graph.nodes, options, *map(np.asarray, arrays)))
-
-    @cached_property
-    def middle(self) -> float:
-        """The middle failure probability."""
-        return sorted(self.space.p_errors)[len(self.space.p_errors) // 2]
 
     # Scores
 
@@ -171,7 +180,7 @@ class _Search:
     def swept(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates, of one graph, with their scores by one sweep and their predicted costs."""
         exact = Score(lambda y, _, t: self.score.measure(y, t[0], t[1]), self.score.finish)
-        names = "/".join(c.name for c in candidates)
+        names = "/".join(f"{c.name} at {c.p_error:g}" for c in candidates)
 
         def run() -> list[float]:
             stacked = stack(c.qparams for c in candidates)
@@ -181,6 +190,8 @@ class _Search:
                 *self.held,
                 scores={"score": exact},
                 targets=(self.exact, self.targets),
+                p_error=[c.p_error for c in candidates],
+                key=self.key,
                 progress=self.progress,
             )
             return np.asarray(found.scores["score"], np.float64).tolist()
@@ -189,26 +200,33 @@ class _Search:
         return [replace(c, score=s, complexity=self.predicted(c)) for c, s in zip(candidates, scores)]
 
     def predicted(self, candidate: Candidate) -> float:
-        """Operations at the middle failure probability; infinite where no parameters are found."""
+        """Operations; infinite where no parameters are found."""
 
         def run() -> float:
             try:
-                return float(cost(lower(candidate.graph, candidate.qparams), p_error=self.middle).complexity)
+                return float(cost(self.lowered(candidate), p_error=candidate.p_error).complexity)
             except CompileError:
                 return float("inf")
 
-        return self.memory.value(f"cost of {candidate.name} at {self.middle:g}", run)
+        return self.memory.value(f"cost of {candidate.name} at {candidate.p_error:g}", run)
+
+    def lowered(self, candidate: Candidate) -> IntProgram:
+        """The program of a candidate; those of one quantization follow each other."""
+        if self.last is None or self.last[0] != candidate.name:
+            self.last = candidate.name, lower(candidate.graph, candidate.qparams)
+        return self.last[1]
 
     # Stages
 
     def front(self, target: float | None, budget: float | None) -> Front:
-        within = lambda c: budget is None or c.complexity <= budget * 1.2  # a larger p_error may still bring it under
+        within = lambda c: budget is None or c.complexity <= budget
         pool = [c for c in self.grid() if within(c)]
         if not pool:
             raise QuantizationError(f"nothing that was tried costs at most {budget:g} operations")
         pool += [c for c in self.refined(pool, target) if within(c)]
         points = []
-        for candidate in track(self.promising(pool, target, self.space.finalists), "confirming", self.progress):
+        finalists = {c.name: c for c in self.promising(pool, target, self.space.finalists)}
+        for candidate in track(list(finalists.values()), "confirming", self.progress):
             points += self.points(candidate.name, candidate.graph, candidate.qparams)
         points += self.reconstructed(pool, target)
         if budget is not None:
@@ -225,10 +243,10 @@ class _Search:
                 continue
             seen.append(graph)
             stats = calibrate(graph, *self.data)
-            group = [
-                Candidate(f"pruned {tolerance:g}, {_named(spec)}", graph, stats, spec, fit(graph, stats, spec))
-                for spec in self.space.specs()
-            ]
+            group = []
+            for spec in self.space.specs():
+                name, qparams = f"pruned {tolerance:g}, {_named(spec)}", fit(graph, stats, spec)
+                group += [Candidate(name, p, graph, stats, spec, qparams) for p in self.space.p_errors]
             found += self.swept(group)
         return found
 
@@ -298,8 +316,7 @@ class _Search:
 
     def reconstruct(self, candidate: Candidate) -> list[Point]:
         """The points of a reconstructed candidate."""
-        p_error = self.middle
-        name = f"{candidate.name}, reconstructed"
+        name = f"{candidate.name}, reconstructed for p_error {candidate.p_error:g}"
 
         def run() -> dict[str, np.ndarray]:
             learned = tune(
@@ -307,7 +324,7 @@ class _Search:
                 candidate.qparams,
                 *self.data,
                 key=self.key,
-                p_error=p_error,
+                p_error=candidate.p_error,
                 teacher=self.graph,
                 training=self.space.training,
                 progress=False,
@@ -320,6 +337,7 @@ class _Search:
 
 
 PARTS = ("weights", "biases", "scales")
+FEWEST = 3  # bits of activations
 USEFUL = 0.15  # of the range of scores on the front, from the best down: where reconstructions are tried
 BASES = 2  # candidates around which bits are chosen layer by layer
 

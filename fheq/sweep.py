@@ -23,9 +23,10 @@ from fheq.batching import check_arrays
 from fheq.console import number, text_table
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
-from fheq.fake_quant import output_values, prepare, results, tensor_values
+from fheq.fake_quant import output_values, prepare, results, table_noise, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
+from fheq.optimizer.noise import quantile
 from fheq.plan import Plan, plan
 from fheq.progress import track
 from fheq.qparams import QParams
@@ -140,6 +141,8 @@ def sweep(
     scores: Mapping[str, Score | Measure],
     targets: Any = None,
     tensors: Sequence[str] | None = None,
+    p_error: float | Sequence[float] | None = None,
+    key: Array | None = None,
     chunk: int = CHUNK,
     batch_size: int = BATCH,
     progress: bool | None = None,
@@ -157,6 +160,9 @@ def sweep(
         targets: an array, or a pytree of arrays, with the samples as the leading axis.
         tensors: names of tensors of the graph: `y` and `exact` are then mappings from these names, quantized tensors as they
             are read, instead of the outputs.
+        p_error: probability that one table fails, the same for all or one for each configuration: tables then read rounded
+            accumulators through the noise that parameters of this probability allow; needs a key.
+        key: a key of `jax.random`; all configurations meet the same noise.
         chunk: configurations evaluated together.
         batch_size: samples evaluated together.
         progress: whether to show a progress bar; by default when standard error is a terminal.
@@ -167,9 +173,11 @@ def sweep(
     Raises:
         DataError: inputs or targets do not fit.
         QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
+        ValueError: p_error without a key or a key without p_error, a probability outside of (0, 1), or not one for each.
     """
     layout = plan(graph)
     count, qparams = configurations(qparams), _uniform(qparams)
+    deviations = _deviations(count, p_error, key)
     local = local_mesh(mesh)
     devices, shards = size(local, (DATA,)), 1 if local is None else size(local, configuration_axes(local))
     blocks = _blocks(graph, inputs, targets, batch_size * devices, devices)
@@ -180,7 +188,8 @@ def sweep(
     found = []
     for start in track(range(0, count, chunk), "sweeping", progress):
         at = np.minimum(np.arange(start, start + chunk), count - 1)  # the last one is repeated to fill
-        sums = _sums(graph, static, names, local, jax.tree.map(partial(np.take, indices=at, axis=0), qparams), blocks)
+        chosen = jax.tree.map(partial(np.take, indices=at, axis=0), (qparams, deviations))
+        sums = _sums(graph, static, names, local, chosen, blocks, key)
         found.append([np.asarray(v, np.float64).sum(axis=0)[: count - start] for v in jax.tree.leaves(sums)])
     totals = gather(mesh, ([np.concatenate(v) for v in zip(*found)], np.sum(blocks[2])))
     n = sum(int(part[1]) for part in totals)
@@ -204,6 +213,18 @@ def configurations(qparams: QParams) -> int:
     return next(iter(sizes))
 
 
+def _deviations(count: int, p_error: float | Sequence[float] | None, key: Array | None) -> np.ndarray | None:
+    """Noise at the tables' inputs of each configuration, in cells."""
+    if (p_error is None) != (key is None):
+        raise ValueError("p_error and key go together: give both, or neither to sweep without noise")
+    if p_error is None:
+        return None
+    given = np.atleast_1d(np.asarray(p_error, np.float64))
+    if given.shape not in ((1,), (count,)) or not np.all((given > 0) & (given < 1)):
+        raise ValueError(f"p_error must be one number between 0 and 1, or {count} of them, one for each configuration")
+    return np.broadcast_to([1 / (2 * quantile(float(p))) for p in given], (count,)).astype(jnp.result_type(float))
+
+
 def _uniform(qparams: QParams) -> QParams:
     """Leaves on the host in one type, and what does not matter to values made equal: all configurations compile to one."""
     leaves = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.result_type(float)), qparams)
@@ -225,8 +246,8 @@ def _known(layout: Plan, names: Sequence[str]) -> tuple[str, ...]:
 
 def _blocks(
     graph: Graph, inputs: Sequence[Array], targets: Any, batch_size: int, multiple: int
-) -> tuple[Any, Any, np.ndarray]:
-    """Inputs and targets as (blocks, samples, ...), the last sample repeated to fill, and which samples count.
+) -> tuple[Any, Any, np.ndarray, np.ndarray]:
+    """Inputs and targets as (blocks, samples, ...), the last sample repeated to fill, which samples count, their numbers.
 
     Args:
         multiple: what the number of samples in a block is a multiple of.
@@ -240,7 +261,7 @@ def _blocks(
     width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)
     take = lambda leaf: np.asarray(leaf)[np.minimum(at, n - 1)]
-    return [take(part) for part in parts], jax.tree.map(take, targets), at < n
+    return [take(part) for part in parts], jax.tree.map(take, targets), at < n, at
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -249,39 +270,49 @@ def _sums(
     measures: tuple[tuple[str, Measure], ...],
     names: tuple[str, ...] | None,
     mesh: Mesh | None,
-    qparams: QParams,
+    qparams: tuple[QParams, Array | None],
     blocks: Any,
+    key: Array | None,
 ) -> dict[str, Any]:
     """Sums of the measures over the samples of each block, by name: leaves are (blocks, configurations, ...)."""
     part = partial(_sums_part, graph, measures, names)
     if mesh is None:
-        return part(qparams, blocks)
-    whole = lambda qparams, blocks: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(qparams, blocks))
+        return part(qparams, blocks, key)
+    whole = lambda *given: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(*given))
     axes = configuration_axes(mesh)
-    specs = (P(axes), P(None, DATA))
-    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(qparams, blocks)
+    specs = (P(axes), P(None, DATA), P())
+    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(qparams, blocks, key)
 
 
 def _sums_part(
-    graph: Graph, measures: tuple[tuple[str, Measure], ...], names: tuple[str, ...] | None, qparams: QParams, blocks: Any
+    graph: Graph,
+    measures: tuple[tuple[str, Measure], ...],
+    names: tuple[str, ...] | None,
+    configured: tuple[QParams, Array | None],
+    blocks: Any,
+    key: Array | None,
 ) -> dict[str, Any]:
     layout = plan(graph)
+    qparams, deviations = configured
     prepared = jax.vmap(partial(prepare, layout))(qparams)
 
     def block(_: None, data: Any) -> tuple[None, dict[str, Any]]:
-        parts, targets, keep = data
+        parts, targets, keep, numbers = data
         exact = jax.vmap(partial(_exact, graph, names))(*parts)
 
-        def measure(q: QParams, known: Any, target: Any, want: Any, *sample: Array) -> dict[str, Any]:
-            y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample))
+        def measure(
+            q: QParams, known: Any, deviation: Any, target: Any, want: Any, number: Any, *sample: Array
+        ) -> dict[str, Any]:
+            noise = None if key is None else table_noise(layout, q, known, deviation, jax.random.fold_in(key, number))
+            y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample, noise=noise))
             return {name: found(y, want, target) for name, found in measures}
 
-        def total(configuration: tuple[QParams, Any]) -> dict[str, Any]:
-            values = jax.vmap(partial(measure, *configuration))(targets, exact, *parts)
+        def total(configuration: tuple[QParams, Any, Any]) -> dict[str, Any]:
+            values = jax.vmap(partial(measure, *configuration))(targets, exact, numbers, *parts)
             return jax.tree.map(partial(_total, keep), values)
 
         # One after the other: together, the values of all would leave the caches after every operation.
-        return None, jax.lax.map(total, (qparams, prepared))
+        return None, jax.lax.map(total, (qparams, prepared, deviations))
 
     return jax.lax.scan(block, None, blocks)[1]
 
