@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,8 +96,18 @@ def _prepare_linear(layout: Plan, qparams: QParams, step: Linear) -> Prepared:
     return Prepared(real / along_inputs(step, safe), weights.scale, weights.offset)
 
 
-def tensor_values(layout: Plan, qparams: QParams, prepared: Mapping[str, Prepared], *sample: Array) -> dict[str, Array]:
-    """Every tensor of the decomposed graph for one sample, accumulators rounded."""
+def tensor_values(
+    layout: Plan,
+    qparams: QParams,
+    prepared: Mapping[str, Prepared],
+    *sample: Array,
+    read_as: Callable[[Step, Array], Array] = lambda _, value: value,
+) -> dict[str, Array]:
+    """Every tensor of the decomposed graph for one sample, accumulators rounded.
+
+    Args:
+        read_as: what the rest of the graph reads in place of a step's result.
+    """
     env: dict[str, Array] = {}
     for name, value in zip(layout.inputs, sample):
         real = jnp.asarray(value, jnp.result_type(float))
@@ -107,7 +117,10 @@ def tensor_values(layout: Plan, qparams: QParams, prepared: Mapping[str, Prepare
     read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
     for node in layout.graph.nodes:
         step = steps.get(node.outputs[0])
-        values = (run_step(qparams, prepared, step, env),) if step else run_node(node, read, layout.graph.constants)
+        if step:
+            values: tuple[Array, ...] = (read_as(step, run_step(qparams, prepared, step, env)),)
+        else:
+            values = run_node(node, read, layout.graph.constants)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
     return env
 
