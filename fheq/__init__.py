@@ -66,6 +66,8 @@ from fheq.sweep import Results as Results
 from fheq.sweep import grid as grid
 from fheq.sweep import stack as stack
 from fheq.sweep import sweep as sweep
+from fheq.table_noise import TableNoise as TableNoise
+from fheq.table_noise import table_noise as table_noise
 
 if TYPE_CHECKING:
     from onnx import ModelProto

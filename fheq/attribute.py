@@ -6,7 +6,7 @@ then configurations like any other, and one sweep scores them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,20 @@ from fheq.console import number, shorten, text_table
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
 from fheq.integers import accumulator_decoder
+from fheq.noise import DEFAULT_P_ERROR
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
 from fheq.steps import Linear
 from fheq.sweep import BATCH, CHUNK, sweep
+from fheq.table_noise import TableNoise, table_noise, tabulated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Array = Any
-STAGES = ("activations", "weights", "rounding")
-PARTS = ("tensors", "weights", "accumulators")  # of `QParams`, in the order of the stages
+STAGES = ("activations", "weights", "rounding", "tables")
+PARTS = ("tensors", "weights", "accumulators", "tables")  # of `QParams`, in the order of the stages, and the tables' noise
 FINER = 2.0**-24  # below the resolution of float32
 WIDE = 2.0**60
 
@@ -79,12 +81,13 @@ class Attribution:
 
     Args:
         names: the tensors that are quantized or that linear steps make, in the order of the graph, R of them.
-        alone: `(R, 3)` noise at the outputs, as a share of their power, when a single quantizer is on: that of the tensor,
-            that of the weight that makes it, the rounding of its accumulator; NaN where there is none.
-        snr: `(R, 3)` signal-to-noise ratio of the tensor in dB when all activations are quantized, then weights as well,
-            then accumulators rounded as well.
-        outputs: `(3,)` the same of the model's outputs.
-        scores: by name, what the given scores say of the outputs: of the float model, then of the three stages.
+        alone: `(R, 4)` noise at the outputs, as a share of their power, when a single quantizer is on: that of the tensor,
+            that of the weight that makes it, the rounding of its accumulator, the misses of the tables that read it; NaN
+            where there is none.
+        snr: `(R, 4)` signal-to-noise ratio of the tensor in dB when all activations are quantized, then weights as well,
+            then accumulators rounded as well, then with tables that miss.
+        outputs: `(4,)` the same of the model's outputs.
+        scores: by name, what the given scores say of the outputs: of the float model, then of the four stages.
     """
 
     names: tuple[str, ...]
@@ -131,6 +134,7 @@ def attribute(
     *inputs: Array,
     scores: Mapping[str, Score | Measure] | None = None,
     targets: Any = None,
+    p_error: float = DEFAULT_P_ERROR,
     chunk: int = CHUNK,
     batch_size: int = BATCH,
 ) -> Attribution:
@@ -141,12 +145,18 @@ def attribute(
         inputs: as for `evaluate`.
         scores: as for `sweep`, of the outputs at each stage.
         targets: as for `sweep`.
+        p_error: probability that a lookup misses (see `fheq.table_noise`).
         chunk, batch_size: as for `sweep`.
     """
     layout = plan(graph)
-    names, owners = _owners(layout, qparams)
+    tables = [step.out for step in tabulated(layout)]
+    names, owners = _owners(layout, qparams, tables)
     qparams = jax.tree.map(jnp.asarray, qparams)
-    configurations = _configurations(qparams, owners)
+    configurations = _configurations(qparams, owners, tables)
+
+    def noise(on: Mapping[str, Array]) -> TableNoise:
+        return table_noise(graph, qparams, {name: jnp.where(yes, p_error, 0.0) for name, yes in on.items()})
+
     ports = [port.name for port in layout.graph.outputs]
     shown = tuple(dict.fromkeys([*names, *ports]))
     measures = {name: _of_outputs(as_score(score), ports) for name, score in (scores or {}).items()}
@@ -157,22 +167,23 @@ def attribute(
         scores={"noise": score_functions.noise_to_signal, **{f"score {n}": s for n, s in measures.items()}},
         targets=targets,
         tensors=shown,
+        noise=jax.vmap(noise)(configurations["tables"]) if tables else None,
         chunk=chunk,
         batch_size=batch_size,
     ).scores
-    noise = {name: np.asarray(v, np.float64) for name, v in result["noise"].items()}
-    at_outputs = np.mean([noise[port] for port in ports], axis=0)
+    lost = {name: np.asarray(v, np.float64) for name, v in result["noise"].items()}
+    at_outputs = np.mean([lost[port] for port in ports], axis=0)
     alone = np.full((len(names), len(STAGES)), np.nan)
     for i, (row, stage, _) in enumerate(owners):
         alone[row, stage] = at_outputs[len(STAGES) + 1 + i]
     stages = slice(1, len(STAGES) + 1)
     decibels = lambda v: -10 * np.log10(np.maximum(v, 1e-30))
     found = {name: np.asarray(result[f"score {name}"])[: stages.stop] for name in measures}
-    snr = np.array([decibels(noise[name][stages]) for name in names])
+    snr = np.array([decibels(lost[name][stages]) for name in names])
     return Attribution(names, alone, snr, decibels(at_outputs[stages]), found)
 
 
-def _owners(layout: Plan, qparams: QParams) -> tuple[tuple[str, ...], list[tuple[int, int, str]]]:
+def _owners(layout: Plan, qparams: QParams, tables: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[int, int, str]]]:
     """The rows of an attribution, and for every quantizer its row, its stage and its name in its part of `qparams`."""
     order = {name: i for i, name in enumerate([*layout.inputs, *(o for n in layout.graph.nodes for o in n.outputs)])}
     weights = {step.out: step.weight_name for step in layout.steps if isinstance(step, Linear)}
@@ -185,13 +196,18 @@ def _owners(layout: Plan, qparams: QParams) -> tuple[tuple[str, ...], list[tuple
             owners.append((row, 1, weights[name]))
         if name in qparams.accumulators and np.any(np.asarray(qparams.accumulators[name].lsbs)):
             owners.append((row, 2, name))
+        if name in tables:
+            owners.append((row, 3, name))
     return names, owners
 
 
-def _configurations(qparams: QParams, owners: list[tuple[int, int, str]]) -> dict[str, dict[str, np.ndarray]]:
+def _configurations(
+    qparams: QParams, owners: list[tuple[int, int, str]], tables: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
     """What is on: nothing, then the stages one after the other, then each quantizer alone."""
     first = len(STAGES) + 1
-    on = {part: {name: np.zeros(first + len(owners), bool) for name in getattr(qparams, part)} for part in PARTS}
+    known = {part: tables if part == "tables" else getattr(qparams, part) for part in PARTS}
+    on = {part: {name: np.zeros(first + len(owners), bool) for name in names} for part, names in known.items()}
     for stage, part in enumerate(PARTS):
         for name in on[part]:
             on[part][name][stage + 1 : first] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,38 +96,18 @@ def _prepare_linear(layout: Plan, qparams: QParams, step: Linear) -> Prepared:
     return Prepared(real / along_inputs(step, safe), weights.scale, weights.offset)
 
 
-def table_noise(
-    layout: Plan, qparams: QParams, prepared: Mapping[str, Prepared], deviation: Array, key: Array
-) -> dict[str, Array]:
-    """Gaussian noise at the inputs of the tables that read rounded accumulators, in real values, by the accumulator.
-
-    Args:
-        deviation: in cells; 1 / (2 kappa) is the bound that parameters are chosen for, kappa being the two-sided normal
-            quantile of p_error.
-    """
-    read = set(layout.points.values())
-    steps = [s for s in layout.steps if s.out in read and s.out in prepared]
-    found = {}
-    for step, own in zip(steps, jax.random.split(key, max(len(steps), 1))):
-        lsbs = qparams.accumulators[step.out].lsbs
-        cell = jnp.where(lsbs > 0, jnp.exp2(lsbs), 0.0) * prepared[step.out].scale
-        found[step.out] = deviation * cell * jax.random.normal(own, step.shape)
-    return found
-
-
 def tensor_values(
     layout: Plan,
     qparams: QParams,
     prepared: Mapping[str, Prepared],
     *sample: Array,
-    noise: Mapping[str, Array] | None = None,
+    disturbed: Callable[[Step, Array], Array] | None = None,
 ) -> dict[str, Array]:
     """Every tensor of the decomposed graph for one sample, accumulators rounded.
 
     Args:
-        noise: added to accumulators before they are rounded: see `table_noise`.
+        disturbed: what is rounded in place of a step's accumulator, a real value; see `fheq.table_noise`.
     """
-    noise = noise or {}
     env: dict[str, Array] = {}
     for name, value in zip(layout.inputs, sample):
         real = jnp.asarray(value, jnp.result_type(float))
@@ -137,10 +117,10 @@ def tensor_values(
     read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
     for node in layout.graph.nodes:
         step = steps.get(node.outputs[0])
-        if step is None:
-            values = run_node(node, read, layout.graph.constants)
+        if step:
+            values: tuple[Array, ...] = (run_step(qparams, prepared, step, env, disturbed),)
         else:
-            values = (run_step(qparams, prepared, step, env, noise.get(step.out, 0.0)),)
+            values = run_node(node, read, layout.graph.constants)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
     return env
 
@@ -174,9 +154,13 @@ def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array])
 
 
 def run_step(
-    qparams: QParams, prepared: Mapping[str, Prepared], step: Step, env: Mapping[str, Array], noise: Array | float = 0.0
+    qparams: QParams,
+    prepared: Mapping[str, Prepared],
+    step: Step,
+    env: Mapping[str, Array],
+    disturbed: Callable[[Step, Array], Array] | None,
 ) -> Array:
-    """The real value of a step's result, its accumulator rounded after the noise is added."""
+    """The real value of a step's result, its accumulator rounded."""
     xs = [operand_values(qparams, operand, env) for operand in step.operands]
     if isinstance(step, Maximum):
         return step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
@@ -193,7 +177,8 @@ def run_step(
     else:
         assert isinstance(step, Product)
         y = jnp.sum(xs[0] * xs[1], axis=-1) if step.contract else xs[0] * xs[1]
-    return rounded(qparams, step, y.reshape(step.shape) + noise, known.scale, known.offset)
+    y = y.reshape(step.shape)
+    return rounded(qparams, step, y if disturbed is None else disturbed(step, y), known.scale, known.offset)
 
 
 def rounded(qparams: QParams, step: Step, y: Array, scale: Array, offset: Array) -> Array:

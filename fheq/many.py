@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -65,12 +66,13 @@ def compile_many(
     global_p_error: float | None = None,
     executor: Executor | None = None,
     workers: int | None = None,
+    timeout: float | None = None,
     progress: bool | None = None,
 ) -> list[Compiled]:
     """Compiles programs in other processes, and does something with each circuit there.
 
     A worker that dies costs the program that it had: that one is reported with an error, the others are run again. To know
-    which one it was, no more than `workers` are under way at a time, and those are then tried one by one.
+    which one it was, no more than `workers` are under way at a time, and those are then tried one by one, here.
 
     Args:
         programs: by key (whatever names a configuration), or a sequence.
@@ -81,23 +83,26 @@ def compile_many(
         executor: any `concurrent.futures.Executor`, such as that of a Dask client; by default a pool of processes (started
             by "spawn", so scripts need `if __name__ == "__main__":`). One that breaks is replaced by such a pool.
         workers: programs under way at a time; as many as processors by default.
+        timeout: seconds after which a program's process is ended (in other processes only: a thread cannot be).
 
     Returns:
         One result per program, in order. Nothing is raised for a program that fails.
 
     Raises:
-        ValueError: a probability outside of (0, 1), or both.
+        ValueError: a probability outside of (0, 1), or both; a timeout that is not positive.
         CompileError: `then` cannot be sent to other processes.
     """
     keyed = dict(programs) if isinstance(programs, Mapping) else dict(enumerate(programs))
     chances = {key: p_error[key] if isinstance(p_error, Mapping) else p_error for key in keyed}
     for chance in chances.values():
         failure_probabilities(chance, global_p_error)
+    if timeout is not None and timeout <= 0:
+        raise ValueError(f"timeout must be positive, got {timeout}")
     if executor is None:
         _check_picklable(then)
     items = {key: (key, program, chances[key], global_p_error) for key, program in keyed.items()}
     found: dict[Any, Compiled] = {}
-    results = run_all(partial(_compile, then), items, executor, workers or os.cpu_count() or 1)
+    results = run_all(partial(_compile, then), items, executor, workers or os.cpu_count() or 1, timeout)
     for key, result in track(results, "compiling", progress, total=len(items)):
         found[key] = Compiled(key, error=_explain(result)) if isinstance(result, BaseException) else result
     return [found[key] for key in keyed]
@@ -126,13 +131,17 @@ def _compile(then: Then | None, item: tuple[Any, IntProgram, float | None, float
 
 
 def _explain(error: BaseException) -> str:
-    if isinstance(error, BrokenExecutor):
+    if _died(error):
         return "the process that compiled or ran it died: a crash of native code, or too little memory"
     return f"{type(error).__name__}: {error}"
 
 
 def run_all(
-    task: Callable[[Any], Any], items: Mapping[Any, Any], executor: Executor | None, workers: int
+    task: Callable[[Any], Any],
+    items: Mapping[Any, Any],
+    executor: Executor | None,
+    workers: int,
+    timeout: float | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Runs `task` on every item, each in a process, yielding keys with results, or with the exception that an item met.
 
@@ -140,8 +149,9 @@ def run_all(
         items: by key.
         executor: the first to use; it is not shut down. Those that follow a broken one are pools of processes.
         workers: items under way at a time.
+        timeout: seconds that an item may take.
     """
-    waiting = deque(items)
+    waiting, task = deque(items), partial(_within, timeout, task)
     while waiting:
         pool = executor or _pool(min(workers, len(waiting)))
         try:
@@ -151,9 +161,35 @@ def run_all(
                 pool.shutdown(cancel_futures=True)
         executor = None
         for key in suspects:  # whoever kills a process that it has for itself did it before
-            with _pool(1) as alone:
-                future = alone.submit(task, items[key])
-                yield key, future.exception() or future.result()
+            yield key, _alone(task, items[key], timeout)
+
+
+def _alone(task: Callable[[Any], Any], item: Any, timeout: float | None) -> Any:
+    with _pool(1) as pool:
+        pool.submit(callable, task).result()  # it has started, and imported what the task needs
+        start = time.perf_counter()
+        future = pool.submit(task, item)
+        error = future.exception()
+        if timeout is not None and _died(error) and time.perf_counter() - start >= timeout:
+            return TimeoutError(f"not done after {timeout:g} seconds")
+        return error or future.result()
+
+
+def _within(timeout: float | None, task: Callable[[Any], Any], item: Any) -> Any:
+    """`task(item)`, ending the process after `timeout` seconds, even when native code hangs; not the user's own process."""
+    if timeout is None or multiprocessing.parent_process() is None:
+        return task(item)
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(timeout, exit=True, file=nowhere)
+        try:
+            return task(item)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _died(error: BaseException | None) -> bool:
+    """Whether an item's process died; in a Dask cluster, after Dask's own attempts on other workers."""
+    return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 
 def _pool(workers: int) -> Executor:
@@ -161,20 +197,23 @@ def _pool(workers: int) -> Executor:
 
 
 def _until_broken(task: Callable, items: Mapping, pool: Executor, waiting: deque, workers: int):
-    """Takes keys from `waiting` until none are left or the pool breaks; returns the keys that were then under way."""
+    """Takes keys from `waiting` until none are left or the pool breaks; returns those under way where a process died."""
     running: dict[Future, Any] = {}
     suspects: list[Any] = []
-    while (waiting and not suspects) or running:
-        while waiting and len(running) < workers and not suspects:
+    broken = False
+    while (waiting and not broken) or running:
+        while waiting and len(running) < workers and not broken:
             key = waiting.popleft()
             try:
                 running[pool.submit(task, items[key])] = key
             except BrokenExecutor:
                 suspects.append(key)
+                broken = True
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             key = running.pop(future)
             error = future.exception()
-            if isinstance(error, BrokenExecutor):
+            broken = broken or isinstance(error, BrokenExecutor)
+            if _died(error):
                 suspects.append(key)
             else:
                 yield key, error or future.result()

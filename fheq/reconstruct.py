@@ -22,15 +22,15 @@ from fheq.batching import check_arrays
 from fheq.client import rejoined, split
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
-from fheq.fake_quant import output_values, prepare, table_noise, tensor_values
+from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
-from fheq.optimizer.noise import quantile
 from fheq.plan import Plan, plan
 from fheq.progress import track
 from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, with_weights
 from fheq.steps import Linear
+from fheq.table_noise import missed, noise_at_tables
 
 if TYPE_CHECKING:
     from optax import GradientTransformation
@@ -109,7 +109,7 @@ def tune(
     layout = plan(graph)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
-    task = _Task(layout, qparams, _targets(layout, teacher or graph, data), 1 / (2 * quantile(p_error)), training)
+    task = _Task(layout, qparams, _targets(layout, teacher or graph, data), p_error, training)
     moved = jax.tree.map(jnp.zeros_like, task.initial)
     import optax
 
@@ -194,8 +194,9 @@ def _targets(layout: Plan, teacher: Graph, data: tuple[Array, ...]) -> Targets:
 class _Task:
     """The loss and what it refers to."""
 
-    def __init__(self, layout: Plan, qparams: QParams, targets: Targets, noise: float, training: Training):
-        self.layout, self.qparams, self.targets, self.noise, self.training = layout, qparams, targets, noise, training
+    def __init__(self, layout: Plan, qparams: QParams, targets: Targets, p_error: float, training: Training):
+        self.layout, self.qparams, self.targets, self.training = layout, qparams, targets, training
+        self.p_error = p_error
         self.initial = initial(layout, qparams)
         self.sizes = {out: jnp.sqrt(jnp.mean(w**2)) + 1e-12 for out, w in self.initial.weights.items()}
         tables = set(layout.points.values())
@@ -211,11 +212,12 @@ class _Task:
         """Mean over a batch."""
         layout, qparams = applied(self.layout, self.qparams, self.learned(moved))
         prepared = prepare(layout, qparams)
+        noise = noise_at_tables(layout, qparams, self.p_error)
 
         def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
             drop, disturb = jax.random.split(key)
-            noise = table_noise(layout, qparams, prepared, self.noise, disturb)
-            env = tensor_values(layout, self.dropped(qparams, drop), prepared, *sample, noise=noise)
+            disturbed = partial(missed, noise, disturb)
+            env = tensor_values(layout, self.dropped(qparams, drop), prepared, *sample, disturbed=disturbed)
             return self.error(layout, qparams, env, outputs, hints)
 
         return jnp.mean(jax.vmap(one)(jax.random.split(key, len(sample[0])), sample, outputs, hints))

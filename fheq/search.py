@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -32,6 +33,7 @@ from fheq.scores import Measure, Score, as_score, r2_to_float
 from fheq.simulate import simulate
 from fheq.spec import Rounding, Spec
 from fheq.sweep import stack, sweep
+from fheq.table_noise import table_noise
 
 Array = Any
 
@@ -190,8 +192,9 @@ class _Search:
                 *self.held,
                 scores={"score": exact},
                 targets=(self.exact, self.targets),
-                p_error=[c.p_error for c in candidates],
-                key=self.key,
+                noise=jax.vmap(partial(table_noise, candidates[0].graph))(
+                    stacked, jnp.asarray([c.p_error for c in candidates])
+                ),
                 progress=self.progress,
             )
             return np.asarray(found.scores["score"], np.float64).tolist()

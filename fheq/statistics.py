@@ -33,15 +33,15 @@ class TensorStats(NamedTuple):
     """Statistics of one tensor, per channel; `C` is 1 for a tensor without a channel axis.
 
     count: `(C,)` elements seen; minimum, maximum: `(C,)`; total, squares: `(C,)` sums of x and x^2; histogram: `(C, BINS)`.
-    Moments and histogram are None where they were not collected.
+    Moments and histograms are None where they were not collected.
     """
 
     count: Array
     minimum: Array
     maximum: Array
-    total: Array | None
-    squares: Array | None
-    histogram: Array | None
+    total: Array
+    squares: Array
+    histogram: Array
 
 
 Stats = Mapping[str, TensorStats]  # of a graph, by tensor name

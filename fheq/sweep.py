@@ -23,16 +23,16 @@ from fheq.batching import check_arrays
 from fheq.console import number, text_table
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
-from fheq.fake_quant import output_values, prepare, results, table_noise, tensor_values
+from fheq.fake_quant import output_values, prepare, results, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
-from fheq.optimizer.noise import quantile
 from fheq.plan import Plan, plan
 from fheq.progress import track
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
 from fheq.sharding import DATA, configuration_axes, gather, local_mesh, size
 from fheq.spec import Spec
+from fheq.table_noise import TableNoise, missed
 
 Array = Any
 CHUNK = 32  # configurations whose weights are quantized together
@@ -141,8 +141,7 @@ def sweep(
     scores: Mapping[str, Score | Measure],
     targets: Any = None,
     tensors: Sequence[str] | None = None,
-    p_error: float | Sequence[float] | None = None,
-    key: Array | None = None,
+    noise: TableNoise | None = None,
     chunk: int = CHUNK,
     batch_size: int = BATCH,
     progress: bool | None = None,
@@ -150,8 +149,9 @@ def sweep(
 ) -> Results:
     """Scores many quantizations of a graph with `fake_quant`.
 
-    One function is compiled, whatever the values and however many: it maps over `chunk` configurations and scans over blocks
-    of `batch_size` samples, which bounds the memory. Weights are quantized once per configuration.
+    One function is compiled, whatever the values and however many: it maps over configurations and scans over blocks of
+    `batch_size` samples. Weights are quantized once per configuration, for `chunk` of them at a time, which bounds the
+    memory.
 
     Args:
         qparams: every leaf has the configurations as its leading axis: see `stack`.
@@ -160,10 +160,9 @@ def sweep(
         targets: an array, or a pytree of arrays, with the samples as the leading axis.
         tensors: names of tensors of the graph: `y` and `exact` are then mappings from these names, quantized tensors as they
             are read, instead of the outputs.
-        p_error: probability that one table fails, the same for all or one for each configuration: tables then read rounded
-            accumulators through the noise that parameters of this probability allow; needs a key.
-        key: a key of `jax.random`; all configurations meet the same noise.
-        chunk: configurations evaluated together.
+        noise: of tables, with the same leading axis: `jax.vmap(partial(fheq.table_noise, graph))(qparams, p_errors)`. All
+            configurations meet the same random numbers.
+        chunk: configurations whose weights are quantized together.
         batch_size: samples evaluated together.
         progress: whether to show a progress bar; by default when standard error is a terminal.
         mesh: devices that share the work: samples are split along its axis "data", configurations along its other axes;
@@ -173,11 +172,9 @@ def sweep(
     Raises:
         DataError: inputs or targets do not fit.
         QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
-        ValueError: p_error without a key or a key without p_error, a probability outside of (0, 1), or not one for each.
     """
     layout = plan(graph)
-    count, qparams = configurations(qparams), _uniform(qparams)
-    deviations = _deviations(count, p_error, key)
+    count, swept = configurations(qparams=qparams, noise=noise), (_uniform(qparams), jax.tree.map(np.asarray, noise))
     local = local_mesh(mesh)
     devices, shards = size(local, (DATA,)), 1 if local is None else size(local, configuration_axes(local))
     blocks = _blocks(graph, inputs, targets, batch_size * devices, devices)
@@ -188,20 +185,19 @@ def sweep(
     found = []
     for start in track(range(0, count, chunk), "sweeping", progress):
         at = np.minimum(np.arange(start, start + chunk), count - 1)  # the last one is repeated to fill
-        chosen = jax.tree.map(partial(np.take, indices=at, axis=0), (qparams, deviations))
-        sums = _sums(graph, static, names, local, chosen, blocks, key)
+        sums = _sums(graph, static, names, local, jax.tree.map(partial(np.take, indices=at, axis=0), swept), blocks)
         found.append([np.asarray(v, np.float64).sum(axis=0)[: count - start] for v in jax.tree.leaves(sums)])
-    totals = gather(mesh, ([np.concatenate(v) for v in zip(*found)], np.sum(blocks[2])))
+    totals = gather(mesh, ([np.concatenate(v) for v in zip(*found)], np.sum(blocks[-1])))
     n = sum(int(part[1]) for part in totals)
     means = jax.tree.unflatten(jax.tree.structure(sums), [np.sum(v, axis=0) / n for v in zip(*(p[0] for p in totals))])
     return Results({name: _finish(score, means[name]) for name, score in measures.items()})
 
 
-def configurations(qparams: QParams) -> int:
-    """The number of configurations that the leading axis of `qparams` holds."""
+def configurations(**trees: Any) -> int:
+    """The number of configurations that the leading axes of some pytrees hold."""
     sizes: dict[int, str] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(qparams)[0]:
-        where = "qparams" + jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
+        where = path[0].key + jax.tree_util.keystr(path[1:])
         if np.ndim(leaf) == 0 or len(leaf) == 0:
             raise QuantizationError(
                 f"{where} lacks the leading axis of configurations: build qparams with stack or jax.vmap"
@@ -209,20 +205,8 @@ def configurations(qparams: QParams) -> int:
         sizes.setdefault(len(leaf), where)
     if len(sizes) != 1:
         told = ", ".join(f"{where}: {n}" for n, where in sizes.items())
-        raise QuantizationError(f"leaves of qparams hold different numbers of configurations ({told})")
+        raise QuantizationError(f"leaves hold different numbers of configurations ({told})")
     return next(iter(sizes))
-
-
-def _deviations(count: int, p_error: float | Sequence[float] | None, key: Array | None) -> np.ndarray | None:
-    """Noise at the tables' inputs of each configuration, in cells."""
-    if (p_error is None) != (key is None):
-        raise ValueError("p_error and key go together: give both, or neither to sweep without noise")
-    if p_error is None:
-        return None
-    given = np.atleast_1d(np.asarray(p_error, np.float64))
-    if given.shape not in ((1,), (count,)) or not np.all((given > 0) & (given < 1)):
-        raise ValueError(f"p_error must be one number between 0 and 1, or {count} of them, one for each configuration")
-    return np.broadcast_to([1 / (2 * quantile(float(p))) for p in given], (count,)).astype(jnp.result_type(float))
 
 
 def _uniform(qparams: QParams) -> QParams:
@@ -247,7 +231,7 @@ def _known(layout: Plan, names: Sequence[str]) -> tuple[str, ...]:
 def _blocks(
     graph: Graph, inputs: Sequence[Array], targets: Any, batch_size: int, multiple: int
 ) -> tuple[Any, Any, np.ndarray, np.ndarray]:
-    """Inputs and targets as (blocks, samples, ...), the last sample repeated to fill, which samples count, their numbers.
+    """Inputs and targets as (blocks, samples, ...), the last one repeated to fill, the samples' numbers and which count.
 
     Args:
         multiple: what the number of samples in a block is a multiple of.
@@ -261,7 +245,7 @@ def _blocks(
     width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)
     take = lambda leaf: np.asarray(leaf)[np.minimum(at, n - 1)]
-    return [take(part) for part in parts], jax.tree.map(take, targets), at < n, at
+    return [take(part) for part in parts], jax.tree.map(take, targets), at.astype(np.uint32), at < n
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -270,49 +254,47 @@ def _sums(
     measures: tuple[tuple[str, Measure], ...],
     names: tuple[str, ...] | None,
     mesh: Mesh | None,
-    qparams: tuple[QParams, Array | None],
+    swept: tuple[QParams, TableNoise | None],
     blocks: Any,
-    key: Array | None,
 ) -> dict[str, Any]:
     """Sums of the measures over the samples of each block, by name: leaves are (blocks, configurations, ...)."""
     part = partial(_sums_part, graph, measures, names)
     if mesh is None:
-        return part(qparams, blocks, key)
-    whole = lambda *given: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(*given))
+        return part(swept, blocks)
+    whole = lambda swept, blocks: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(swept, blocks))
     axes = configuration_axes(mesh)
-    specs = (P(axes), P(None, DATA), P())
-    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(qparams, blocks, key)
+    specs = (P(axes), P(None, DATA))
+    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(swept, blocks)
 
 
 def _sums_part(
     graph: Graph,
     measures: tuple[tuple[str, Measure], ...],
     names: tuple[str, ...] | None,
-    configured: tuple[QParams, Array | None],
+    swept: tuple[QParams, TableNoise | None],
     blocks: Any,
-    key: Array | None,
 ) -> dict[str, Any]:
     layout = plan(graph)
-    qparams, deviations = configured
+    qparams, noise = swept
     prepared = jax.vmap(partial(prepare, layout))(qparams)
 
     def block(_: None, data: Any) -> tuple[None, dict[str, Any]]:
-        parts, targets, keep, numbers = data
+        parts, targets, numbers, keep = data
         exact = jax.vmap(partial(_exact, graph, names))(*parts)
 
-        def measure(
-            q: QParams, known: Any, deviation: Any, target: Any, want: Any, number: Any, *sample: Array
-        ) -> dict[str, Any]:
-            noise = None if key is None else table_noise(layout, q, known, deviation, jax.random.fold_in(key, number))
-            y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample, noise=noise))
+        def measure(configuration: Any, target: Any, want: Any, number: Array, *sample: Array) -> dict[str, Any]:
+            q, noise, known = configuration
+            key = jax.random.fold_in(jax.random.PRNGKey(0), number)
+            disturbed = None if noise is None else partial(missed, noise, key)
+            y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample, disturbed=disturbed))
             return {name: found(y, want, target) for name, found in measures}
 
-        def total(configuration: tuple[QParams, Any, Any]) -> dict[str, Any]:
-            values = jax.vmap(partial(measure, *configuration))(targets, exact, numbers, *parts)
+        def total(configuration: Any) -> dict[str, Any]:
+            values = jax.vmap(partial(measure, configuration))(targets, exact, numbers, *parts)
             return jax.tree.map(partial(_total, keep), values)
 
         # One after the other: together, the values of all would leave the caches after every operation.
-        return None, jax.lax.map(total, (qparams, prepared, deviations))
+        return None, jax.lax.map(total, (qparams, noise, prepared))
 
     return jax.lax.scan(block, None, blocks)[1]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import time
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -16,7 +18,7 @@ from fheq.many import compiled_table, run_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 X = np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
-DEADLY = {"abort": os.abort, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+DEADLY = {"abort": os.abort, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hang": lambda: time.sleep(600)}
 
 
 def double(value: int | str) -> int:
@@ -43,14 +45,39 @@ def run_clear(x: np.ndarray, deadly_top: int, circuit: fheq.Circuit) -> np.ndarr
     return circuit.evaluate(x)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator:
+    """A client of a local Dask cluster of two workers."""
+    distributed = pytest.importorskip("distributed")
+    import dask
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),  # else a deadly task kills four workers
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+MORTAL = {"a": 1, "b": "abort", "c": -3, "d": 2, "e": "hang", "f": 4}
+
+
+def assert_survived(found: dict) -> None:
+    assert {key: value for key, value in found.items() if isinstance(value, int)} == {"a": 2, "d": 4, "f": 8}
+    assert isinstance(found["c"], ValueError) and isinstance(found["e"], TimeoutError)
+    assert isinstance(found["b"], BrokenExecutor) and len(found) == 6
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["own pools", "a pool given"])
-def test_a_worker_that_dies_costs_its_own_item(given: bool) -> None:
-    items = {"a": 1, "b": "abort", "c": 2, "d": "killed", "e": -3, "f": 4}
+def test_a_worker_that_dies_or_hangs_costs_its_own_item(given: bool) -> None:
     executor = ProcessPoolExecutor(2) if given else None
-    found = dict(run_all(double, items, executor, workers=2))
-    assert {key: value for key, value in found.items() if isinstance(value, int)} == {"a": 2, "c": 4, "f": 8}
-    assert isinstance(found["e"], ValueError)
-    assert set(found) == set(items)
+    items = {**MORTAL, "b": "killed"} if given else MORTAL
+    assert_survived(dict(run_all(double, items, executor, workers=2, timeout=1.0)))
+
+
+def test_a_dask_worker_that_dies_or_hangs_costs_its_own_item(cluster) -> None:
+    assert_survived(dict(run_all(double, MORTAL, cluster.get_executor(), workers=2, timeout=1.0)))
+    assert cluster.submit(double, 3).result(60) == 6, "the cluster lives on"
 
 
 def test_programs_are_compiled_and_run_elsewhere() -> None:
@@ -86,16 +113,13 @@ def test_what_cannot_be_sent_is_refused_before_any_work() -> None:
         fheq.compile_many([program(2)], lambda circuit: circuit.complexity)
     with pytest.raises(ValueError, match="p_error"):
         fheq.compile_many([program(2)], p_error=2.0)
+    with pytest.raises(ValueError, match="timeout"):
+        fheq.compile_many([program(2)], timeout=0)
 
 
-def test_a_dask_cluster_runs_them() -> None:
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        programs = [program(2), program(3)]
-        results = fheq.compile_many(programs, partial(run_clear, X[:5], -1), p_error=1e-3, executor=client.get_executor())
+def test_a_dask_cluster_runs_them(cluster) -> None:
+    programs = [program(2), program(3)]
+    results = fheq.compile_many(programs, partial(run_clear, X[:5], -1), p_error=1e-3, executor=cluster.get_executor())
     for found, result in zip(programs, results, strict=True):
         np.testing.assert_array_equal(
             result.value, found.dequantize(fheq.simulate(found, *found.quantize(X[:5])))[0], err_msg=str(result.error)

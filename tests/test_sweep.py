@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -133,25 +134,11 @@ def test_noise_is_that_of_the_failure_probability() -> None:
     spec = Spec(4, rounding=Rounding(4, approximate=True))
     qparams, p_errors = fheq.fit(found.graph, found.stats, spec), [1e-9, 0.1, 0.3, 0.6]
     program, stacked = fheq.lower(found.graph, qparams), fheq.stack([qparams] * len(p_errors))
-    sweep = lambda p, key: fheq.sweep(
-        found.graph, stacked, *found.data, scores={"mse": scores.mse}, p_error=p, key=jax.random.key(key)
-    ).scores["mse"]
-    swept = sweep(p_errors, 0)
+    noise = jax.vmap(partial(fheq.table_noise, found.graph))(stacked, jnp.asarray(p_errors))
+    swept = fheq.sweep(found.graph, stacked, *found.data, scores={"mse": scores.mse}, noise=noise).scores["mse"]
     exact = np.asarray(fheq.evaluate(found.graph, *found.data))
     q = program.quantize(*found.data)
     noisy = [fheq.simulate(program, *q, p_error=p, key=jax.random.key(1)) for p in p_errors]
     simulated = np.asarray([np.mean((program.dequantize(y)[0] - exact) ** 2) for y in noisy])
     assert np.all(np.diff(swept) > 0) and np.all(np.diff(simulated) > 0)
     assert np.all(swept > 0.5 * simulated) and np.all(swept < 2 * simulated)
-    np.testing.assert_allclose(sweep(0.3, 0), swept[2], rtol=1e-6)  # one number serves all, and the key decides
-    assert np.all(sweep(0.3, 1) != swept[2])
-
-
-@pytest.mark.parametrize(
-    "options", [{"p_error": 0.1}, {"key": 0}, {"p_error": [0.1, 0.2, 0.3], "key": 0}, {"p_error": 1.5, "key": 0}]
-)
-def test_noise_needs_a_key_and_probabilities(options: dict) -> None:
-    found = prepared(GEMM)
-    options = {name: jax.random.key(v) if name == "key" else v for name, v in options.items()}
-    with pytest.raises(ValueError, match="p_error"):
-        fheq.sweep(found.graph, fheq.stack(fitted(GEMM, SPECS[:2])), *found.data, scores={"mse": scores.mse}, **options)
