@@ -84,8 +84,8 @@ class Space:
                 "model_inputs": self.input_bits,
                 "model_outputs": max(8, inner),
             }
-            roundings = {"rounding": Rounding(bits, True), "output_rounding": Rounding(self.output_bits, True)}
-            found.append(replace(self.spec, n_bits=widths, **roundings))
+            rounding, output_rounding = Rounding(bits, True), Rounding(self.output_bits, True)
+            found.append(replace(self.spec, n_bits=widths, rounding=rounding, output_rounding=output_rounding))
         return found
 
 
@@ -185,16 +185,15 @@ class _Search:
         names = "/".join(f"{c.name} at {c.p_error:g}" for c in candidates)
 
         def run() -> list[float]:
-            stacked = stack(c.qparams for c in candidates)
+            graph, stacked = candidates[0].graph, stack(c.qparams for c in candidates)
+            p_errors = jnp.asarray([c.p_error for c in candidates])
             found = sweep(
-                candidates[0].graph,
+                graph,
                 stacked,
                 *self.held,
                 scores={"score": exact},
                 targets=(self.exact, self.targets),
-                noise=jax.vmap(partial(table_noise, candidates[0].graph))(
-                    stacked, jnp.asarray([c.p_error for c in candidates])
-                ),
+                noise=jax.vmap(partial(table_noise, graph))(stacked, p_errors),
                 progress=self.progress,
             )
             return np.asarray(found.scores["score"], np.float64).tolist()
