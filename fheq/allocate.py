@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fheq.accumulators import rounding_of
+from fheq.fit import tensor_bits
 from fheq.graph import Graph
-from fheq.plan import plan
+from fheq.plan import Plan, plan
 from fheq.spec import Override, Rounding, Spec
-from fheq.steps import Linear
+from fheq.steps import Linear, Step
 
 TABLE_BITS = range(2, 9)
 SOLUTIONS = 6
@@ -19,20 +20,26 @@ SOLUTIONS = 6
 
 @dataclass(frozen=True)
 class Change:
-    """Other bits of one layer: of what its tables read, and of its weights (None: as they are)."""
+    """Other bits of one layer: of what its tables read, of what they make or of its weights (None: as they are).
+
+    Args:
+        layer: the accumulator; weight, activation: the quantized tensors.
+    """
 
     layer: str
-    weight: str
-    table_bits: int | None
-    weight_bits: int | None
+    weight: str = ""
+    activation: str = ""
+    table_bits: int | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
 
     def __str__(self) -> str:
-        what = f"tables of {self.table_bits}" if self.table_bits else f"weights {self.weight_bits}"
-        return f"{what} at {self.layer}"
+        kinds = {"tables of": self.table_bits, "weights": self.weight_bits, "activations": self.activation_bits}
+        return f"{', '.join(f'{kind} {bits}' for kind, bits in kinds.items() if bits)} at {self.layer}"
 
 
 def layer_changes(graph: Graph, spec: Spec) -> list[Change]:
-    """One bit more and one fewer, of tables and of weights, in every layer whose accumulators are rounded."""
+    """One bit more and one fewer, of tables, weights and activations, in every layer whose accumulators are rounded."""
     layout, found = plan(graph), []
     for step in layout.steps:
         rounding = rounding_of(layout, spec, step)
@@ -40,11 +47,21 @@ def layer_changes(graph: Graph, spec: Spec) -> list[Change]:
             continue
         weight = step.weight_name if isinstance(step, Linear) else ""
         tables = [bits for bits in (rounding.n_bits - 1, rounding.n_bits + 1) if bits in TABLE_BITS]
-        found += [Change(step.out, weight, bits, None) for bits in tables]
+        found += [Change(step.out, table_bits=bits) for bits in tables]
         if weight and weight not in layout.graph.pinned:
             own = spec.override(weight, step.out, step.node.name).n_bits or spec.bits()["op_weights"]
-            found += [Change(step.out, weight, None, bits) for bits in (own - 1, own + 1) if bits > 1]
+            found += [Change(step.out, weight=weight, weight_bits=bits) for bits in (own - 1, own + 1) if bits > 1]
+        for point in _own_points(layout, step):
+            own = tensor_bits(layout, point, spec)
+            found += [Change(step.out, activation=point, activation_bits=bits) for bits in (own - 1, own + 1) if bits > 1]
     return found
+
+
+def _own_points(layout: Plan, step: Step) -> list[str]:
+    """The tensors that tables make of a step's accumulator, but for those that have its name, as overrides go by name."""
+    named = {step.out, step.node.name}
+    made = [point for point, source in layout.points.items() if source == step.out]
+    return [point for point in made if point not in named and point not in layout.graph.pinned]
 
 
 def with_changes(spec: Spec, changes: Sequence[Change]) -> Spec:
@@ -58,6 +75,9 @@ def with_changes(spec: Spec, changes: Sequence[Change]) -> Spec:
         if change.weight_bits is not None:
             own = overrides.get(change.weight, Override())
             overrides[change.weight] = replace(own, n_bits=change.weight_bits)
+        if change.activation_bits is not None:
+            own = overrides.get(change.activation, Override())
+            overrides[change.activation] = replace(own, n_bits=change.activation_bits)
     return replace(spec, overrides=overrides)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fheq.console import number, text_table
 from fheq.cost import Report
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
+from fheq.many import compile_many
 from fheq.program import IntProgram
 from fheq.qparams import QParams
 
@@ -29,6 +31,7 @@ class Point:
         score: of the noisy simulation at that probability on the held-out samples.
         report: what `cost` predicts at that probability.
         settings: how it was made, for people.
+        compiled: operations as concrete compiled it; None where nobody asked, or where it could not be.
     """
 
     graph: Graph
@@ -38,6 +41,7 @@ class Point:
     score: float
     report: Report
     settings: str
+    compiled: float | None = None
 
     @property
     def complexity(self) -> float:
@@ -90,12 +94,26 @@ class Front:
             )
         return within[-1]
 
+    def compiled(self, executor: Executor | None = None, progress: bool | None = None) -> Front:
+        """The front with what concrete says of every point's cost: each is compiled in a process of its own.
+
+        Args:
+            executor, progress: as for `fheq.compile_many`.
+        """
+        chances = {i: point.p_error for i, point in enumerate(self.points)}
+        results = compile_many([p.program for p in self.points], p_error=chances, executor=executor, progress=progress)
+        points = (replace(point, compiled=result.complexity) for point, result in zip(self.points, results))
+        return replace(self, points=tuple(points))
+
     def __str__(self) -> str:
-        rows = [
-            [number(p.score), number(p.complexity), str(sum(r.lookups for r in p.report.rows)), f"{p.p_error:g}", p.settings]
-            for p in self.points
-        ]
-        return text_table(["score", "operations", "tables", "p_error", "settings"], rows)
+        known = any(p.compiled is not None for p in self.points)
+        head = ["score", "operations", *(["compiled"] if known else []), "tables", "p_error", "settings"]
+        return text_table(head, [self._row(p, known) for p in self.points])
+
+    def _row(self, point: Point, known: bool) -> list[str]:
+        compiled = ["-" if point.compiled is None else number(point.compiled)] if known else []
+        tables = str(sum(row.lookups for row in point.report.rows))
+        return [number(point.score), number(point.complexity), *compiled, tables, f"{point.p_error:g}", point.settings]
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draws score against predicted operations; needs matplotlib (`pip install "fheq[plot]"`)."""

@@ -45,6 +45,8 @@ class Space:
     Args:
         tolerances: of pruning (see `prune`).
         rounding_bits: bits that tables read, the same in all layers to begin with.
+        approximate: modes of rounding. Exact rounding takes a table for every bit that it removes, and has never been on a
+            front; `(True, False)` tries both.
         weight_bits: of weights.
         spare_bits: bits of activations, relative to `rounding_bits`.
         input_bits: of the model's inputs.
@@ -60,6 +62,7 @@ class Space:
 
     tolerances: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
     rounding_bits: Sequence[int] = (4, 5, 6, 7)
+    approximate: Sequence[bool] = (True,)
     weight_bits: Sequence[int] = (4, 5, 6, 7)
     spare_bits: Sequence[int] = (-2, -1, 0)
     input_bits: int = 6
@@ -74,7 +77,8 @@ class Space:
     def specs(self) -> list[Spec]:
         """The grid of a pruned graph."""
         found = []
-        for bits, weights, spare in product(self.rounding_bits, self.weight_bits, self.spare_bits):
+        axes = (self.approximate, self.rounding_bits, self.weight_bits, self.spare_bits)
+        for approximate, bits, weights, spare in product(*axes):
             inner = bits + spare
             if inner < FEWEST:
                 continue
@@ -84,7 +88,7 @@ class Space:
                 "model_inputs": self.input_bits,
                 "model_outputs": max(8, inner),
             }
-            rounding, output_rounding = Rounding(bits, True), Rounding(self.output_bits, True)
+            rounding, output_rounding = Rounding(bits, approximate), Rounding(self.output_bits, True)
             found.append(replace(self.spec, n_bits=widths, rounding=rounding, output_rounding=output_rounding))
         return found
 
@@ -99,6 +103,7 @@ def search(
     budget: float | None = None,
     space: Space | None = None,
     folder: str | os.PathLike[str] | None = None,
+    compiled: bool = False,
     progress: bool | None = None,
 ) -> Front:
     """Finds quantizations of which none is both dearer and worse than another.
@@ -117,13 +122,15 @@ def search(
         budget: operations not to exceed: nothing dearer is considered.
         space: what is tried.
         folder: where results are kept, so that a run that was stopped goes on there, or one of a larger space.
+        compiled: whether to compile the points of the front, to confirm their costs (see `Front.compiled`).
         progress: whether to show progress bars; by default when standard error is a terminal.
 
     Raises:
         DataError: the data do not fit, or the folder holds another search.
         QuantizationError: nothing stays within the budget.
     """
-    return _Search(graph, inputs, key, as_score(score), targets, space or Space(), folder, progress).front(target, budget)
+    found = _Search(graph, inputs, key, as_score(score), targets, space or Space(), folder, progress).front(target, budget)
+    return found.compiled(progress=progress) if compiled else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,5 +358,5 @@ def as_tuple(results: Any) -> tuple[Any, ...]:
 
 def _named(spec: Spec) -> str:
     bits, rounding = spec.bits(), spec.rounding
-    kept = f"tables of {rounding.n_bits}" if rounding else "no rounding"
+    kept = f"tables of {rounding.n_bits}{'' if rounding.approximate else ' (exact)'}" if rounding else "no rounding"
     return f"{kept}, activations {bits['op_inputs']}, weights {bits['op_weights']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -80,6 +81,15 @@ def test_a_budget_is_kept_and_an_impossible_one_is_refused(found):
         run(budget=1.0, folder=folder)
 
 
+def test_the_front_is_confirmed_by_compiling(found):
+    front = found[1]
+    few = fheq.Front(front.points[:2], front.float_score)
+    compiled = few.compiled(executor=ThreadPoolExecutor(1))
+    for point, before in zip(compiled.points, few.points, strict=True):
+        assert before.compiled is None and point.compiled == pytest.approx(point.complexity, rel=0.03)
+    assert "compiled" in str(compiled) and "compiled" not in str(few)
+
+
 def test_own_scores_have_targets(found):
     run, _, _, (_, _, y) = found
     front = run(score=accuracy, targets=y, target=0.5)
@@ -97,7 +107,7 @@ def test_results_are_whole_or_absent(tmp_path):
 def test_allocations_are_the_best_sets_for_their_cost():
     """Against all subsets, where effects add up."""
     rng = np.random.default_rng(0)
-    changes = [Change(layer, "", bits, None) for layer in "abcd" for bits in (3, 5)]
+    changes = [Change(layer, table_bits=bits) for layer in "abcd" for bits in (3, 5)]
     costs = np.where([c.table_bits == 3 for c in changes], -1, 1) * rng.uniform(1, 3, len(changes))
     losses = -np.sign(costs) * rng.uniform(0, 1, len(changes))
     every = [()]
