@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.accumulators import same_range
+from fheq.affine import straight_through
 from fheq.batching import check_arrays
 from fheq.client import rejoined, split
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
+from fheq.integers import along_inputs, quantize_weight
 from fheq.interpret import interpret
 from fheq.plan import Plan, plan
 from fheq.progress import track
@@ -50,6 +52,8 @@ class Training:
         learning_rate: in units of each weight's root mean square.
         hints: weight of the intermediate results' errors beside the outputs'.
         drop: share of accumulators that are not rounded in a step.
+        adaptive: whether to learn nothing but which of its two neighbours on the grid each weight is rounded to, as AdaRound
+            does (arXiv 2004.10568), and biases. Fewer freedoms fit less to the data given: for many bits and few data.
     """
 
     steps: int = 1000
@@ -57,6 +61,7 @@ class Training:
     learning_rate: float = 3e-3
     hints: float = 1.0
     drop: float = 0.0
+    adaptive: bool = False
 
 
 def reconstruct(
@@ -191,6 +196,18 @@ def _targets(layout: Plan, teacher: Graph, data: tuple[Array, ...]) -> Targets:
     return Targets(outputs, hints, jax.tree.map(power, outputs), jax.tree.map(power, hints))
 
 
+def _neighbours(layout: Plan, qparams: QParams, learned: Learned) -> dict[str, tuple[Array, Array]]:
+    """The values on their grid below and above the weights."""
+    found = {}
+    for step in layout.steps:
+        if isinstance(step, Linear) and step.out in learned.weights:
+            ratio = quantize_weight(layout, qparams, step).ratio
+            grid = qparams.weights[step.weight_name].expanded(step.weight.ndim).scale
+            unit = grid / along_inputs(step, jnp.where(ratio == 0, 1.0, ratio))
+            found[step.out] = (jnp.floor(step.weight / unit) * unit, jnp.ceil(step.weight / unit) * unit)
+    return found
+
+
 class _Task:
     """The loss and what it refers to."""
 
@@ -198,6 +215,7 @@ class _Task:
         self.layout, self.qparams, self.targets, self.training = layout, qparams, targets, training
         self.p_error = p_error
         self.initial = initial(layout, qparams)
+        self.between = _neighbours(layout, qparams, self.initial) if training.adaptive else {}
         self.sizes = {out: jnp.sqrt(jnp.mean(w**2)) + 1e-12 for out, w in self.initial.weights.items()}
         tables = set(layout.points.values())
         self.rounded = [s for s in layout.steps if s.out in tables and s.out in qparams.accumulators]
@@ -205,8 +223,11 @@ class _Task:
     def learned(self, moved: Learned) -> Learned:
         """From what the optimizer moves, in units of each tensor's size; pruned weights stay 0."""
         weights = {o: w + self.sizes[o] * moved.weights[o] * (w != 0) for o, w in self.initial.weights.items()}
+        for out, (low, high) in self.between.items():
+            weights[out] = straight_through(jnp.clip(weights[out], low, high), weights[out])
         units = {out: jnp.sqrt(self.targets.hint_power[out]) for out in weights}
-        return Learned(weights, {out: units[out] * b for out, b in moved.biases.items()}, moved.scales)
+        scales = jax.tree.map(jnp.zeros_like, moved.scales) if self.training.adaptive else moved.scales
+        return Learned(weights, {out: units[out] * b for out, b in moved.biases.items()}, scales)
 
     def loss(self, moved: Learned, key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
         """Mean over a batch."""

@@ -56,22 +56,22 @@ class Space:
         spec: where all other options come from.
         finalists: quantizations that are confirmed by noisy simulation.
         reconstructions: of these, how many are reconstructed.
-        training: options of the reconstructions.
+        trainings: options of the reconstructions, each of which is made with all of them.
         held_out: share of the samples that scores are measured on and nothing is fitted to.
     """
 
-    tolerances: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
+    tolerances: Sequence[float] = (0.0, 0.01, 0.05, 0.15, 0.4)
     rounding_bits: Sequence[int] = (4, 5, 6, 7)
     approximate: Sequence[bool] = (True,)
-    weight_bits: Sequence[int] = (4, 5, 6, 7)
+    weight_bits: Sequence[int] = (5, 6, 7)
     spare_bits: Sequence[int] = (-2, -1, 0)
     input_bits: int = 6
     output_bits: int = 6
-    p_errors: Sequence[float] = (0.05, 0.25, 0.5, 0.65)
+    p_errors: Sequence[float] = (0.05, 0.25, 0.5, 0.65, 0.75)
     spec: Spec = field(default_factory=Spec)
     finalists: int = 12
-    reconstructions: int = 4
-    training: Training = field(default_factory=Training)
+    reconstructions: int = 3
+    trainings: Sequence[Training] = (Training(), Training(adaptive=True))
     held_out: float = 0.25
 
     def specs(self) -> list[Spec]:
@@ -165,7 +165,6 @@ class _Search:
         options = (
             space.spec,
             (space.input_bits, space.output_bits),
-            space.training,
             space.held_out,
             getattr(score.measure, "__qualname__", ""),
         )
@@ -289,8 +288,8 @@ class _Search:
         low = max(0, min(at - count // 2, len(front) - count))
         return [pool[i] for i in front[low : low + count]]
 
-    def points(self, name: str, graph: Graph, qparams: QParams) -> list[Point]:
-        """A quantization under every failure probability."""
+    def points(self, name: str, graph: Graph, qparams: QParams, how: str = "") -> list[Point]:
+        """A quantization under every failure probability; `how` tells those of one name apart."""
         program = lower(graph, qparams)
         integers = program.quantize(*self.held)
         found = []
@@ -301,7 +300,7 @@ class _Search:
                 continue
             noisy = lambda noise=report.noise: simulate(program, *integers, noise=noise, key=self.key)
             run = lambda noisy=noisy: self.measured(unwrap(list(program.dequantize(*as_tuple(noisy())))))
-            score = self.memory.value(f"noisy score of {name} at {p_error:g}", run)
+            score = self.memory.value(f"noisy score of {name} at {p_error:g}{how}", run)
             found.append(Point(graph, qparams, program, p_error, score, report, name))
         return found
 
@@ -315,7 +314,7 @@ class _Search:
         low, high, count = 0, len(front) - 1, min(self.space.reconstructions, len(front))
         for n in track(range(count), "reconstructing", self.progress):
             at = (low + high) // 2 if target is not None else round((len(front) - 1) * (n + 0.5) / count)
-            points = self.reconstruct(pool[front[at]])
+            points = [point for training in self.space.trainings for point in self.reconstruct(pool[front[at]], training)]
             found += points
             reached = target is not None and any(p.score >= target for p in points)
             low, high = (low, at - 1) if reached else (at + 1, high)
@@ -323,9 +322,10 @@ class _Search:
                 break
         return found
 
-    def reconstruct(self, candidate: Candidate) -> list[Point]:
+    def reconstruct(self, candidate: Candidate, training: Training) -> list[Point]:
         """The points of a reconstructed candidate."""
-        name = f"{candidate.name}, reconstructed for p_error {candidate.p_error:g}"
+        how = "roundings" if training.adaptive else "weights"
+        name = f"{candidate.name}, {how} reconstructed for p_error {candidate.p_error:g}"
 
         def run() -> dict[str, np.ndarray]:
             learned = tune(
@@ -335,14 +335,14 @@ class _Search:
                 key=self.key,
                 p_error=candidate.p_error,
                 teacher=self.graph,
-                training=self.space.training,
+                training=training,
                 progress=False,
             )
             return {f"{part}/{k}": v for part in PARTS for k, v in getattr(learned, part).items()}
 
-        arrays = self.memory.arrays(name, run)
+        arrays = self.memory.arrays(f"{name} by {training}", run)
         parts = [{k.split("/", 1)[1]: v for k, v in arrays.items() if k.split("/", 1)[0] == part} for part in PARTS]
-        return self.points(name, *with_learned(candidate.graph, candidate.qparams, Learned(*parts)))
+        return self.points(name, *with_learned(candidate.graph, candidate.qparams, Learned(*parts)), how=f" by {training}")
 
 
 PARTS = ("weights", "biases", "scales")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 import fheq
 from fheq.digits import load
+from fheq.integers import quantize_weight
+from fheq.plan import plan
+from fheq.steps import Linear
 
 SPEC = fheq.Spec(3, rounding=fheq.Rounding(3, approximate=True))
 TRAINING = fheq.Training(steps=150, batch_size=32)
@@ -74,6 +79,24 @@ def test_bits_and_roundings_stay(fitted):
         assert np.array_equal(tuned.accumulators[name].lsbs, accumulator.lsbs)
     for name, tensor in qparams.tensors.items():
         assert np.array_equal(tuned.tensors[name].qmax, tensor.qmax)
+
+
+def test_adaptive_rounding_leaves_every_weight_beside_its_place(fitted):
+    """Each is one of the two neighbours on its grid, some the further one, and the program comes nearer all the same."""
+    graph, qparams, x, unseen = fitted
+    training = replace(TRAINING, adaptive=True)
+    tuned, moved = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=training)
+    steps = {step.out: step for step in plan(graph).steps if isinstance(step, Linear)}
+    further = 0
+    for step in (s for s in plan(tuned).steps if isinstance(s, Linear)):
+        before, after = (
+            quantize_weight(plan(g), q, s).integers for g, q, s in ((graph, qparams, steps[step.out]), (tuned, moved, step))
+        )
+        assert np.max(np.abs(after - before)) <= 1
+        further += int(np.sum(after != before))
+    assert further > 0
+    exact = np.asarray(fheq.evaluate(graph, unseen))
+    assert unexplained(simulated(tuned, moved, unseen), exact) < unexplained(simulated(graph, qparams, unseen), exact)
 
 
 def test_no_steps_are_refused(fitted):

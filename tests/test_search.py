@@ -23,7 +23,7 @@ SPACE = fheq.Space(
     p_errors=(0.1,),
     finalists=4,
     reconstructions=1,
-    training=fheq.Training(steps=20),
+    trainings=(fheq.Training(steps=20),),
 )
 
 
