@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -191,21 +190,24 @@ def simulation_row(path: Path, peer: dict[str, Any] | None) -> list[str]:
 
 
 def memory(folder: Path, peer: dict[str, Any]) -> str:
-    """Peak memory of calibration on streams of different lengths, each in a process of its own."""
-    peaks = {}
-    for count in STREAMS:
-        command = [sys.executable, "-m", "benchmarks.throughput", str(folder), "--stream", str(count)]
-        peaks[count] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    rows = [[f"{count:,}", f"{peak / 1024:.0f}", f"{peak / peaks[STREAMS[0]]:.3f}"] for count, peak in peaks.items()]
+    """Peak memory after streams of different lengths, one after the other in one process: compiling takes tens of MB more
+    in one process than in the next."""
+    command = [sys.executable, "-m", "benchmarks.throughput", str(folder), "--stream"]
+    peaks = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows = [[f"{n:,}", f"{peak / 1024:.0f}", f"{peak / peaks[0]:.3f}"] for n, peak in zip(STREAMS, peaks)]
     return table(("samples streamed through digits_cnn", "peak MB", "ratio"), rows)
 
 
-def stream(folder: Path, samples: int) -> None:
-    """Calibrates on a stream and prints the peak memory in KB."""
+def stream(folder: Path) -> None:
+    """Calibrates on streams and prints the process's peak memory in KB after each."""
     graph, data = load(folder / "digits_cnn.onnx")
     batch = data["x_train"][:250]
-    fheq.calibrate(graph, batches=(batch for _ in range(samples // 250)), progress=False)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peaks = []
+    for samples in STREAMS:
+        fheq.calibrate(graph, batches=(batch for _ in range(samples // 250)), progress=False)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peaks.append(int(status["VmHWM"].split()[0]))  # `resource` would give the parent's where that is larger
+    print(json.dumps(peaks))
 
 
 def layers(depth: int, width: int) -> fheq.Graph:
@@ -279,10 +281,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], default=[], help="all of them by default")
     parser.add_argument("--peer-python", help="an interpreter that has concrete-ml")
-    parser.add_argument("--stream", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--stream", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stream:
-        return stream(options.folder, options.stream)
+        return stream(options.folder)
     page = HERE / "SCALE.md"
     text = page.read_text()
     sections = options.sections or list(SECTIONS)
