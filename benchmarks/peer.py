@@ -44,6 +44,7 @@ def main(path: str, count: str) -> None:
         first.forward(test, fhe="disable")
         again.append((time.perf_counter() - start) / len(test))
     module.compile(samples[:100], Configuration(enable_unsafe_features=True), p_error=0.1)
+    module.forward(test[:1], fhe="simulate")
     start = time.perf_counter()
     module.forward(test[:SIMULATED], fhe="simulate")
     simulated = (time.perf_counter() - start) / SIMULATED

@@ -16,6 +16,7 @@ from fheq.clipping import tails
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.integers import (
+    Weights,
     accumulator_decoder,
     add_multipliers,
     apply_form,
@@ -49,15 +50,19 @@ def makes_accumulator(step: Step) -> bool:
     return not isinstance(step, (Maximum, Join))
 
 
-def worst_case(layout: Plan, qparams: QParams, step: Step) -> Bounds:
-    """Bounds that hold for every input in range, of the step's shape, in float64 (exact integers)."""
-    return Bounds(*(np.round(v) for v in _worst_case(layout, qparams, step)))
+def worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | None = None) -> Bounds:
+    """Bounds that hold for every input in range, of the step's shape, in float64 (exact integers).
+
+    Args:
+        weights: what `quantize_weight` gives for a linear step, where it is known.
+    """
+    return Bounds(*(np.round(v) for v in _worst_case(layout, qparams, step, weights)))
 
 
-def _worst_case(layout: Plan, qparams: QParams, step: Step) -> tuple[np.ndarray, ...]:
+def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> tuple[np.ndarray, ...]:
     if isinstance(step, Linear):
         x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-        w = quantize_weight(layout, qparams, step).integers
+        w = (weights or quantize_weight(layout, qparams, step)).integers
         if "exclusive" in step.options:
             return _exclusive_bounds(step, x.low, x.high, w)
         up, down = np.maximum(w, 0), np.minimum(w, 0)
@@ -100,13 +105,15 @@ def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
     return Bounds(rows(bounds.low).min(axis=1), rows(bounds.high).max(axis=1))
 
 
-def observed_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float) -> Bounds:
+def observed_bounds(
+    layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float, weights: Weights | None = None
+) -> Bounds:
     """Integer range seen in calibration, widened at both ends by the margin, per channel."""
     axis = channel_axis(layout, step.out)
     found = stats[step.out]
     low, high = np.asarray(found.minimum, np.float64), np.asarray(found.maximum, np.float64)
     more = [unseen_reach(tail.excess, found.count, high - low, margin) for tail in tails(found)]
-    scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step))
+    scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights))
     ends = []
     for real in (low - more[0], high + more[1]):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
@@ -125,13 +132,21 @@ def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin
     return np.clip(excess * missed, least, np.maximum(span / 2, least))
 
 
-def chosen_bounds(layout: Plan, qparams: QParams, stats: Stats, step: Step, spec: Spec, worst: Bounds) -> Bounds:
+def chosen_bounds(
+    layout: Plan,
+    qparams: QParams,
+    stats: Stats,
+    step: Step,
+    spec: Spec,
+    worst: Bounds,
+    weights: Weights | None = None,
+) -> Bounds:
     """The range that sizes an accumulator: never wider than the worst case, and all of it for counts, which are narrow and
     where a value that calibration never met (a class without samples) is none the less as likely as any."""
     counted = counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
     if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
         return worst
-    seen = observed_bounds(layout, qparams, stats, step, spec.margin)
+    seen = observed_bounds(layout, qparams, stats, step, spec.margin, weights)
     low = np.clip(seen.low, worst.low, worst.high)
     return Bounds(low, np.clip(seen.high, low, worst.high))
 
@@ -190,22 +205,23 @@ def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
 
 def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step) -> Affine:
     axis = channel_axis(layout, step.out)
-    worst = channel_bounds(worst_case(layout, qparams, step), axis)
+    weights = quantize_weight(layout, qparams, step) if isinstance(step, Linear) else None
+    worst = channel_bounds(worst_case(layout, qparams, step, weights), axis)
     rounding = rounding_of(layout, spec, step)
-    bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
+    bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
-        return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode)
+        return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode, weights)
     if step.out not in layout.points.values():
-        return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+        return accumulator_affine(layout, qparams, step, bounds, 0, "exact", weights)
     limit = table_bits(len(worst.low))
     # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
     stated = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
     fits = aligned(bounds, 0)[1] <= limit
     if aligned(worst, 0)[1] <= limit or (stated and fits):
-        return accumulator_affine(layout, qparams, step, bounds, 0, "exact")
+        return accumulator_affine(layout, qparams, step, bounds, 0, "exact", weights)
     widest = worst if aligned(worst, 0)[1] <= limit + WORST_CASE_BITS else bounds
-    return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact")
+    return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact", weights)
 
 
 def table_bits(channels: int) -> int:
@@ -213,14 +229,22 @@ def table_bits(channels: int) -> int:
     return min(MAX_TABLE_BITS, int(np.log2(TABLE_BUDGET / max(channels, 1))))
 
 
-def accumulator_affine(layout: Plan, qparams: QParams, step: Step, bounds: Bounds, lsbs: int, mode: str) -> Affine:
+def accumulator_affine(
+    layout: Plan,
+    qparams: QParams,
+    step: Step,
+    bounds: Bounds,
+    lsbs: int,
+    mode: str,
+    weights: Weights | None = None,
+) -> Affine:
     """The quantizer of an accumulator for a range per channel."""
     axis = channel_axis(layout, step.out)
     offset, width = aligned(bounds, lsbs)
     cell = 1 << lsbs
     slack = 2.0**width - 1 - (cell >> 1) - (bounds.high + offset)
     offset = offset + np.floor(slack / 2 / cell) * cell
-    decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step)]
+    decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights)]
     scale, constant = (np.ravel(first_of_channel(v, axis)) for v in decoded)
     scale = np.maximum(np.abs(scale), 1e-300)
     zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included

@@ -37,14 +37,15 @@ def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: L
         return affine
     if stats[step.out].squares is None:  # the trade needs variances
         return affine
-    worst = channel_bounds(worst_case(layout, qparams, step), axis)
-    bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
+    weights = quantize_weight(layout, qparams, step)
+    worst = channel_bounds(worst_case(layout, qparams, step, weights), axis)
+    bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     least = removable(bounds, rounding.n_bits)
     if least == 0:
         return affine
     variance = channel_variance(stats, step)
     noise = input_power(layout, stats, qparams, step)
-    unit = np.broadcast_to(quantize_weight(layout, qparams, step).scale, step.shape)
+    unit = np.broadcast_to(weights.scale, step.shape)
     unit = channel_bounds(Bounds(unit, unit), axis).high
     best = min(
         (

@@ -16,6 +16,7 @@ from fheq.errors import QuantizationError
 from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
+from fheq.observers import observed_range
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.regions import copied_from, is_boolean, is_integer
@@ -142,7 +143,7 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
     else:
         observer = spec.override(*_names(layout, key)).observer
         observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
-        low, high = observer.range(seen, bits)
+        low, high = observed_range(observer, seen, bits)
         if _meets_filler(layout, key):
             low, high = np.minimum(low, 0), np.maximum(high, 0)
     if axis is None:

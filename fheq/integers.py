@@ -248,10 +248,14 @@ def add_multipliers(a: Decoder, b: Decoder) -> tuple[Array, Array, Array]:
     return xp.where(swapped, more, fewer), xp.where(swapped, fewer, more), small / fewer
 
 
-def accumulator_decoder(layout: Plan, qparams: QParams, step: Step) -> tuple[Array, Array]:
-    """(scale, offset) of the integers that a step makes, broadcasting against its shape."""
+def accumulator_decoder(layout: Plan, qparams: QParams, step: Step, weights: Weights | None = None) -> tuple[Array, Array]:
+    """(scale, offset) of the integers that a step makes, broadcasting against its shape.
+
+    Args:
+        weights: what `quantize_weight` gives for a linear step, where it is known.
+    """
     if isinstance(step, Linear):
-        weights = quantize_weight(layout, qparams, step)
+        weights = weights or quantize_weight(layout, qparams, step)
         return weights.scale, weights.offset
     if isinstance(step, Sum):
         x = operand_decoder(layout, qparams, step.x)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fheq.clipping import ClipError
-from fheq.statistics import HIGH, HISTOGRAM, LOW, MOMENTS, PARTS, TensorStats, bins
+from fheq.statistics import HIGH, HISTOGRAM, LOW, MOMENTS, PARTS, TensorStats, bins, of_statistics
 
 
 class Observer(Protocol):
-    """Turns statistics into ranges.
+    """Turns statistics into ranges; a pure function, and equal observers give equal ranges.
 
     An observer may have an attribute `reads`, the parts of the statistics that it needs beside counts and extremes (of
     `fheq.statistics.PARTS`); one that has none is given all.
@@ -22,6 +22,22 @@ class Observer(Protocol):
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest real value to represent, each `(C,)`."""
         ...
+
+
+def observed_range(observer: Observer, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """`observer.range(stats, bits)`, worked out once for all the specs of a grid that share it."""
+    if not isinstance(observer, Hashable):
+        return observer.range(stats, bits)
+    known = _ranges(stats)
+    if (observer, bits) not in known:
+        known[observer, bits] = observer.range(stats, bits)
+    return known[observer, bits]
+
+
+@of_statistics
+def _ranges(stats: TensorStats) -> dict[tuple[Observer, int], tuple[np.ndarray, np.ndarray]]:
+    del stats
+    return {}
 
 
 def parts_read(observers: Iterable[Observer]) -> tuple[str, ...]:

@@ -170,10 +170,11 @@ def of_statistics(fn: Callable[[TensorStats], T]) -> Callable[[TensorStats], T]:
 
     @wraps(fn)
     def remembered(stats: TensorStats) -> T:
+        leaves = [leaf for leaf in stats if leaf is not None]
         key = tuple(map(id, stats))
-        if key not in known or any(ref() is not leaf for ref, leaf in zip(known[key][0], stats)):
+        if key not in known or any(ref() is not leaf for ref, leaf in zip(known[key][0], leaves)):
             forget = lambda _: known.pop(key, None)
-            known[key] = [weakref.ref(leaf, forget) for leaf in stats], fn(stats)
+            known[key] = [weakref.ref(leaf, forget) for leaf in leaves], fn(stats)
         return known[key][1]
 
     return remembered

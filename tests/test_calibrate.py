@@ -18,6 +18,7 @@ from models import prepared, weights
 
 import fheq
 from fheq.calibrate import FEW_SAMPLES, TILE, CalibrationWarning, _observe
+from fheq.digits import load
 from fheq.errors import DataError
 from fheq.statistics import TensorStats, bin_of, centres, init, merge, per_tensor, update
 
@@ -57,10 +58,18 @@ def assert_all_same(a: dict[str, TensorStats], b: dict[str, TensorStats]) -> Non
         assert_same(a[name], b[name])
 
 
+ROWS_AT_ONCE = 8
+UPDATE = jax.jit(update)
+
+
 def updated(stats: TensorStats, values: np.ndarray) -> TensorStats:
+    """By few rows at once, the last ones masked: one compilation for any number."""
     with enable_x64():
-        found = update(jax.tree.map(jnp.asarray, stats), jnp.asarray(values), jnp.ones(len(values), bool))
-        return jax.tree.map(np.asarray, found)
+        for start in range(0, len(values), ROWS_AT_ONCE):
+            rows = values[start : start + ROWS_AT_ONCE]
+            padded = np.resize(rows, (ROWS_AT_ONCE, *rows.shape[1:]))
+            stats = UPDATE(stats, padded, np.arange(ROWS_AT_ONCE) < len(rows))
+        return jax.tree.map(np.asarray, stats)
 
 
 # The monoid
@@ -87,7 +96,7 @@ def test_masked_samples_count_for_nothing() -> None:
     values = np.float32(RNG.normal(size=(6, 2, 3)))
     keep = np.array([1, 0, 1, 1, 0, 0], bool)
     with enable_x64():
-        masked = update(jax.tree.map(jnp.asarray, init(2)), jnp.asarray(values), jnp.asarray(keep))
+        masked = UPDATE(init(2), values, keep)
     assert_same(jax.tree.map(np.asarray, masked), updated(init(2), values[keep]))
 
 
@@ -103,6 +112,38 @@ def test_the_batch_size_changes_nothing(graph: fheq.Graph, stats: dict[str, Tens
 @quiet
 def test_the_order_of_samples_changes_nothing(graph: fheq.Graph, stats: dict[str, TensorStats]) -> None:
     assert_all_same(fheq.calibrate(graph, X[np.random.default_rng(1).permutation(len(X))]), stats)
+
+
+@quiet
+def test_no_order_and_no_batches_change_what_any_floats_give() -> None:
+    """Neither extremes nor histograms of a trained convolutional network, to the last bit."""
+    graph, data = load()
+    x = data["x_train"][:700]
+    stats = fheq.calibrate(graph, x)
+    shuffled = x[np.random.default_rng(2).permutation(len(x))]
+    for other in (fheq.calibrate(graph, shuffled, batch_size=7), fheq.calibrate(graph, batches=np.array_split(x, 9))):
+        assert_all_same(other, stats)
+
+
+@quiet
+def test_what_no_observer_reads_is_not_collected(graph: fheq.Graph, stats: dict[str, TensorStats]) -> None:
+    """And what is left serves the observer as well as all does."""
+    extremes = fheq.calibrate(graph, X, observers=[fheq.MinMax()])
+    counted = fheq.calibrate(graph, X, observers=[fheq.MinMax(), fheq.Percentile(99)])
+    for name, found in extremes.items():
+        assert found.total is None and found.squares is None and found.histogram is None
+        assert counted[name].total is None
+        for leaf in ("count", "minimum", "maximum"):
+            np.testing.assert_array_equal(getattr(found, leaf), getattr(stats[name], leaf))
+        np.testing.assert_array_equal(counted[name].histogram, stats[name].histogram)
+    spec = fheq.Spec(4, observer=fheq.MinMax(), input_observer=fheq.MinMax(), rounding=fheq.Rounding(4))
+    few, all_ = fheq.fit(graph, extremes, spec), fheq.fit(graph, stats, spec)
+    for name, affine in all_.tensors.items():
+        np.testing.assert_array_equal(few.tensors[name].scale, affine.scale)
+    with pytest.raises(fheq.FheqError, match="no histograms"):
+        fheq.fit(graph, extremes, 4)
+    half = merge(extremes["x"], stats["x"])
+    assert half.histogram is None and half.count[0] == 2 * len(X)
 
 
 @quiet
@@ -180,7 +221,7 @@ def test_bins_are_ordered_and_fine(x: float) -> None:
 def test_percentiles_are_numpys_within_a_bin(percent: float, make: Callable[[np.random.Generator], np.ndarray]) -> None:
     """Within one bin (1/16 of the value), and the one sample by which definitions of quantiles differ."""
     x = make(np.random.default_rng(3)).astype(np.float32)
-    found = fheq.Percentile(percent).range(updated(init(1), x.reshape(-1, 1, 1)), 8)
+    found = fheq.Percentile(percent).range(updated(init(1), x.reshape(ROWS_AT_ONCE, 1, -1)), 8)
     tail = (100 - percent) / 2
     step = 100 / len(x)
     for got, at in zip(found, (tail, 100 - tail)):
@@ -199,7 +240,7 @@ def test_the_squared_error_observer_beats_the_extremes_on_outliers() -> None:
     """Its range has a smaller true error than the observed one where a single outlier is far out, at few bits."""
     x = np.random.default_rng(0).normal(size=4000).astype(np.float32)
     x[0] = 40
-    stats = updated(init(1), x.reshape(-1, 1, 1))
+    stats = updated(init(1), x.reshape(ROWS_AT_ONCE, 1, -1))
 
     def error(low: float, high: float, bits: int = 4) -> float:
         step = (high - low) / (2**bits - 1)
