@@ -1,4 +1,4 @@
-"""Networks quantized by Brevitas, with its own outputs: writes `data/brevitas.npz`, which `test_brevitas.py` reads.
+"""Networks quantized by Brevitas, with its own outputs: writes `data/brevitas.npz` for `test_quantized_networks.py`.
 
 Run it with brevitas 0.13.4, qonnx 1.0.0, onnx and torch 2.13 (they do not go with what fheq needs: use an environment of
 their own): `python tests/brevitas_models.py`. For each network the file holds the QONNX model that Brevitas exports (of some
@@ -196,10 +196,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 # QCDQ states neither other roundings nor signs: these are the ones that it takes.
 AS_QCDQ = (
-    "signed input, per tensor",
     "zero points of weights per channel",
     "powers of two and quantized biases",
-    "residual",
     "convolutions, per channel, shifted input",
 )
 
