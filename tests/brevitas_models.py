@@ -27,7 +27,6 @@ from brevitas.quant import (
     Int16Bias,
     ShiftedUint8ActPerTensorFloat,
     ShiftedUint8WeightPerChannelFloat,
-    ShiftedUint8WeightPerTensorFloat,
     SignedBinaryActPerTensorConst,
     SignedBinaryWeightPerTensorConst,
     SignedTernaryWeightPerTensorConst,
@@ -110,7 +109,6 @@ def binary() -> nn.Module:
 
 VECTOR, IMAGE = (5,), (2, 6, 6)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "signed input, per tensor": (lambda: dense(identity(Int8ActPerTensorFloat), qnn.QuantReLU(bit_width=4)), VECTOR),
     "scales per channel": (
         lambda: dense(
             identity(Int8ActPerTensorFloat), qnn.QuantReLU(bit_width=4), weight_quant=Int8WeightPerChannelFloat, bits=4
@@ -119,12 +117,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "zero points of activations": (
         lambda: dense(identity(ShiftedUint8ActPerTensorFloat), identity(ShiftedUint8ActPerTensorFloat, 3)),
-        VECTOR,
-    ),
-    "zero points of weights": (
-        lambda: dense(
-            identity(Int8ActPerTensorFloat), qnn.QuantReLU(bit_width=4), weight_quant=ShiftedUint8WeightPerTensorFloat
-        ),
         VECTOR,
     ),
     "zero points of weights per channel": (
@@ -171,7 +163,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
             ),
             VECTOR,
         )
-        for mode in ("FLOOR", "CEIL", "ROUND_TO_ZERO")
+        for mode in ("FLOOR", "CEIL")
     },
     "rounding down with zero points": (
         lambda: dense(
@@ -182,15 +174,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "signs": (binary, VECTOR),
     "residual": (Residual, VECTOR),
-    "convolutions, per tensor": (lambda: convolutions(identity(Int8ActPerTensorFloat), Int8WeightPerTensorFloat, 3), IMAGE),
     "convolutions, per channel, shifted input": (
         lambda: convolutions(identity(ShiftedUint8ActPerTensorFloat), Int8WeightPerChannelFloat, 4),
         IMAGE,
     ),
-    **{
-        f"average-pooling that truncates by {mode}": (lambda mode=mode: truncated(mode), IMAGE)
-        for mode in ("FLOOR", "ROUND")
-    },
+    "truncating average-pooling": (lambda: truncated("FLOOR"), IMAGE),
 }
 
 
