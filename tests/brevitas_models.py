@@ -23,7 +23,6 @@ from brevitas.quant import (
     Int8ActPerTensorFloat,
     Int8WeightPerChannelFloat,
     Int8WeightPerTensorFixedPoint,
-    Int8WeightPerTensorFloat,
     Int16Bias,
     ShiftedUint8ActPerTensorFloat,
     ShiftedUint8WeightPerChannelFloat,
