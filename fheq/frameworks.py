@@ -1,8 +1,8 @@
 """Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
 
-Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. JAX functions need no exporter: see
-`fheq.jaxpr`. There is no function for Keras, whose export needs TensorFlow: export such models elsewhere, and give the file
-to `import_onnx`.
+Each needs a package that `pip install "fheq[sklearn]"`, `"fheq[torch]"` or `"fheq[keras]"` installs. JAX functions need no
+exporter (see `fheq.jaxpr`), and nor do models of Keras, which run on JAX: Keras' own export to ONNX needs TensorFlow or
+releases of jax2onnx that do not go with jax 0.7.1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fheq.batching import example_arrays
 from fheq.errors import DataError, FheqError, UnsupportedError
+from fheq.jaxpr import from_jax
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -85,6 +86,28 @@ def from_torch(module: Any, *example: Any) -> Graph:
         return file.getvalue()
 
     return _read(_exported("torch.onnx", module, call))
+
+
+def from_keras(model: Any, *example: Any) -> Graph:
+    """A Keras model in inference, as `fheq.from_jax` reads what it computes on JAX.
+
+    Args:
+        model: a `keras.Model`, built, under Keras' JAX backend. One that was saved elsewhere is loaded with it:
+            `KERAS_BACKEND=jax`, set before Keras is imported, and `keras.saving.load_model`.
+        example: one array per input, samples along axis 0. A model of several inputs is given them as a list, as Keras does.
+
+    Raises:
+        MissingExtraError: Keras is not installed.
+        UnsupportedError: Keras runs on another backend, or the model uses a primitive of JAX that has no form here.
+    """
+    keras = _extra("keras", "keras")
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise UnsupportedError(
+            f"Keras runs on {backend}: set the environment variable KERAS_BACKEND=jax before Keras is imported, and load "
+            "the model with keras.saving.load_model"
+        )
+    return from_jax(lambda *x: model(x[0] if len(x) == 1 else list(x), training=False), *example)
 
 
 def _extra(package: str, extra: str) -> Any:
