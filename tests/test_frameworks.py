@@ -40,6 +40,15 @@ def test_torch() -> None:
     np.testing.assert_allclose(fheq.evaluate(graph, x), want, atol=1e-5)
 
 
+def test_torch_by_its_second_exporter() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    module = torch.nn.ChannelShuffle(2)  # which its first one has no form for
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
+    graph = fheq.from_torch(module, x)
+    np.testing.assert_array_equal(fheq.evaluate(graph, x), module(torch.as_tensor(x)).numpy())
+
+
 def test_torch_with_two_inputs() -> None:
     torch = pytest.importorskip("torch")
 
