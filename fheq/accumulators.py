@@ -76,12 +76,31 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | N
     if isinstance(step, Add):
         m, n, _ = add_multipliers(a, b)
         n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
-        return m * a.low + n_low, m * a.high + n_high
+        low, high = m * a.low + n_low, m * a.high + n_high
+        extreme = from_its_extreme(layout, step)
+        return (low, np.minimum(high, 0)) if extreme > 0 else (np.maximum(low, 0), high) if extreme < 0 else (low, high)
     assert isinstance(step, Product)
     p, r = (np.round(d.offset / d.scale) for d in (a, b))
     corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
     low, high = np.min(np.stack(corners), axis=0), np.max(np.stack(corners), axis=0)
     return (np.sum(low, -1), np.sum(high, -1)) if step.contract else (low, high)
+
+
+def from_its_extreme(layout: Plan, step: Add) -> int:
+    """1 for differences of elements from a maximum that they take part in (never above 0), -1 from a minimum, else 0."""
+    made = next((s for s in layout.steps if s.out == step.b.key), None)
+    if step.sign > 0 or not isinstance(made, Maximum) or any(x.key != step.a.key for x in made.xs):
+        return 0
+    if step.a.slope is not None or step.b.slope is not None or np.any(step.b.elements < 0):
+        return 0
+    windows = np.concatenate([x.elements.reshape(-1, x.shape[-1]) for x in made.xs], axis=1)[step.b.elements]
+    return made.sign if np.all(np.any(windows == step.a.elements[:, None], axis=1)) else 0
+
+
+def decides(layout: Plan, step: Step) -> bool:
+    """Whether nothing but decisions is made of a difference: one that wraps around would turn them."""
+    points = [point for point, source in layout.points.items() if source == step.out]
+    return isinstance(step, Add) and bool(points) and all(is_boolean(layout.graph, point) for point in points)
 
 
 def _exclusive_bounds(step: Linear, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,9 +160,10 @@ def chosen_bounds(
     worst: Bounds,
     weights: Weights | None = None,
 ) -> Bounds:
-    """The range that sizes an accumulator: never wider than the worst case, and all of it for counts, which are narrow and
-    where a value that calibration never met (a class without samples) is none the less as likely as any."""
-    counted = counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
+    """The range that sizes an accumulator: never wider than the worst case, and all of it for comparisons and for counts,
+    which are narrow and where a value that calibration never met (a class without samples) is none the less as likely as
+    any."""
+    counted = decides(layout, step) or counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
     if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
         return worst
     seen = observed_bounds(layout, qparams, stats, step, spec.margin, weights)

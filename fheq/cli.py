@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _quantization(quantize)
     quantize.add_argument("--report", action="store_true", help="show widths, ranges, tables and cost")
     quantize.add_argument("-o", "--output", metavar="FILE", help="write the quantizers to a JSON file")
+    quantize.add_argument("--qdq", metavar="FILE", help="write the quantized model, as ONNX with QuantizeLinear nodes")
     compile_ = _command(commands, "compile", "compile a model to an encrypted circuit")
     _quantization(compile_)
     _errors(compile_)

@@ -7,6 +7,7 @@ import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,11 @@ def quantize(args: Namespace) -> int:
         from fheq.saving import save_quantizers
 
         summary["saved"] = str(save_quantizers(args.output, module.program, module.qparams))
+    if args.qdq:
+        from fheq.onnx.export import export_qdq
+
+        Path(args.qdq).write_bytes(export_qdq(module.graph, module.qparams).SerializeToString())
+        summary["qdq"] = args.qdq
     if args.json:
         _print_json(summary)
         return 0
@@ -85,6 +91,8 @@ def quantize(args: Namespace) -> int:
         _print_tables(module.program)
     if args.output:
         print(f"quantizers written to {args.output}")
+    if args.qdq:
+        print(f"quantized model written to {args.qdq}")
     return 0
 
 

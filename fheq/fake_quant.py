@@ -186,6 +186,7 @@ def rounded(qparams: QParams, step: Step, y: Array, scale: Array, offset: Array)
     lsbs = qparams.accumulators[step.out].lsbs
     acc = (y - offset) / scale
     low = affine.round_accumulator(jnp.round(acc), lsbs)
-    # Integers already where nothing is removed: only float noise would be rounded away.
-    exact = jnp.where(lsbs > 0, low, acc)
+    # Integers already where nothing is removed. What float noise leaves of a difference of 0 would turn a comparison; large
+    # accumulators are better off with their noise than rounded in float32.
+    exact = low if isinstance(step, Add) else jnp.where(lsbs > 0, low, acc)
     return (affine.straight_through(exact, acc) * scale + offset).reshape(step.shape)

@@ -1,20 +1,24 @@
 """Models of other frameworks as graphs: each is exported to ONNX in memory and read by `import_onnx`.
 
-Each needs a package that `pip install "fheq[sklearn]"` or `"fheq[torch]"` installs. JAX functions need no exporter: see
-`fheq.jaxpr`. There is no function for Keras, whose export needs TensorFlow: export such models elsewhere, and give the file
-to `import_onnx`.
+Each needs a package that `pip install "fheq[sklearn]"`, `"fheq[torch]"` or `"fheq[keras]"` installs. JAX functions need no
+exporter (see `fheq.jaxpr`), and nor do models of Keras, which run on JAX: Keras' own export to ONNX needs TensorFlow or
+releases of jax2onnx that do not go with jax 0.7.1.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fheq.batching import example_arrays
 from fheq.errors import DataError, FheqError, UnsupportedError
+from fheq.jaxpr import from_jax
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -52,7 +56,8 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
 
 
 def from_torch(module: Any, *example: Any) -> Graph:
-    """A PyTorch module in evaluation mode, through torch's own exporter.
+    """A PyTorch module in evaluation mode, through torch's own exporter: by its trace, or where that is refused, and
+    onnxscript is installed, by `torch.export`.
 
     Args:
         module: a `torch.nn.Module`; it is left in the mode it was in.
@@ -63,28 +68,54 @@ def from_torch(module: Any, *example: Any) -> Graph:
         UnsupportedError: torch does not export the module.
     """
     torch = _extra("torch", "torch")
-    inputs = tuple(torch.as_tensor(x[:1]) for x in example_arrays(example))
+    rows = [np.repeat(x[:1], 2, axis=0) for x in example_arrays(example)]
+    inputs = tuple(torch.as_tensor(x) for x in rows)
     names = [f"x{i}" for i in range(len(inputs))]
-    training = module.training
+    axes = {name: {0: "samples"} for name in names}
 
-    def call() -> bytes:
+    def call(dynamo: bool) -> bytes:
         file = io.BytesIO()
+        training = module.training
         module.eval()
         try:
-            torch.onnx.export(
-                module,
-                inputs,
-                file,
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=names,
-                dynamic_axes={name: {0: "samples"} for name in names},
-            )
+            options = {"opset_version": OPSET, "input_names": names, "dynamic_axes": axes}
+            made = torch.onnx.export(module, inputs, None if dynamo else file, dynamo=dynamo, verbose=False, **options)
         finally:
             module.train(training)
-        return file.getvalue()
+        return made.model_proto.SerializeToString() if dynamo else file.getvalue()
 
-    return _read(_exported("torch.onnx", module, call))
+    try:
+        exported = _exported("torch.onnx", module, lambda: call(dynamo=False))
+    except UnsupportedError as refused:
+        if importlib.util.find_spec("onnxscript") is None:
+            raise
+        try:
+            exported = _exported("torch.onnx", module, lambda: call(dynamo=True))
+        except UnsupportedError:
+            raise refused from None
+    return _read(exported)
+
+
+def from_keras(model: Any, *example: Any) -> Graph:
+    """A Keras model in inference, as `fheq.from_jax` reads what it computes on JAX.
+
+    Args:
+        model: a `keras.Model`, built, under Keras' JAX backend. One that was saved elsewhere is loaded with it:
+            `KERAS_BACKEND=jax`, set before Keras is imported, and `keras.saving.load_model`.
+        example: one array per input, samples along axis 0. A model of several inputs is given them as a list, as Keras does.
+
+    Raises:
+        MissingExtraError: Keras is not installed.
+        UnsupportedError: Keras runs on another backend, or the model uses a primitive of JAX that has no form here.
+    """
+    keras = _extra("keras", "keras")
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise UnsupportedError(
+            f"Keras runs on {backend}: set the environment variable KERAS_BACKEND=jax before Keras is imported, and load "
+            "the model with keras.saving.load_model"
+        )
+    return from_jax(lambda *x: model(x[0] if len(x) == 1 else list(x), training=False), *example)
 
 
 def _extra(package: str, extra: str) -> Any:

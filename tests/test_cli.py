@@ -103,6 +103,13 @@ def test_quantize(files: dict[str, str], capsys, tmp_path: Path):
     assert set(saved["qparams"]["weights"]) == {"w"}
 
 
+def test_quantize_writes_a_quantized_model(files: dict[str, str], capsys, tmp_path: Path):
+    target = tmp_path / "qdq.onnx"
+    code, out, _ = run(capsys, "quantize", files["m.onnx"], "--data", files["d.npz"], "--n-bits", "3", "--qdq", str(target))
+    assert (code, out.splitlines()[-1]) == (0, f"quantized model written to {target}")
+    assert fheq.import_onnx(target).pinned
+
+
 def test_quantize_json(files: dict[str, str], capsys):
     code, out, _ = run(
         capsys, "quantize", files["m.onnx"], "--data", files["d.npz"], "--n-bits", "6", "--rounding", "auto", "--json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -39,6 +41,15 @@ def test_torch() -> None:
     np.testing.assert_allclose(fheq.evaluate(graph, x), want, atol=1e-5)
 
 
+def test_torch_by_its_second_exporter() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    module = torch.nn.ChannelShuffle(2)  # which its first one has no form for
+    x = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
+    graph = fheq.from_torch(module, x)
+    np.testing.assert_array_equal(fheq.evaluate(graph, x), module(torch.as_tensor(x)).numpy())
+
+
 def test_torch_with_two_inputs() -> None:
     torch = pytest.importorskip("torch")
 
@@ -52,10 +63,40 @@ def test_torch_with_two_inputs() -> None:
     np.testing.assert_allclose(fheq.evaluate(graph, x, x), x / (1 + np.exp(-x)), atol=1e-5)
 
 
+KERAS = """
+import keras, numpy as np, fheq
+keras.utils.set_random_seed(0)
+layers = keras.layers
+images = keras.Sequential([layers.Input((6, 6, 1)), layers.Conv2D(3, 3, activation="relu", padding="same"),
+    layers.BatchNormalization(), layers.MaxPooling2D(2), layers.Flatten(), layers.Dropout(0.5), layers.Dense(3, "softmax")])
+series = layers.Input((4, 3))
+attended = layers.GlobalAveragePooling1D()(layers.MultiHeadAttention(2, 2)(series, series))
+states = layers.Concatenate()([layers.LSTM(3)(series), attended])
+sequences = keras.Model(series, layers.LayerNormalization()(layers.Dense(2)(states)))
+for model in (images, sequences):
+    x = np.random.default_rng(0).normal(size=(9, *model.input_shape[1:])).astype(np.float32)
+    graph = fheq.from_keras(model, x)
+    assert np.abs(fheq.evaluate(graph, x) - np.asarray(model(x, training=False))).max() < 1e-5
+print(sorted({node.op for node in graph.nodes} & {"Softmax", "Sigmoid"}))
+"""
+
+
+@pytest.mark.parametrize(("backend", "printed"), [("jax", "['Sigmoid', 'Softmax']"), ("torch", "KERAS_BACKEND=jax")])
+def test_keras(backend: str, printed: str) -> None:
+    """In a process of its own: Keras takes its backend when it is imported."""
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("Keras is not installed")
+    env = os.environ | {"KERAS_BACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", KERAS], capture_output=True, text=True, env=env)
+    assert done.returncode == (0 if backend == "jax" else 1), done.stderr
+    assert printed in done.stdout + done.stderr
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, extra, call in (
         ("skl2onnx", "sklearn", lambda: fheq.from_sklearn(None, X)),
         ("torch", "torch", lambda: fheq.from_torch(None, X)),
+        ("keras", "keras", lambda: fheq.from_keras(None, X)),
     ):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError, match=rf'pip install "fheq\[{extra}\]"'):
@@ -74,6 +115,6 @@ def test_what_cannot_be_exported_is_refused() -> None:
 
 
 def test_no_framework_is_imported_unasked() -> None:
-    code = "import sys, fheq; print([m for m in ('sklearn', 'skl2onnx', 'torch') if m in sys.modules])"
+    code = "import sys, fheq; print([m for m in ('keras', 'sklearn', 'skl2onnx', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

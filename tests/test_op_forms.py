@@ -213,3 +213,24 @@ def test_tables_per_row(name: str) -> None:
     data = [np.random.default_rng(i).normal(size=(80, ROW)).astype(np.float32) for i in range(len(names))]
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *data), 4))
     assert sum(int(np.prod(program.values[table.out].shape)) for table in program.lookups) == count
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_the_place_of_a_maximum_holds_for_samples_beyond_calibration(classes: int) -> None:
+    """What is compared is sized for every input, and of a maximum and its elements in no more bits than theirs; ties fall as
+    in fake quantization."""
+    rng = np.random.default_rng(classes)
+    known = {"w": rng.normal(size=(4, classes)), "e": rng.normal(size=(classes, 3)), "v": rng.normal(size=(3, 2))}
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("ArgMax", ["h"], ["i"], axis=1, keepdims=0),
+        node("Gather", ["e", "i"], ["g"]),
+        node("MatMul", ["g", "v"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], {k: np.float32(v) for k, v in known.items()}))
+    x = rng.normal(size=(400, 4)).astype(np.float32)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    program = fheq.lower(graph, qparams)
+    assert not any(a.can_wrap for name, a in program.accumulators.items() if name != "h")
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(3 * x)))
+    np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, 3 * x), atol=1e-5)

@@ -63,10 +63,9 @@ def test_rounding_modes(mode, function):
 
 @pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize("mode", ["ROUND", "FLOOR", "CEIL", "ROUND_TO_ZERO", "UP", "HALF_UP", "HALF_DOWN"])
-@pytest.mark.parametrize("signed", [0, 1])
-def test_inputs_are_encoded_in_the_mode_that_the_model_states(mode, zero, signed):
+def test_inputs_are_encoded_in_the_mode_that_the_model_states(mode, zero):
     """Quarters, eighths and what lies between: values on the grid, ties and others, of both signs."""
-    graph = load([quant("x", "y", rounding_mode=mode, signed=signed)], known(zero=zero))
+    graph = load([quant("x", "y", rounding_mode=mode)], known(zero=zero))
     x = np.concatenate([np.arange(-24, 25) / 8, tensor(48, low=-3, high=3), [0, 1]]).astype(np.float32).reshape(-1, 3)
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 5))
     assert not program.lookups
