@@ -1,19 +1,23 @@
-"""Searches the workloads of a folder and compares their fronts with another tool's measured circuits.
+"""Searches the workloads of a folder and compares their fronts with the peer's circuits.
 
-    python -m benchmarks.workloads FOLDER [--names a,b] [--samples 1000] [--reconstructions 4] [--keep FOLDER]
+    python -m benchmarks.workloads FOLDER [--names a,b] [--samples 1000] [--keep FOLDER] [--peer-python PYTHON]
 
 A workload is NAME.onnx with NAME.npz (x_train, y_train, x_test, y_test). Searches use the defaults of `fheq.search`, the
-first samples of x_train and no labels. Scores are those of noisy simulation on the whole of x_test: accuracy, or R2 where
-targets are floats. Where the folder has peer.jsonl (name, score, sim_score, complexity, n_bits, rounding and p_error on each
-line), each of its circuits is compared with the cheapest point that is at least as accurate.
+first samples of x_train and no labels. Scores are those of noisy simulation on the whole of x_test, the mean of three:
+accuracy, or R2 where targets are floats. The peer's circuits are those of FOLDER/peer.jsonl (name, score, complexity, n_bits,
+rounding and p_error on each line) and, given an interpreter that has concrete-ml, those compiled there on the same samples.
+Each is compared with the cheapest point whose noisy score is at least the peer's score without noise. Tables go to
+WORKLOADS.md and a plot to workloads.svg, beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +25,8 @@ import numpy as np
 import fheq
 
 SEEDS = 3  # noisy simulations averaged
+HERE = Path(__file__).parent
+Row = dict[str, Any]
 
 
 def accuracy(y: np.ndarray, targets: np.ndarray) -> float:
@@ -39,58 +45,110 @@ def noisy_score(point: fheq.Point, x: np.ndarray, targets: np.ndarray) -> float:
     return float(np.mean([accuracy(point.program.dequantize(run)[0], targets) for run in runs]))
 
 
-def measure(path: Path, samples: int, reconstructions: int, keep: Path | None) -> list[dict[str, object]]:
-    """The front of one workload."""
+def measure(path: Path, samples: int, keep: Path | None) -> list[Row]:
+    """The front of one workload, cheapest first."""
     graph = fheq.import_onnx(path)
     with np.load(path.with_suffix(".npz")) as arrays:
         data = dict(arrays)
     start = time.perf_counter()
-    front = fheq.search(
-        graph,
-        data["x_train"][:samples],
-        key=jax.random.key(0),
-        space=fheq.Space(reconstructions=reconstructions),
-        folder=None if keep is None else keep / path.stem,
-    )
+    folder = None if keep is None else keep / path.stem
+    front = fheq.search(graph, data["x_train"][:samples], key=jax.random.key(0), folder=folder)
     seconds = time.perf_counter() - start
     exact = accuracy(fheq.evaluate(graph, data["x_test"]), data["y_test"])
     print(f"{path.stem}: float {exact:.4f}, searched in {seconds:.0f} s", flush=True)
-    rows: list[dict[str, object]] = []
+    rows = []
     for point in front.points:
         score = noisy_score(point, data["x_test"], data["y_test"])
-        rows.append({"name": path.stem, "complexity": point.complexity, "score": score, "settings": point.settings})
+        known = {"p_error": point.p_error, "settings": point.settings, "float": exact}
+        rows.append({"name": path.stem, "complexity": point.complexity, "score": score, **known})
         print(f"  {score:.4f}  {point.complexity / 1e9:9.2f} G  p_error {point.p_error:g}  {point.settings}", flush=True)
     return rows
 
 
-def compare(rows: list[dict[str, object]], peer: Path) -> None:
-    """Prints each of the peer's circuits beside the cheapest point that is at least as accurate."""
-    ratios = []
-    for line in peer.read_text().splitlines():
-        other = json.loads(line)
-        wanted = min(other["score"], other.get("sim_score", other["score"]))
-        mine = [r for r in rows if r["name"] == other["name"] and r["score"] >= wanted]
-        if not any(r["name"] == other["name"] for r in rows):
-            continue
-        best = min((float(r["complexity"]) for r in mine), default=float("nan"))
-        ratio = best / other["complexity"]
-        ratios.append(ratio)
+def peers(folder: Path, names: list[str], python: str | None) -> list[Row]:
+    """The peer's circuits: those on record, and those that it compiles now."""
+    record = folder / "peer.jsonl"
+    lines = record.read_text().splitlines() if record.exists() else []
+    for name in names if python else ():
+        command = [str(python), str(HERE / "peer_circuits.py"), str(folder / f"{name}.onnx")]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines += [line for line in found if line.startswith("{")]
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["name"] in names]
+
+
+def compared(rows: list[Row], others: list[Row]) -> list[list[str]]:
+    """Each of the peer's circuits beside the cheapest point that is at least as accurate."""
+    table, ratios = [], []
+    for other in others:
+        mine = [r for r in rows if r["name"] == other["name"] and r["score"] >= other["score"]]
         setting = f"n_bits {other['n_bits']}, rounding {other['rounding']}, p_error {other['p_error']}"
-        costs = f"{other['complexity'] / 1e9:9.1f} G  here {best / 1e9:8.2f} G"
-        print(f"{other['name']:14} {setting:42} {wanted:.4f} {costs}  {ratio:.3f}")
-    if ratios:
-        print(f"geometric mean of the ratios: {np.exp(np.nanmean(np.log(ratios))):.3f}")
+        cells = [other["name"], setting, f"{other['score']:.4f}", f"{other['complexity'] / 1e9:,.1f}"]
+        if mine:
+            best = min(mine, key=lambda r: r["complexity"])
+            ratios.append(best["complexity"] / other["complexity"])
+            cells += [f"{best['score']:.4f}", f"{best['complexity'] / 1e9:,.2f}", f"{ratios[-1]:.3f}"]
+        else:
+            best = max((r for r in rows if r["name"] == other["name"]), key=lambda r: r["score"])
+            cells += [f"best {best['score']:.4f}", f"{best['complexity'] / 1e9:,.2f}", "-"]
+        table.append(cells)
+    mean = f"{np.exp(np.mean(np.log(ratios))):.3f}" if ratios else "-"
+    return [*table, [f"geometric mean of {len(ratios)}", "", "", "", "", "", mean]]
 
 
-def plot(rows: list[dict[str, object]], file: Path) -> None:
-    """Score against operations."""
+def markdown(head: list[str], table: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *table])
+
+
+def best_points(rows: list[Row]) -> list[Row]:
+    """The points that score higher on test data than everything cheaper."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda r: r["complexity"]):
+        if row["score"] > max((f["score"] for f in found if f["name"] == row["name"]), default=-np.inf):
+            found.append(row)
+    return sorted(found, key=lambda r: r["name"])
+
+
+def page(rows: list[Row], others: list[Row], samples: int) -> str:
+    """WORKLOADS.md."""
+    head = ["workload", "the peer's setting", "its score", "its operations, G", "score here", "operations here, G", "ratio"]
+    fronts = [
+        [
+            r["name"],
+            f"{r['float']:.4f}",
+            f"{r['score']:.4f}",
+            f"{r['complexity'] / 1e9:,.2f}",
+            f"{r['p_error']:g}",
+            r["settings"],
+        ]
+        for r in best_points(rows)
+    ]
+    return f"""# Workloads
+
+Written by `python -m benchmarks.workloads FOLDER`: searches with the defaults, {samples} samples, no labels. Operations are
+predicted (see [COST.md](COST.md)), scores those of noisy simulation on the test data, the mean of {SEEDS}. The peer's
+operations are those of its compiled circuits, its scores without noise.
+
+{markdown(head, compared(rows, others))}
+
+![score against operations](workloads.svg)
+
+{markdown(["workload", "float", "score", "operations, G", "p_error", "settings"], fronts)}
+"""
+
+
+def plot(rows: list[Row], others: list[Row], file: Path) -> None:
+    """Score against operations, the peer's circuits as crosses."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots()
+    figure, axes = pyplot.subplots(figsize=(8, 6))
     for name in dict.fromkeys(r["name"] for r in rows):
-        own = [r for r in rows if r["name"] == name]
-        axes.plot([r["complexity"] for r in own], [r["score"] for r in own], "o-", label=name)
-    axes.set(xscale="log", xlabel="predicted operations", ylabel="score on test data, noisy simulation")
+        own = [r for r in best_points(rows) if r["name"] == name]
+        (line,) = axes.plot([r["complexity"] for r in own], [r["score"] for r in own], ".-", label=name)
+        theirs = [r for r in others if r["name"] == name]
+        axes.plot([r["complexity"] for r in theirs], [r["score"] for r in theirs], "x", color=line.get_color())
+    axes.set(xscale="log", xlabel="operations", ylabel="score on test data", ylim=(0.2, 1.0))
     axes.legend()
     figure.savefig(file)
 
@@ -101,18 +159,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--names", default="")
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--reconstructions", type=int, default=fheq.Space().reconstructions)
     parser.add_argument("--keep", type=Path, help="where searches keep their results")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--peer-python", help="an interpreter that has concrete-ml")
     options = parser.parse_args()
     names = options.names.split(",") if options.names else [p.stem for p in sorted(options.folder.glob("*.onnx"))]
-    rows = []
-    for name in names:
-        rows += measure(options.folder / f"{name}.onnx", options.samples, options.reconstructions, options.keep)
-    if (options.folder / "peer.jsonl").exists():
-        compare(rows, options.folder / "peer.jsonl")
-    if options.plot:
-        plot(rows, options.plot)
+    rows = [row for name in names for row in measure(options.folder / f"{name}.onnx", options.samples, options.keep)]
+    others = peers(options.folder, names, options.peer_python)
+    (HERE / "WORKLOADS.md").write_text(page(rows, others, options.samples))
+    plot(rows, others, HERE / "workloads.svg")
 
 
 if __name__ == "__main__":
