@@ -4,8 +4,9 @@
 
 A workload is NAME.onnx with NAME.npz (x_train, y_train, x_test, y_test). Searches use the defaults of `fheq.search`, the
 first samples of x_train and no labels. Scores are those of noisy simulation on the whole of x_test, the mean of three:
-accuracy, or R2 where targets are floats. The peer's circuits are those of FOLDER/peer.jsonl (name, score, complexity, n_bits,
-rounding and p_error on each line) and, given an interpreter that has concrete-ml, those compiled there on the same samples.
+accuracy, or R2 where targets are floats. The peer's circuits are those of FOLDER/peer.jsonl (name, score, complexity,
+n_bits, rounding and p_error on each line) and, given an interpreter that has concrete-ml, those compiled there on the same
+samples.
 Each is compared with the cheapest point whose noisy score is at least the peer's score without noise. Tables go to
 WORKLOADS.md and a plot to workloads.svg, beside this file.
 """
