@@ -1,4 +1,4 @@
-"""What circuits of the peer (concrete-ml) cost, in its own interpreter: `PYTHON benchmarks/peer_circuits.py MODEL.onnx`.
+"""What circuits of the peer (concrete-ml) cost, in its own interpreter: `PYTHON -m benchmarks.peer_circuits MODEL.onnx`.
 
 Prints a line of JSON for each setting: complexity of the compiled circuit, score of the clear quantized forward on x_test
 (accuracy, or R2 where targets are floats), and that of the simulated one on the first samples of it. `benchmarks.workloads`
@@ -17,16 +17,10 @@ from concrete import fhe
 from concrete.ml.quantization import PostTrainingAffineQuantization
 from concrete.ml.torch.numpy_module import NumpyModule
 
+from benchmarks.scoring import accuracy
+
 CALIBRATION, SIMULATED, INPUTSET = 1000, 60, 100
 SETTINGS = ((5, 5, 0.1), (6, 6, 0.1), (7, 7, 0.1))  # n_bits, approximate rounding, p_error
-
-
-def score(y: np.ndarray, targets: np.ndarray) -> float:
-    """Accuracy of classes, R2 of float targets."""
-    y = np.asarray(y).reshape(len(targets), -1)
-    if targets.dtype.kind == "f":
-        return float(1 - np.mean((y[:, 0] - targets.ravel()) ** 2) / np.var(targets))
-    return float(np.mean((y.argmax(axis=1) if y.shape[1] > 1 else y[:, 0] > 0.5) == targets.ravel()))
 
 
 def main(path: str) -> None:
@@ -45,8 +39,8 @@ def main(path: str) -> None:
             "rounding": f"{rounding}A",
             "p_error": p_error,
             "complexity": float(module.fhe_circuit.complexity),
-            "score": score(module.forward(test, fhe="disable"), targets),
-            "sim_score": score(module.forward(test[few], fhe="simulate"), targets[few]),
+            "score": accuracy(module.forward(test, fhe="disable"), targets),
+            "sim_score": accuracy(module.forward(test[few], fhe="simulate"), targets[few]),
         }
         print(json.dumps(row), flush=True)
 

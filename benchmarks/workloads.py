@@ -24,19 +24,11 @@ import jax
 import numpy as np
 
 import fheq
+from benchmarks.scoring import accuracy
 
 SEEDS = 3  # noisy simulations averaged
 HERE = Path(__file__).parent
 Row = dict[str, Any]
-
-
-def accuracy(y: np.ndarray, targets: np.ndarray) -> float:
-    """Accuracy of classes, R2 of float targets."""
-    y = np.asarray(y).reshape(len(targets), -1)
-    if targets.dtype.kind == "f":
-        return float(1 - np.mean((y[:, 0] - targets.ravel()) ** 2) / np.var(targets))
-    classes = y.argmax(axis=1) if y.shape[1] > 1 else y[:, 0] > 0.5
-    return float(np.mean(classes == targets.ravel()))
 
 
 def noisy_score(point: fheq.Point, x: np.ndarray, targets: np.ndarray) -> float:
@@ -71,8 +63,8 @@ def peers(folder: Path, names: list[str], python: str | None) -> list[Row]:
     record = folder / "peer.jsonl"
     lines = record.read_text().splitlines() if record.exists() else []
     for name in names if python else ():
-        command = [str(python), str(HERE / "peer_circuits.py"), str(folder / f"{name}.onnx")]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        command = [str(python), "-m", "benchmarks.peer_circuits", str((folder / f"{name}.onnx").resolve())]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout.splitlines()
         lines += [line for line in found if line.startswith("{")]
     rows = [json.loads(line) for line in lines]
     return [row for row in rows if row["name"] in names]
