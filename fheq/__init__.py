@@ -54,9 +54,9 @@ from fheq.reconstruct import Training as Training
 from fheq.reconstruct import reconstruct as reconstruct
 from fheq.round_weights import round_weights as round_weights
 from fheq.scores import Score as Score
-from fheq.search import Space as Space
 from fheq.search import search as search
 from fheq.simulate import simulate as simulate
+from fheq.space import Space as Space
 from fheq.spec import AccumulatorRange as AccumulatorRange
 from fheq.spec import Granularity as Granularity
 from fheq.spec import Override as Override

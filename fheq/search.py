@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax
@@ -31,66 +30,12 @@ from fheq.qparams import QParams
 from fheq.reconstruct import Learned, Training, tune, with_learned
 from fheq.scores import Measure, Score, as_score, r2_to_float
 from fheq.simulate import simulate
-from fheq.spec import Rounding, Spec
+from fheq.space import Space, spec_name
+from fheq.spec import Spec
 from fheq.sweep import stack, sweep
 from fheq.table_noise import table_noise
 
 Array = Any
-
-
-@dataclass(frozen=True)
-class Space:
-    """What a search tries.
-
-    Args:
-        tolerances: of pruning (see `prune`).
-        rounding_bits: bits that tables read, the same in all layers to begin with.
-        approximate: modes of rounding. Exact rounding takes a table for every bit that it removes, and has never been on a
-            front; `(True, False)` tries both.
-        weight_bits: of weights.
-        spare_bits: bits of activations, relative to `rounding_bits`.
-        input_bits: of the model's inputs.
-        output_bits: of accumulators that are decrypted.
-        p_errors: probabilities of a table's failure. Large ones are no worse than small ones with fewer bits: what a table
-            costs and how much noise it reads depend on bits and probability together, and more bits round less.
-        spec: where all other options come from.
-        finalists: quantizations that are confirmed by noisy simulation.
-        reconstructions: of these, how many are reconstructed.
-        trainings: options of the reconstructions, each of which is made with all of them.
-        held_out: share of the samples that scores are measured on and nothing is fitted to.
-    """
-
-    tolerances: Sequence[float] = (0.0, 0.01, 0.05, 0.15, 0.4)
-    rounding_bits: Sequence[int] = (4, 5, 6, 7)
-    approximate: Sequence[bool] = (True,)
-    weight_bits: Sequence[int] = (5, 6, 7)
-    spare_bits: Sequence[int] = (-2, -1, 0)
-    input_bits: int = 6
-    output_bits: int = 6
-    p_errors: Sequence[float] = (0.05, 0.25, 0.5, 0.65, 0.75)
-    spec: Spec = field(default_factory=Spec)
-    finalists: int = 12
-    reconstructions: int = 3
-    trainings: Sequence[Training] = (Training(), Training(adaptive=True))
-    held_out: float = 0.25
-
-    def specs(self) -> list[Spec]:
-        """The grid of a pruned graph."""
-        found = []
-        axes = (self.approximate, self.rounding_bits, self.weight_bits, self.spare_bits)
-        for approximate, bits, weights, spare in product(*axes):
-            inner = bits + spare
-            if inner < FEWEST:
-                continue
-            widths = {
-                "op_inputs": inner,
-                "op_weights": weights,
-                "model_inputs": self.input_bits,
-                "model_outputs": max(8, inner),
-            }
-            rounding, output_rounding = Rounding(bits, approximate), Rounding(self.output_bits, True)
-            found.append(replace(self.spec, n_bits=widths, rounding=rounding, output_rounding=output_rounding))
-        return found
 
 
 def search(
@@ -253,7 +198,7 @@ class _Search:
             stats = calibrate(graph, *self.data)
             group = []
             for spec in self.space.specs():
-                name, qparams = f"pruned {tolerance:g}, {_named(spec)}", fit(graph, stats, spec)
+                name, qparams = f"pruned {tolerance:g}, {spec_name(spec)}", fit(graph, stats, spec)
                 group += [Candidate(name, p, graph, stats, spec, qparams) for p in self.space.p_errors]
             found += self.swept(group)
         return found
@@ -346,7 +291,6 @@ class _Search:
 
 
 PARTS = ("weights", "biases", "scales")
-FEWEST = 3  # bits of activations
 USEFUL = 0.15  # of the range of scores on the front, from the best down: where reconstructions are tried
 BASES = 2  # candidates around which bits are chosen layer by layer
 
@@ -354,9 +298,3 @@ BASES = 2  # candidates around which bits are chosen layer by layer
 def as_tuple(results: Any) -> tuple[Any, ...]:
     """Several outputs as they are, one in a tuple."""
     return results if isinstance(results, tuple) else (results,)
-
-
-def _named(spec: Spec) -> str:
-    bits, rounding = spec.bits(), spec.rounding
-    kept = f"tables of {rounding.n_bits}{'' if rounding.approximate else ' (exact)'}" if rounding else "no rounding"
-    return f"{kept}, activations {bits['op_inputs']}, weights {bits['op_weights']}"
