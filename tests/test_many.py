@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from build_models import model, node
+from mortal import MORTAL, assert_survived, double
 
 import fheq
 from fheq.many import compiled_table, run_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 X = np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
-DEADLY = {"abort": os.abort, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hang": lambda: time.sleep(600)}
-
-
-def double(value: int | str) -> int:
-    """A task that can die or fail."""
-    if isinstance(value, str):
-        DEADLY[value]()
-    if value < 0:
-        raise ValueError(f"{value} is negative")
-    return 2 * value
 
 
 def program(n_bits: int) -> fheq.IntProgram:
@@ -59,20 +51,11 @@ def cluster() -> Iterator:
         yield client
 
 
-MORTAL = {"a": 1, "b": "abort", "c": -3, "d": 2, "e": "hang", "f": 4}
-
-
-def assert_survived(found: dict) -> None:
-    assert {key: value for key, value in found.items() if isinstance(value, int)} == {"a": 2, "d": 4, "f": 8}
-    assert isinstance(found["c"], ValueError) and isinstance(found["e"], TimeoutError)
-    assert isinstance(found["b"], BrokenExecutor) and len(found) == 6
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["own pools", "a pool given"])
-def test_a_worker_that_dies_or_hangs_costs_its_own_item(given: bool) -> None:
-    executor = ProcessPoolExecutor(2) if given else None
-    items = {**MORTAL, "b": "killed"} if given else MORTAL
-    assert_survived(dict(run_all(double, items, executor, workers=2, timeout=1.0)))
+@pytest.mark.parametrize("kind", ["spawned", "given"])
+def test_a_worker_that_dies_or_hangs_costs_its_own_item(kind: str) -> None:
+    script = Path(__file__).with_name("mortal.py")
+    run = subprocess.run([sys.executable, str(script), kind], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_dask_worker_that_dies_or_hangs_costs_its_own_item(cluster) -> None:
