@@ -34,7 +34,7 @@ class Space:
         held_out: share of the samples that scores are measured on and nothing is fitted to.
     """
 
-    tolerances: Sequence[float] = (0.0, 0.01, 0.05, 0.15, 0.4)
+    tolerances: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.15, 0.4)
     rounding_bits: Sequence[int] = (4, 5, 6, 7)
     approximate: Sequence[bool] = (True,)
     weight_bits: Sequence[int] = (5, 6, 7)
