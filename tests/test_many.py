@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -35,6 +36,12 @@ def run_clear(x: np.ndarray, deadly_top: int, circuit: fheq.Circuit) -> np.ndarr
     if np.max(circuit.program.inputs[0].affine.qmax) == deadly_top:
         os.abort()
     return circuit.evaluate(x)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> None:
+    """Circuits that other tests ran encrypted go now, in the thread that made them: in another one concrete crashes."""
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
