@@ -74,7 +74,8 @@ def compared(rows: list[Row], others: list[Row]) -> list[list[str]]:
     """Each of the peer's circuits beside the cheapest point that is at least as accurate."""
     table, ratios = [], []
     for other in others:
-        mine = [r for r in rows if r["name"] == other["name"] and r["score"] >= other["score"]]
+        as_good = lambda r, other=other: round(r["score"], 4) >= round(other["score"], 4)  # as precise as they are on record
+        mine = [r for r in rows if r["name"] == other["name"] and as_good(r)]
         setting = f"n_bits {other['n_bits']}, rounding {other['rounding']}, p_error {other['p_error']}"
         cells = [other["name"], setting, f"{other['score']:.4f}", f"{other['complexity'] / 1e9:,.1f}"]
         if mine:
