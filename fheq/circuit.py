@@ -18,6 +18,7 @@ from fheq.evaluate import unwrap
 from fheq.noise import failure_probabilities
 from fheq.program import IntProgram
 from fheq.progress import track
+from fheq.signals import broken_pipes_raise
 from fheq.simulate import check_integers
 from fheq.tracing import Tracing, bare_outputs
 
@@ -73,7 +74,8 @@ class Circuit:
 
     def run(self, encrypted: Sequence[tuple[Any, ...]], progress: bool | None = None) -> list[tuple[Any, ...]]:
         """Runs the circuit on every encrypted sample."""
-        return [_tuple(self.concrete.run(*sample)) for sample in track(encrypted, "running encrypted", progress)]
+        with broken_pipes_raise():
+            return [_tuple(self.concrete.run(*sample)) for sample in track(encrypted, "running encrypted", progress)]
 
     def decrypt(self, encrypted: Sequence[tuple[Any, ...]], quantized: bool = False) -> Any:
         """Decrypts results to real arrays in the model's layout (to integers when `quantized`)."""
@@ -108,7 +110,9 @@ class Circuit:
         """
         self.concrete.enable_fhe_simulation()
         samples = self._samples(inputs, quantized)
-        return self._outputs([self._integers(_tuple(self.concrete.simulate(*s))) for s in samples], quantized)
+        with broken_pipes_raise():
+            results = [self._integers(_tuple(self.concrete.simulate(*s))) for s in samples]
+        return self._outputs(results, quantized)
 
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
         ports = [entry.port for entry in self.program.inputs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -152,7 +151,6 @@ def run_all(
         workers: items under way at a time.
         timeout: seconds that an item may take.
     """
-    gc.collect()  # circuits that nobody holds go in this thread: collected in an executor's, concrete crashes the process
     waiting, task = deque(items), partial(_within, timeout, task)
     while waiting:
         pool = executor or _pool(min(workers, len(waiting)))

@@ -1,6 +1,7 @@
 """Tasks that die, hang or fail, and what is left of them: `python tests/mortal.py spawned` or `given`.
 
-A process of its own runs them: a test runner's own workers, with all that other tests loaded, have died of their children.
+A process of its own runs them, in which a circuit ran before: concrete's runtime, which circuits start, must not make a
+child's death the parent's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
+import numpy as np
+from build_models import model, node
+
+import fheq
 from fheq.many import run_all
 
 DEADLY = {"abort": os.abort, "killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hang": lambda: time.sleep(600)}
+X = np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
 MORTAL = {"a": 1, "b": "abort", "c": -3, "d": 2, "e": "hang", "f": 4}
 
 
@@ -33,8 +39,18 @@ def assert_survived(found: dict) -> None:
     assert isinstance(found["b"], BrokenExecutor) and len(found) == 6
 
 
+def small_program(n_bits: int) -> fheq.IntProgram:
+    """Of one layer, two inputs and two outputs."""
+    known = {"w": np.float32([[0.5, -1.0], [1.0, 0.75]])}
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 2]}, ["y"], known))
+    bits = {"op_inputs": n_bits, "op_weights": 2, "model_inputs": n_bits, "model_outputs": n_bits}
+    return fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), bits))
+
+
 def main(kind: str) -> None:
     """Runs the tasks in pools of our own, or in a pool that is given first."""
+    fheq.compile(small_program(2), p_error=1e-3).simulate(X[:1])
     executor = ProcessPoolExecutor(2) if kind == "given" else None
     items = {**MORTAL, "b": "killed"} if kind == "given" else MORTAL
     assert_survived(dict(run_all(double, items, executor, workers=2, timeout=1.0)))

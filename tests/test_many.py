@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -13,22 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from build_models import model, node
-from mortal import MORTAL, assert_survived, double
+from mortal import MORTAL, X, assert_survived, double
+from mortal import small_program as program
 
 import fheq
 from fheq.many import compiled_table, run_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
-X = np.random.default_rng(0).normal(size=(80, 2)).astype(np.float32)
-
-
-def program(n_bits: int) -> fheq.IntProgram:
-    known = {"w": np.float32([[0.5, -1.0], [1.0, 0.75]])}
-    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
-    graph = fheq.import_onnx(model(nodes, {"x": ["N", 2]}, ["y"], known))
-    bits = {"op_inputs": n_bits, "op_weights": 2, "model_inputs": n_bits, "model_outputs": n_bits}
-    return fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), bits))
 
 
 def run_clear(x: np.ndarray, deadly_top: int, circuit: fheq.Circuit) -> np.ndarray:
@@ -36,12 +26,6 @@ def run_clear(x: np.ndarray, deadly_top: int, circuit: fheq.Circuit) -> np.ndarr
     if np.max(circuit.program.inputs[0].affine.qmax) == deadly_top:
         os.abort()
     return circuit.evaluate(x)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collected() -> None:
-    """Circuits that other tests ran encrypted go now, in the thread that made them: in another one concrete crashes."""
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +80,18 @@ def test_what_raises_is_reported_and_chances_go_by_key() -> None:
         results = fheq.compile_many([program(2)] * 2, half, p_error={0: 1e-3, 1: 1e-9}, executor=threads)
     assert not results[0].ok and results[0].error.startswith("ZeroDivisionError") and results[0].key == 0
     assert results[1].ok and results[1].complexity > results[0].complexity
+
+
+def test_a_reader_that_is_gone_raises_though_a_circuit_ran() -> None:
+    """In whatever thread: concrete's runtime would end the process."""
+    circuit = fheq.compile(program(2), p_error=1e-3)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(circuit.simulate, X[:1]).result()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):
+        os.write(writing, b"lost")
+    os.close(writing)
 
 
 def test_what_cannot_be_sent_is_refused_before_any_work() -> None:
