@@ -65,9 +65,9 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | N
         w = (weights or quantize_weight(layout, qparams, step)).integers
         if "exclusive" in step.options:
             return _exclusive_bounds(step, x.low, x.high, w)
-        up, down = np.maximum(w, 0), np.minimum(w, 0)
-        low = apply_form(step, x.low, up) + apply_form(step, x.high, down)
-        return low, apply_form(step, x.high, up) + apply_form(step, x.low, down)
+        middle = apply_form(step, (x.low + x.high) / 2, w)
+        reach = apply_form(step, (x.high - x.low) / 2, np.abs(w))
+        return middle - reach, middle + reach
     if isinstance(step, Sum):
         x = operand_decoder(layout, qparams, step.x)
         valid = (step.x.elements >= 0).reshape(step.x.shape)

@@ -107,6 +107,8 @@ def operand_decoder(layout: Plan, qparams: QParams, operand: Operand, axis: int 
         axis: the axis along which decoders may differ, where there are fillers.
     """
     whole = key_decoder(layout, qparams, operand.key)
+    if operand.slope is None and np.array_equal(operand.elements, np.arange(whole.scale.size)):
+        return Decoder(*(leaf.reshape(operand.shape) for leaf in whole))
     like = representative(operand, axis)
     at = np.maximum(operand.elements[like], 0)
     scale, offset, low, high = (leaf.ravel()[at] for leaf in whole)

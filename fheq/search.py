@@ -144,7 +144,7 @@ class _Search:
                 *self.held,
                 scores={"score": exact},
                 targets=(self.exact, self.targets),
-                noise=jax.vmap(partial(table_noise, graph))(stacked, p_errors),
+                noise=jax.jit(jax.vmap(partial(table_noise, graph)))(stacked, p_errors),
                 progress=self.progress,
             )
             return np.asarray(found.scores["score"], np.float64).tolist()
