@@ -26,6 +26,7 @@ from fheq.edits import chain as chain
 from fheq.edits import masked as masked
 from fheq.edits import partition as partition
 from fheq.edits import select as select
+from fheq.entropy import Entropy as Entropy
 from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant
