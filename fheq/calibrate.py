@@ -29,7 +29,7 @@ from fheq.sharding import DATA, gather, local_mesh, size
 from fheq.statistics import PARTS, Stats, TensorStats, init, merge, update
 from fheq.steps import Linear, counts_decisions
 
-TILE, LEAST = 512, 16  # most and fewest samples that are evaluated together
+TILE, LEAST = 1024, 16  # most and fewest samples that are evaluated together
 ROOM = 1 << 21  # values of all tensors of these samples
 FEW_SAMPLES = 50
 
