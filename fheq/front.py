@@ -7,6 +7,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fheq.console import number, text_table
 from fheq.cost import Report
 from fheq.errors import QuantizationError
@@ -17,6 +19,8 @@ from fheq.qparams import QParams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+USEFUL = 0.25  # of what the worst score of a front misses of the best: who misses more is not looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,3 +145,21 @@ def undominated(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
             found.append(i)
             best = scores[i]
     return found
+
+
+def spaced(scores: Sequence[float], best: float, places: np.ndarray) -> list[int]:
+    """Positions on a front at even steps of the logarithm of what scores miss of the best, from a part of it on.
+
+    What misses more than `USEFUL` of what the worst one misses is left out: of no use, however cheap.
+
+    Args:
+        scores: in ascending order.
+        best: the score that nothing is expected to surpass.
+        places: from 0, the worst that is of use, to 1, the last.
+    """
+    missing = np.maximum(best - np.asarray(scores), 0)
+    least = np.min(missing[missing > 0], initial=np.inf)
+    logs = np.log(np.maximum(missing, least / 2 if np.isfinite(least) else 1.0))
+    first = int(np.argmax(logs <= np.log(USEFUL) + logs[0])) if len(logs) > 1 else 0
+    wanted = logs[first] + (logs[-1] - logs[first]) * np.asarray(places)
+    return sorted({first + int(np.argmin(np.abs(logs[first:] - at))) for at in wanted})

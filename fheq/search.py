@@ -19,7 +19,7 @@ from fheq.cost import cost
 from fheq.errors import CompileError, DataError, QuantizationError
 from fheq.evaluate import evaluate, numbered, unwrap
 from fheq.fit import fit
-from fheq.front import Front, Point, pareto, undominated
+from fheq.front import Front, Point, pareto, spaced, undominated
 from fheq.graph import Graph
 from fheq.lower import lower
 from fheq.memory import Memory, fingerprint
@@ -105,7 +105,9 @@ class _Search:
         whole = lambda at: tuple(join(port, part[at]) for port, part in zip(graph.inputs, parts))
         self.data, self.held = whole(order[held:]), whole(order[:held])
         self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
-        self.exact = unwrap(self.outputs(evaluate(graph, *self.held)))
+        floats = evaluate(graph, *self.held)
+        self.exact = unwrap(self.outputs(floats))
+        self.best = self.measured(floats)
         # What is tried may be extended from one run to the next; what results depend on may not.
         options = (
             space.spec,
@@ -178,13 +180,13 @@ class _Search:
             raise QuantizationError(f"nothing that was tried costs at most {budget:g} operations")
         pool += [c for c in self.refined(pool, target) if within(c)]
         points = []
-        finalists = {c.name: c for c in self.promising(pool, target, self.space.finalists)}
+        finalists = {c.name: c for c in self.promising(pool, target, np.linspace(0, 1, self.space.finalists))}
         for candidate in track(list(finalists.values()), "confirming", self.progress):
             points += self.points(candidate.name, candidate.graph, candidate.qparams)
         points += self.reconstructed(pool, target)
         if budget is not None:
             points = [p for p in points if p.complexity <= budget]
-        return pareto(points, self.measured(evaluate(self.graph, *self.held)))
+        return pareto(points, self.best)
 
     def grid(self) -> list[Candidate]:
         """Every pruning with every spec."""
@@ -206,7 +208,7 @@ class _Search:
     def refined(self, pool: list[Candidate], target: float | None) -> list[Candidate]:
         """Bits chosen layer by layer around the most promising candidates."""
         found = []
-        for base in self.promising(pool, target, BASES):
+        for base in self.promising(pool, target, between(BASES)):
             changes = layer_changes(base.graph, base.spec)
             if len({change.layer for change in changes}) > 1:
                 found += self.allocated(base, changes)
@@ -224,11 +226,12 @@ class _Search:
         name = ", ".join([base.name, *(str(change) for change in changes)])
         return replace(base, name=name, spec=spec, qparams=fit(base.graph, base.stats, spec))
 
-    def promising(self, pool: list[Candidate], target: float | None, count: int) -> list[Candidate]:
-        """Candidates on the front of the sweep: spread over it, or those next to the target."""
+    def promising(self, pool: list[Candidate], target: float | None, places: np.ndarray) -> list[Candidate]:
+        """Candidates on the front of the sweep: at these places of it (see `spaced`), or as many next to the target."""
         front = undominated([c.complexity for c in pool], [c.score for c in pool])
         if target is None:
-            return [pool[front[i]] for i in sorted({round(i) for i in np.linspace(0, len(front) - 1, count)})]
+            return [pool[front[i]] for i in spaced([pool[i].score for i in front], self.best, places)]
+        count = len(places)
         at = next((n for n, i in enumerate(front) if pool[i].score >= target), len(front) - 1)
         low = max(0, min(at - count // 2, len(front) - count))
         return [pool[i] for i in front[low : low + count]]
@@ -251,21 +254,25 @@ class _Search:
 
     def reconstructed(self, pool: list[Candidate], target: float | None) -> list[Point]:
         """Points of reconstructed candidates: spread over the front, or by bisection where the target is just reached."""
+        count, found = self.space.reconstructions, []
+        if target is None:
+            for candidate in track(self.promising(pool, None, between(count)), "reconstructing", self.progress):
+                found += self.tuned(candidate)
+            return found
         front = undominated([c.complexity for c in pool], [c.score for c in pool])
-        scores = [pool[i].score for i in front]
-        if target is None:  # what is far from the best is of no use, however cheap
-            front = [i for i in front if pool[i].score >= scores[-1] - USEFUL * (scores[-1] - scores[0])]
-        found: list[Point] = []
-        low, high, count = 0, len(front) - 1, min(self.space.reconstructions, len(front))
-        for n in track(range(count), "reconstructing", self.progress):
-            at = (low + high) // 2 if target is not None else round((len(front) - 1) * (n + 0.5) / count)
-            points = [point for training in self.space.trainings for point in self.reconstruct(pool[front[at]], training)]
-            found += points
-            reached = target is not None and any(p.score >= target for p in points)
-            low, high = (low, at - 1) if reached else (at + 1, high)
-            if target is not None and low > high:
+        low, high = 0, len(front) - 1
+        for _ in track(range(count), "reconstructing", self.progress):
+            if low > high:
                 break
+            at = (low + high) // 2
+            points = self.tuned(pool[front[at]])
+            found += points
+            low, high = (low, at - 1) if any(p.score >= target for p in points) else (at + 1, high)
         return found
+
+    def tuned(self, candidate: Candidate) -> list[Point]:
+        """The points of a candidate by every kind of reconstruction."""
+        return [point for training in self.space.trainings for point in self.reconstruct(candidate, training)]
 
     def reconstruct(self, candidate: Candidate, training: Training) -> list[Point]:
         """The points of a reconstructed candidate."""
@@ -291,10 +298,14 @@ class _Search:
 
 
 PARTS = ("weights", "biases", "scales")
-USEFUL = 0.15  # of the range of scores on the front, from the best down: where reconstructions are tried
 BASES = 2  # candidates around which bits are chosen layer by layer
 
 
 def as_tuple(results: Any) -> tuple[Any, ...]:
     """Several outputs as they are, one in a tuple."""
     return results if isinstance(results, tuple) else (results,)
+
+
+def between(count: int) -> np.ndarray:
+    """The middles of equal parts of [0, 1]."""
+    return (np.arange(count) + 0.5) / max(count, 1)

@@ -34,7 +34,7 @@ class Space:
         held_out: share of the samples that scores are measured on and nothing is fitted to.
     """
 
-    tolerances: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.15, 0.4)
+    tolerances: Sequence[float] = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
     rounding_bits: Sequence[int] = (4, 5, 6, 7)
     approximate: Sequence[bool] = (True,)
     weight_bits: Sequence[int] = (5, 6, 7)
@@ -44,7 +44,7 @@ class Space:
     p_errors: Sequence[float] = (0.05, 0.25, 0.5, 0.65, 0.75)
     spec: Spec = field(default_factory=Spec)
     finalists: int = 12
-    reconstructions: int = 3
+    reconstructions: int = 6
     trainings: Sequence[Training] = (Training(), Training(adaptive=True))
     held_out: float = 0.25
 

@@ -13,6 +13,7 @@ import fheq
 from fheq import memory
 from fheq.allocate import Change, allocations
 from fheq.digits import load
+from fheq.front import spaced
 from fheq.scores import accuracy
 
 SPACE = fheq.Space(
@@ -94,6 +95,16 @@ def test_own_scores_have_targets(found):
     run, _, _, (_, _, y) = found
     front = run(score=accuracy, targets=y, target=0.5)
     assert 0 <= front[0].score <= 1 and front.float_score > 0.9
+
+
+def test_candidates_are_spread_over_what_their_scores_miss():
+    """A tenth of the loss is as far from a hundredth as one is from a tenth; what nobody would want is left out."""
+    scores = [-3.0, -1.0, 0.3, *(1 - np.logspace(-0.5, -2.5, 41))]
+    chosen = spaced(scores, 1.0, np.linspace(0, 1, 5))
+    np.testing.assert_allclose(np.log10(1 - np.asarray(scores)[chosen]), [-0.155, -0.75, -1.35, -1.9, -2.5], atol=0.06)
+    assert spaced([0.5, 0.9, 1.1], 1.0, np.linspace(0, 1, 3))[-1] == 2, "some quantized models beat the float one"
+    assert spaced([0.5], 1.0, np.array([0.5])) == [0]
+    assert spaced([1.0], 1.0, np.array([0.5])) == [0]
 
 
 def test_results_are_whole_or_absent(tmp_path):
