@@ -13,6 +13,7 @@ from fheq import post_training as post_training
 from fheq.affine import Affine as Affine
 from fheq.attribute import Attribution as Attribution
 from fheq.attribute import attribute as attribute
+from fheq.balance import balance as balance
 from fheq.bias_correction import correct_biases as correct_biases
 from fheq.calibrate import CalibrationWarning as CalibrationWarning
 from fheq.calibrate import calibrate as calibrate

@@ -7,7 +7,6 @@ weights that read it become 0 and the other weights of the reading layers make u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,15 +17,16 @@ from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays
 from fheq.calibrate import wide, widened
+from fheq.channel_groups import Group, read_by_linear
 from fheq.client import rejoined
 from fheq.errors import DataError
 from fheq.graph import Graph, Node
 from fheq.integers import apply_form
 from fheq.interpret import run_node
 from fheq.plan import Plan, plan
-from fheq.rewriting.weights import replaceable, with_weights
+from fheq.rewriting.weights import with_weights
 from fheq.steps import Linear
-from fheq.surgeon import Reader, features, one_matrix
+from fheq.surgeon import Reader, features
 
 
 def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
@@ -47,61 +47,12 @@ def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
         raise DataError(f"tolerance must be at least 0, got {tolerance}")
     arrays = check_arrays(graph.inputs, inputs)
     layout = plan(graph)
-    groups = _groups(layout)
+    groups = read_by_linear(layout)
     if not groups:
         return graph
     with enable_x64():
         changed = _Walk(layout, groups, tolerance).run(arrays)
     return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
-
-
-@dataclass(frozen=True)
-class Group:
-    """A tensor whose channels may go, and the layers that read it.
-
-    Args:
-        readers: linear steps; the inputs of all have the same channels.
-        share: share of the model's tables that one channel takes.
-    """
-
-    key: str
-    readers: tuple[Linear, ...]
-    share: float
-
-
-def _groups(layout: Plan) -> list[Group]:
-    """The tensors that linear steps alone read, all with the same channels."""
-    readers: dict[str, list[Any]] = {}
-    for step in layout.steps:
-        for operand in step.operands:
-            readers.setdefault(operand.key, []).append(step)
-    kept = {operand.key for operand in layout.outputs.values() if operand is not None}
-    tables = sum(int(np.prod(layout.shape(point))) for point in layout.points)
-    found = []
-    for key, steps in readers.items():
-        if key in layout.inputs or key in kept or not all(_prunable(layout, step) for step in steps):
-            continue
-        first, *others = (_channels(step) for step in steps)
-        alike = all(len(s) == len(first) and all(map(np.array_equal, s, first)) for s in others)
-        if alike and _disjoint(first):
-            found.append(Group(key, tuple(steps), max(map(len, first)) / tables))
-    return found
-
-
-def _prunable(layout: Plan, step: Any) -> bool:
-    return isinstance(step, Linear) and replaceable(layout.graph, step) and step.x.slope is None and one_matrix(step)
-
-
-def _channels(step: Linear) -> list[np.ndarray]:
-    """The elements of the key that each input channel holds."""
-    axis = len(step.x.shape) - 1 if step.form == "matmul" else 1
-    rows = np.moveaxis(step.x.elements.reshape(step.x.shape), axis, 0).reshape(step.x.shape[axis], -1)
-    return [np.unique(row[row >= 0]) for row in rows]
-
-
-def _disjoint(sets: list[np.ndarray]) -> bool:
-    everything = np.concatenate(sets)
-    return len(np.unique(everything)) == len(everything)
 
 
 class _Walk:
