@@ -61,7 +61,7 @@ def test_points_are_chosen_by_score_or_budget(found):
 def test_a_stopped_run_goes_on_and_gives_the_same_answer(found, monkeypatch):
     run, front, folder, _ = found
     monkeypatch.setattr(sys.modules["fheq.search"], "tune", lambda *a, **k: pytest.fail("reconstructed again"))
-    monkeypatch.setattr(sys.modules["fheq.search"], "simulate", lambda *a, **k: pytest.fail("simulated again"))
+    monkeypatch.setattr(sys.modules["fheq.judge"], "simulate", lambda *a, **k: pytest.fail("simulated again"))
     resumed = run(folder=folder)
     assert [(p.complexity, p.score, p.settings) for p in resumed.points] == [
         (p.complexity, p.score, p.settings) for p in front.points
