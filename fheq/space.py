@@ -25,8 +25,9 @@ class Space:
         spare_bits: bits of activations, relative to `rounding_bits`.
         input_bits: of the model's inputs.
         output_bits: of accumulators that are decrypted.
-        p_errors: probabilities of a table's failure. Large ones are no worse than small ones with fewer bits: what a table
-            costs and how much noise it reads depend on bits and probability together, and more bits round less.
+        p_errors: probabilities of a table's failure. Operations fall by up to a third where smaller parameters suffice, hence
+            many. Large ones are no worse than small ones with fewer bits: what a table costs and how much noise it reads
+            depend on bits and probability together, and more bits round less.
         spec: where all other options come from.
         finalists: quantizations that are confirmed by noisy simulation.
         reconstructions: of these, how many are reconstructed.
@@ -41,7 +42,7 @@ class Space:
     spare_bits: Sequence[int] = (-2, -1, 0)
     input_bits: int = 6
     output_bits: int = 6
-    p_errors: Sequence[float] = (0.05, 0.25, 0.5, 0.65, 0.75)
+    p_errors: Sequence[float] = (0.05, 0.2, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
     spec: Spec = field(default_factory=Spec)
     finalists: int = 12
     reconstructions: int = 6
