@@ -25,9 +25,9 @@ class Space:
         spare_bits: bits of activations, relative to `rounding_bits`.
         input_bits: of the model's inputs.
         output_bits: of accumulators that are decrypted.
-        p_errors: probabilities of a table's failure. Operations fall by up to a third where smaller parameters suffice, hence
-            many. Large ones are no worse than small ones with fewer bits: what a table costs and how much noise it reads
-            depend on bits and probability together, and more bits round less.
+        p_errors: probabilities of a table's failure: many, for operations fall in steps of up to a third. Large ones are no
+            worse than small ones with fewer bits: what a table costs and how much noise it reads depend on bits and
+            probability together, and more bits round less.
         spec: where all other options come from.
         finalists: quantizations that are confirmed by noisy simulation.
         reconstructions: of these, how many are reconstructed.
