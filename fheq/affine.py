@@ -77,7 +77,7 @@ class Affine:
 
 def varying(leaves: Mapping[str, Array]) -> Affine:
     """A quantizer from leaves in its tensor's shape, which become `()`, or `(C,)` along an axis, where nothing is lost."""
-    whole = {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
+    whole: dict[str, Any] = {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
     ndim = np.ndim(whole["scale"])
     signed = bool(np.any(whole["qmin"] < 0))
     for axis in (None, *range(ndim)):

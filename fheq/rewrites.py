@@ -18,6 +18,7 @@ from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.fold import prune
 from fheq.rewriting.monotone import activate_before_maximum as activate_before_maximum
+from fheq.rewriting.monotone import quantize_before_movement as quantize_before_movement
 from fheq.rewriting.softmax import recognise_softmax
 
 Rewrite = Callable[[Graph], Graph]

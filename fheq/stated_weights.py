@@ -56,7 +56,9 @@ def stated_weight(layout: Plan, qparams: QParams, step: Linear) -> Affine | None
     apart = [np.abs(rows[leaf] - first[leaf]) > NOISE * np.abs(first[leaf]) for leaf in LEAVES]
     if np.any(np.stack(apart) & matters) or np.any(first["scale"] <= 0):
         sizes = np.where(matters, rows["scale"], np.nan)
-        return _common_grid(step, channels(step.weight * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)), sizes)
+        return _common_grid(
+            step, channels(step.weight * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)), sizes
+        )
     one = all(np.ndim(getattr(stated, leaf)) == 0 for leaf in LEAVES) and all(np.all(v == v[0]) for v in first.values())
     axis = None if one else step.weight_axis
     fitting: dict[str, Any] = {leaf: v[0, 0] if one else v[:, 0] for leaf, v in first.items()}

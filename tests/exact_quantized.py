@@ -7,8 +7,10 @@ is passed on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -56,6 +58,7 @@ class Referee:
         self.proto = proto
         self.known = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
         self.producers = {name: node for node in proto.graph.node for name in node.output}
+        (self.input,) = (port.name for port in proto.graph.input)
         self.stages = []
         for node in proto.graph.node:
             if node.op_type == "QuantizeLinear":
@@ -65,9 +68,9 @@ class Referee:
             elif node.op_type == "QLinearConcat":
                 self.stages.append(Stage(node.output[0], node, *node.input[:2]))
 
-    def integers(self, x: np.ndarray, optimised: bool = True) -> dict[str, np.ndarray]:
+    def integers(self, x: np.ndarray, *, optimised: bool) -> dict[str, np.ndarray]:
         """The integers of every stage in onnxruntime, on integer kernels or (not optimised) in float32 node by node."""
-        proto = self.proto.__class__.FromString(self.proto.SerializeToString())
+        proto = onnx.ModelProto.FromString(self.proto.SerializeToString())
         del proto.graph.output[:]
         for stage in self.stages:
             kind = helper.np_dtype_to_tensor_dtype(self.known[stage.zero].dtype)
@@ -77,12 +80,27 @@ class Referee:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
         names = [stage.tensor for stage in self.stages]
-        return dict(zip(names, (np.asarray(v, np.int64) for v in session.run(names, {"x": x}))))
+        runs = [session.run(names, {self.input: part}) for part in self.parts(x)]
+        return {name: np.concatenate(parts).astype(np.int64) for name, parts in zip(names, zip(*runs))}
+
+    def parts(self, x: np.ndarray) -> list[np.ndarray]:
+        """Samples as the model takes them: together, or one by one where its batch is fixed."""
+        return [x] if self.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param else list(x[:, None])
+
+    def nearest(self, stage: Stage, x: np.ndarray, integers: dict[str, np.ndarray]) -> np.ndarray:
+        """The integers that the values of a stage round to, by ONNX' definition."""
+        zero = self.known[stage.zero]
+        limits = ml_dtypes.iinfo(zero.dtype)
+        return np.clip(np.round(self.steps(stage, x, integers)) + zero.astype(np.float64), limits.min, limits.max)
+
+    def judged(self, stage: Stage, x: np.ndarray, integers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each integer of a stage is another than its value rounds to, and how far that value is from a tie."""
+        steps = self.steps(stage, x, integers)
+        return integers[stage.tensor] != self.nearest(stage, x, integers), np.abs(np.abs(steps - np.floor(steps)) - 0.5)
 
     def tapped(self) -> onnx.ModelProto:
-        """The model with the real values of every stage as its outputs."""
-        proto = self.proto.__class__.FromString(self.proto.SerializeToString())
-        del proto.graph.output[:]
+        """The model with the real values of every stage as further outputs."""
+        proto = onnx.ModelProto.FromString(self.proto.SerializeToString())
         for stage in self.stages:
             name = f"{stage.tensor}/tap"
             proto.graph.node.append(helper.make_node("DequantizeLinear", [stage.tensor, stage.scale, stage.zero], [name]))
@@ -91,6 +109,18 @@ class Referee:
 
     def steps(self, stage: Stage, x: np.ndarray, integers: dict[str, np.ndarray]) -> np.ndarray:
         """The value of a stage before rounding, in steps of its scale without the zero point, from the given integers."""
+        return self.by_parts(lambda *part: self._real(stage, *part), x, integers) / np.float64(self.known[stage.scale])
+
+    def output(self, x: np.ndarray, integers: dict[str, np.ndarray]) -> np.ndarray:
+        """The model's output from the given integers."""
+        return self.by_parts(lambda *part: self.value(self.proto.graph.output[0].name, *part), x, integers)
+
+    def by_parts(self, compute: Callable[..., np.ndarray], x: np.ndarray, integers: dict[str, np.ndarray]) -> np.ndarray:
+        """What is computed from samples, and integers of them, as the model takes them."""
+        columns = zip(self.parts(x), *(self.parts(v) for v in integers.values()))
+        return np.concatenate([compute(part, dict(zip(integers, rest))) for part, *rest in columns])
+
+    def _real(self, stage: Stage, x: np.ndarray, integers: dict[str, np.ndarray]) -> np.ndarray:
         node = stage.node
         if node.op_type in INTEGER_OPS:
             op, starts, _ = INTEGER_OPS[node.op_type]
@@ -99,13 +129,11 @@ class Referee:
             if bias is not None and bias < len(node.input) and node.input[bias]:
                 scale = np.float64(self.known[node.input[1]]) * np.float64(self.known[node.input[4]])
                 inputs.append(self.known[node.input[bias]] * scale)
-            value = _float64(op, inputs, node)
-        elif node.op_type == "QLinearConcat":
+            return _float64(op, inputs, node)
+        if node.op_type == "QLinearConcat":
             parts = [self.real(node, at, integers, x) for at in range(2, len(node.input), 3)]
-            value = _float64("Concat", parts, node)
-        else:
-            value = self.value(node.input[0], x, integers)
-        return value / np.float64(self.known[stage.scale])
+            return _float64("Concat", parts, node)
+        return self.value(node.input[0], x, integers)
 
     def real(self, node: onnx.NodeProto, at: int, integers: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
         """What the integers at an input of a node stand for; channels of a weight are its first or last axis."""
@@ -123,8 +151,8 @@ class Referee:
             return integers[name].astype(np.float64)
         if name in self.known:
             value = self.known[name]
-            return value.astype(np.float64) if value.dtype != np.int64 else value
-        if name == "x":
+            return value if value.dtype == np.int64 else value.astype(np.float64)
+        if name == self.input:
             return x.astype(np.float64)
         node = self.producers[name]
         if node.op_type == "DequantizeLinear":
@@ -140,8 +168,6 @@ class Referee:
 
 def _float64(op: str, inputs: list[np.ndarray | None], node: onnx.NodeProto) -> np.ndarray:
     """A float operator of ONNX, by onnx.reference in float64."""
-    if op == "AveragePool" and "y" in ():
-        return inputs[0]
     names = [f"i{i}" if v is not None else "" for i, v in enumerate(inputs)]
     made = helper.make_node(op, names, ["y"])
     made.attribute.extend(a for a in node.attribute if a.name not in _NOT_FLOAT)

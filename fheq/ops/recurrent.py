@@ -155,7 +155,7 @@ class Recurrence:
         return self.algebra.apply("Clip", x, low, high)
 
     def affine(self, x: Value, joined: Callable[[Array, Array], Array], bias: Array) -> Value:
-        """`x @ weight + bias` for a value or several side by side; `joined` makes the `(hidden, size)` weight from w and r."""
+        """`x @ weight + bias` for a value or several side by side; `joined` makes `(hidden, size)` from w and r."""
         weight = self.algebra.weight(joined(self.w, self.r).T, self._leaves(joined))
         return self.algebra.apply("Gemm", x, weight, self.algebra.known(bias), alpha=1.0, beta=1.0, transA=0, transB=0)
 
@@ -171,16 +171,16 @@ class Recurrence:
         """The values that enter the activations of some gates, each `(samples, hidden)`."""
         xp, hidden = _namespace(self.w), self.r.shape[-1]
         rows = lambda array: xp.concatenate([array[g] for g in which])
-        looks = self.p is not None and peeped is not None
+        p = None if peeped is None else self.p
 
         def joined(w: Array, r: Array) -> Array:
             blocks = [rows(w)] if h is None else [rows(w), rows(r)]
-            if looks:
+            if p is not None:
                 none = xp.zeros((hidden, hidden), self.w.dtype)
-                blocks.append(xp.concatenate([xp.diag(self.p[g]) if g < 3 else none for g in which]))
+                blocks.append(xp.concatenate([xp.diag(p[g]) if g < 3 else none for g in which]))
             return xp.concatenate(blocks, axis=1)
 
-        parts = [part for part in (x, h, peeped if looks else None) if part is not None]
+        parts = [part for part in (x, h, None if p is None else peeped) if part is not None]
         whole = parts[0] if len(parts) == 1 else self.algebra.apply("Concat", *parts, axis=1)
         every = self.clipped(self.affine(whole, joined, rows(self.wb) + rows(self.rb)))
         if len(which) == 1:
