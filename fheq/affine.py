@@ -8,7 +8,7 @@ integers already, lose their low bits with `round_accumulator`, as concrete's `r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +73,19 @@ class Affine:
         """The same quantizer with leaves that broadcast against a tensor of `ndim` axes."""
         leaves = {name: self._expand(getattr(self, name), ndim) for name in LEAVES}
         return replace(self, **leaves)
+
+
+def varying(leaves: Mapping[str, Array]) -> Affine:
+    """A quantizer from leaves in its tensor's shape, which become `()`, or `(C,)` along an axis, where nothing is lost."""
+    whole: dict[str, Any] = {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
+    ndim = np.ndim(whole["scale"])
+    signed = bool(np.any(whole["qmin"] < 0))
+    for axis in (None, *range(ndim)):
+        first = tuple(slice(None) if a == axis else slice(0, 1) for a in range(ndim))
+        if all(np.all(leaf == leaf[first]) for leaf in whole.values()):
+            parts = {name: leaf[first].reshape(() if axis is None else -1) for name, leaf in whole.items()}
+            return Affine(**parts, axis=None if axis is None else axis - ndim, signed=signed)
+    return Affine(**whole, signed=signed)
 
 
 ACCUMULATOR_ROUNDINGS = ("exact", "approximate")

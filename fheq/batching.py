@@ -80,6 +80,8 @@ def example_arrays(example: Sequence[Any]) -> list[np.ndarray]:
 def split_all(ports: Sequence[Port], arrays: Sequence[Array], what: str = "input") -> list[Array]:
     """`split` for all ports, with equal numbers of samples.
 
+    What is given once for an input without a batch axis, in the model's own shape, holds for every sample of the others.
+
     Raises:
         DataError: a wrong number of arrays, a wrong shape, or unequal numbers of samples.
     """
@@ -87,11 +89,19 @@ def split_all(ports: Sequence[Port], arrays: Sequence[Array], what: str = "input
         names = ", ".join(repr(p.name) for p in ports)
         raise DataError(f"the model takes {len(ports)} {what}s ({names}), but {len(arrays)} arrays were given")
     parts = [split(port, array, what) for port, array in zip(ports, arrays)]
+    once = [port.batch_axis is None and np.shape(array) == port.type.shape for port, array in zip(ports, arrays)]
+    count = max((len(part) for part, one in zip(parts, once) if not one), default=1)
+    parts = [_repeated(part, count) if one else part for part, one in zip(parts, once)]
     sizes = {part.shape[0] for part in parts}
     if len(sizes) > 1:
         counts = ", ".join(f"{p.name!r}: {part.shape[0]}" for p, part in zip(ports, parts))
         raise DataError(f"{what}s have different numbers of samples ({counts})")
     return parts
+
+
+def _repeated(part: Array, count: int) -> Array:
+    xp = jnp if isinstance(part, jax.Array) else np
+    return xp.broadcast_to(part, (count, *part.shape[1:]))
 
 
 def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndarray]:

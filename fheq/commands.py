@@ -7,7 +7,6 @@ import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,9 +77,9 @@ def quantize(args: Namespace) -> int:
         summary["saved"] = str(save_quantizers(args.output, module.program, module.qparams))
     if args.qdq:
         from fheq.onnx.export import export_qdq
+        from fheq.saving import write_whole
 
-        Path(args.qdq).write_bytes(export_qdq(module.graph, module.qparams).SerializeToString())
-        summary["qdq"] = args.qdq
+        summary["qdq"] = str(write_whole(args.qdq, export_qdq(module.graph, module.qparams).SerializeToString()))
     if args.json:
         _print_json(summary)
         return 0

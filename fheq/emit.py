@@ -178,6 +178,17 @@ class Emitter:
         table = (codes[None, :] + deltas[:, None]) ** 2 // 4
         return self.lookup(x, table, group.reshape(value.shape), 0, value.bits, origin)
 
+    def chosen(self, x: str, bit: str, delta: np.ndarray, raised: np.ndarray, origin: str) -> str:
+        """`(x + delta) (bit + raised)` by one table; delta and raised are clear and broadcast against x and bit."""
+        size = self.values[x].high + 1
+        packed = self.plus(x, self.scale(bit, np.asarray(size)), 1)
+        shape, bits = self.values[packed].shape, self.values[packed].bits
+        pairs = np.stack([np.broadcast_to(v, shape).ravel() for v in (delta, raised)])
+        kinds, group = np.unique(pairs, axis=1, return_inverse=True)
+        above, below = np.divmod(np.arange(1 << bits), size)
+        table = (below + kinds[0][:, None]) * (np.minimum(above, 1) + kinds[1][:, None])
+        return self.lookup(packed, table, group.reshape(shape), 0, bits, origin)
+
     def tree(self, x: str, shape: tuple[int, ...], width: int, sign: int, origin: str) -> str:
         """Maximum (sign 1) or minimum (-1) over the last axis, by pairs."""
         while width > 1:

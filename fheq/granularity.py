@@ -116,6 +116,7 @@ class _Resolver:
             if isinstance(step, (Add, Maximum)):
                 changed |= self.align(step)
             else:
+                changed |= self.leave_weight(step)
                 for operand in step.operands:
                     if not self.absorbs(step, self.labels(operand)):
                         changed |= self.flatten(self.origins(operand))
@@ -135,6 +136,16 @@ class _Resolver:
         if not changed and len(keys) > 1:
             self.exact.update(keys)
             return self.unite(keys)
+        return changed
+
+    def leave_weight(self, step: Step) -> bool:
+        """Gives what multiplies a weight on a stated grid one scale each: a scale per channel would move the grid."""
+        if not isinstance(step, Linear) or step.weight_name not in self.layout.graph.pinned:
+            return False
+        free = [k for k in self.origins(step.x) if k not in self.layout.graph.pinned and k not in self.layout.adopted]
+        changed = any(self.axis[k] is not None for k in free)
+        for k in free:
+            self.axis[k] = None
         return changed
 
     def align(self, step: Step) -> bool:

@@ -205,12 +205,19 @@ class _Lowering:
         return self.emit.plus(left, right, step.sign)
 
     def product(self, step: Product) -> str:
-        """`a b = floor((a + b)^2 / 4) - floor((a - b)^2 / 4)`: two tables on sums, exact for integers."""
+        """`a b = floor((a + b)^2 / 4) - floor((a - b)^2 / 4)`: two tables on sums, exact for integers.
+
+        A product with a bit takes one table as wide, on the other number and the bit above it.
+        """
         a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
         p, r = (np.round(d.offset / d.scale).astype(np.int64) for d in (a, b))
         x, y = self.read(step.a), self.read(step.b)
-        top = self.emit.values[y].high
         name = step.node.name or step.out
+        for number, bit, numbers in ((x, y, (p, r)), (y, x, (r, p))):
+            if self.emit.values[bit].high <= 1:
+                chosen = self.emit.chosen(number, bit, *numbers, name)
+                return self.emit.sum_last(chosen) if step.contract else chosen
+        top = self.emit.values[y].high
         plus = self.emit.squares(self.emit.plus(x, y, 1), p + r, name)
         difference = self.emit.shift(self.emit.plus(x, y, -1), np.asarray(top))
         minus = self.emit.squares(difference, p - r - top, name)

@@ -25,7 +25,7 @@ from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
-from fheq.rewrites import activate_before_maximum, compose, decompose
+from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement
 from fheq.steps import Join, Operand, Step
 
 
@@ -94,7 +94,8 @@ def plan(graph: Graph) -> Plan:
     """
     server, client = split(graph)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
-        return Planner(compose(activate_before_maximum(decompose(server)))).finish(client)
+        simple = decompose(quantize_before_movement(server))
+        return Planner(compose(activate_before_maximum(simple))).finish(client)
 
 
 class Planner:

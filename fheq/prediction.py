@@ -8,19 +8,25 @@ from collections.abc import Mapping
 import numpy as np
 
 from fheq.plan import Plan
+from fheq.regions import is_boolean
 from fheq.steps import Linear, Maximum, Product, Step, Sum
 
 
 def predicted_tables(layout: Plan) -> Mapping[str, int]:
     """Table applications of one sample by what they are for: "activations", "products" and "maxima".
 
-    An activation takes one for each element, a product of encrypted numbers two squares, a maximum one less than it has
-    operands. Lowering may find some of them twice and apply them once.
+    An activation takes one for each element, a product of encrypted numbers two squares, or one table where a factor is 0 or
+    1, a maximum one less than it has operands. Lowering may find some of them twice and apply them once.
     """
     points = sum(int(np.sum(layout.regions[point].elements >= 0)) for point in layout.points)
-    products = sum(2 * math.prod(s.operands[0].shape) for s in layout.steps if isinstance(s, Product))
+    both = [step for step in layout.steps if isinstance(step, Product)]
+    products = sum((1 if _chooses(layout, s) else 2) * math.prod(s.operands[0].shape) for s in both)
     maxima = sum(math.prod(s.shape) * (sum(x.shape[-1] for x in s.xs) - 1) for s in layout.steps if isinstance(s, Maximum))
     return {"activations": points, "products": products, "maxima": maxima}
+
+
+def _chooses(layout: Plan, step: Product) -> bool:
+    return any(is_boolean(layout.graph, operand.key) for operand in step.operands)
 
 
 def largest_sum(layout: Plan) -> int:

@@ -85,17 +85,17 @@ def copied_from(graph: Graph, name: str) -> Iterator[str]:
 
 
 def is_boolean(graph: Graph, name: str) -> bool:
-    """Whether a tensor holds nothing but 0 and 1, being made from comparisons."""
+    """Whether a tensor holds nothing but 0 and 1, being made from comparisons or from inputs that are booleans."""
     producers = graph.producers()
 
     def visit(name: str) -> bool:
         if name in graph.constants:
             return bool(np.all(np.isin(graph.constants[name], (0, 1))))
         node = producers.get(name)
-        if node is None:
-            return False
         if graph.types[name].dtype == np.bool_:
             return True
+        if node is None:
+            return False
         row = lookup(node)
         data = [n for i, n in enumerate(node.inputs) if n and not row.is_static(i)]
         return (row.kind is Kind.MOVEMENT or node.op == "Cast") and all(map(visit, data))

@@ -5,8 +5,11 @@ Each rewrite is a pure function; a rewritten graph computes the same values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+import numpy as np
 
 from fheq.estimators import expand_estimators
 from fheq.graph import Graph, Node, TensorType
@@ -16,8 +19,9 @@ from fheq.rewriting.batchnorm import fold_batch_norms
 from fheq.rewriting.compose import compose as compose
 from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
-from fheq.rewriting.fold import prune
+from fheq.rewriting.fold import fold, prune
 from fheq.rewriting.monotone import activate_before_maximum as activate_before_maximum
+from fheq.rewriting.monotone import quantize_before_movement as quantize_before_movement
 from fheq.rewriting.softmax import recognise_softmax
 
 Rewrite = Callable[[Graph], Graph]
@@ -48,6 +52,20 @@ def remove_identities(graph: Graph) -> Graph:
     pinned = {back.get(name, name): affine for name, affine in graph.pinned.items()}
     pinned = {names.get(name, name): affine for name, affine in pinned.items()}
     return prune(graph.replace(nodes=tuple(nodes), pinned=pinned))
+
+
+def know_empty(graph: Graph) -> Graph:
+    """Computed tensors without elements as known ones, and what follows from them folded: a sum over nothing is 0."""
+    ports = {port.name for port in graph.outputs}
+    sizes = {name: math.prod(kind.shape) for name, kind in graph.types.items()}
+    made = [name for node in graph.nodes for name in node.outputs if name]
+    known = {n: np.zeros(graph.types[n].shape, graph.types[n].dtype) for n in made if not sizes[n] and n not in ports}
+    nodes = tuple(n for n in graph.nodes if not {name for name in n.outputs if name} <= set(known))
+    if len(nodes) == len(graph.nodes):
+        return graph
+    kept = {name for node in nodes for name in node.outputs}  # beside others of its node, as those of a Split
+    known = {name: value for name, value in known.items() if name not in kept}
+    return fold(graph.replace(nodes=nodes, constants={**graph.constants, **known}))
 
 
 def untie_constants(graph: Graph) -> Graph:
@@ -85,6 +103,7 @@ def separate_sums(graph: Graph) -> Graph:
 
 
 DEFAULT_REWRITES: tuple[Rewrite, ...] = (
+    know_empty,
     expand_estimators,
     separate_sums,
     normalise_quantizers,

@@ -1,8 +1,9 @@
-"""Quantizers as JSON, and a compiled program as a directory."""
+"""Quantizers as JSON, and a compiled program as a directory; files are written as a whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,23 @@ def qparams_as_dict(qparams: QParams) -> dict[str, Any]:
     return {key: {name: affine_as_dict(affine) for name, affine in part.items()} for key, part in parts.items()}
 
 
-def save_quantizers(path: str | Path, program: IntProgram, qparams: QParams) -> Path:
-    """Writes the quantizers of inputs, outputs and everything inside as one JSON file."""
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Writes a file through another one beside it: an end midway leaves what was there, never a part of the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**program_as_dict(program), "qparams": qparams_as_dict(qparams)}, indent=1) + "\n")
+    written = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        written.write_bytes(data)
+        os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
     return path
+
+
+def save_quantizers(path: str | Path, program: IntProgram, qparams: QParams) -> Path:
+    """Writes the quantizers of inputs, outputs and everything inside as one JSON file."""
+    text = json.dumps({**program_as_dict(program), "qparams": qparams_as_dict(qparams)}, indent=1)
+    return write_whole(path, f"{text}\n".encode())
 
 
 def save_circuit(directory: str | Path, circuit: Circuit) -> Path:
@@ -86,5 +98,5 @@ def save_circuit(directory: str | Path, circuit: Circuit) -> Path:
     circuit.concrete.server.save(directory / "server.zip")
     circuit.concrete.client.save(directory / "client.zip")
     text = json.dumps(program_as_dict(circuit.program), indent=1)
-    (directory / "quantizers.json").write_text(text + "\n")
+    write_whole(directory / "quantizers.json", f"{text}\n".encode())
     return directory

@@ -15,13 +15,17 @@ from fheq.qparams import QParams
 from fheq.steps import Linear
 
 NOISE = 1e-6  # relative; stated scales are float32
+MOVED = 1 / 16  # of a weight's own step, by a common grid
+FINEST = 8  # parts of the smallest step: half of one is `MOVED`
+LARGEST = 128.0  # steps of a common grid to the largest step
 
 
 def stated_weight(layout: Plan, qparams: QParams, step: Linear) -> Affine | None:
     """The quantizer that the model states for the weight of a step, scales of input channels multiplied in.
 
-    A scale per input channel, per block or per element has an integer form only where the scales of the step's input undo
-    it: the products of both may vary along the output channels alone.
+    A scale per input channel, per block or per element has the same integers only where the scales of the step's input undo
+    it: the products of both may vary along the output channels alone. Elsewhere the weights get the coarsest common grid
+    that moves none of them by more than `MOVED` of its own step, or one of `LARGEST` steps to the largest of theirs.
 
     Returns:
         None where the model states none, or none with an integer form: the weight is then quantized as a plain one.
@@ -51,8 +55,36 @@ def stated_weight(layout: Plan, qparams: QParams, step: Linear) -> Affine | None
     first = {leaf: np.take_along_axis(v, top[:, None], axis=1) for leaf, v in rows.items()}
     apart = [np.abs(rows[leaf] - first[leaf]) > NOISE * np.abs(first[leaf]) for leaf in LEAVES]
     if np.any(np.stack(apart) & matters) or np.any(first["scale"] <= 0):
-        return None
+        sizes = np.where(matters, rows["scale"], np.nan)
+        return _common_grid(
+            step, channels(step.weight * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)), sizes
+        )
     one = all(np.ndim(getattr(stated, leaf)) == 0 for leaf in LEAVES) and all(np.all(v == v[0]) for v in first.values())
     axis = None if one else step.weight_axis
     fitting: dict[str, Any] = {leaf: v[0, 0] if one else v[:, 0] for leaf, v in first.items()}
     return replace(stated, **fitting, axis=axis)
+
+
+def _common_grid(step: Linear, rows: np.ndarray, sizes: np.ndarray) -> Affine | None:
+    """A grid per output channel for weights that are stated in steps of several sizes.
+
+    Args:
+        rows: the weights `(C, n)`.
+        sizes: their own steps, NaN for those that multiply known values.
+
+    Returns:
+        None where there are none.
+    """
+    known = ~np.isnan(sizes)
+    if not np.all(known.any(axis=1)) or not np.all(sizes[known] > 0):
+        return None
+    smallest = np.nanmin(sizes, axis=1, keepdims=True)
+    scale = smallest / FINEST
+    for parts in range(FINEST - 1, 0, -1):
+        base = smallest / parts
+        moved = np.abs(np.round(rows / base) * base - rows)
+        scale = np.where(np.all((moved <= MOVED * sizes) | ~known, axis=1, keepdims=True), base, scale)
+    scale = np.maximum(scale, np.nanmax(sizes, axis=1, keepdims=True) / LARGEST)
+    reach = np.maximum(np.max(np.where(known, np.abs(np.round(rows / scale)), 0), axis=1), 1)
+    none = np.zeros_like(reach)
+    return Affine(scale[:, 0], none, -reach, reach, none, step.weight_axis, signed=True)

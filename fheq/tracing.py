@@ -131,6 +131,8 @@ class Tracing:
             return args[0].reshape(shape)
         flats = [self._note(name, x.reshape((_size(x.shape),))) for name, x in zip(instruction.args, args)]
         index = instruction.index
+        if len(flats) == 1 and flats[0].shape == (1,) and index.ndim and instruction.fill is None:
+            return flats[0] + np.zeros(shape, np.int64)  # concrete's compiler aborts where one element is indexed
         if instruction.fill is not None:
             hole = index < 0
             fills = np.unique(instruction.fill[hole])

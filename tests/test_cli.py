@@ -19,6 +19,7 @@ from fheq.cli import main
 from fheq.console import qparams_table, shorten, text_table
 from fheq.data_files import choose, choose_samples
 from fheq.errors import DataError
+from fheq.saving import write_whole
 
 RNG = np.random.default_rng(2)
 X = RNG.normal(size=(60, 2)).astype(np.float32)
@@ -285,3 +286,15 @@ def test_qparams_print(files: dict[str, str]):
     seen = []
     jax.jit(lambda q: seen.append(qparams_table(q)))(qparams)
     assert "traced" in seen[0]
+
+
+def test_an_end_midway_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = write_whole(tmp_path / "q.json", b"first")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(target, b"second")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("q.json", b"first")]

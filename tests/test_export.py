@@ -110,3 +110,21 @@ def test_a_rounded_accumulator_is_refused_by_name():
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), Spec(6, rounding=Rounding(4)))
     with pytest.raises(QuantizationError, match=r"accumulator 'h'.*fit without rounding"):
         fheq.export_qdq(graph, qparams)
+
+
+def test_samples_along_another_axis_of_the_output_stay_there():
+    known = {"w": tensor(4, 3), "first": np.array([0])}
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Relu", ["m"], ["r"]), node("Unsqueeze", ["r", "first"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], known))
+    again = fheq.import_onnx(fheq.export_qdq(graph, fheq.fit(graph, fheq.calibrate(graph, tensor(60, 4)), 3)))
+    assert [port.batch_axis for port in again.outputs] == [port.batch_axis for port in graph.outputs] == [1]
+
+
+def test_onnxruntime_runs_an_exported_product_as_it_does_by_default():
+    """Of pairs of 8 bits with a scale per channel its fusions make a product that it then refuses."""
+    graph = fheq.import_onnx(model([node("MatMul", ["a", "b"], ["y"])], {"a": ["N", 2, 3], "b": ["N", 3, 2]}, ["y"]))
+    a, b = tensor(60, 2, 3), tensor(60, 3, 2)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, a, b), 4)
+    session = onnxruntime.InferenceSession(fheq.export_qdq(graph, qparams).SerializeToString())
+    (got,) = session.run(None, {"a": a[:1], "b": b[:1]})
+    np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, a[:1], b[:1]), atol=1e-5)

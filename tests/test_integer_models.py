@@ -250,3 +250,45 @@ def test_integers_that_are_clipped_and_moved_stay_on_their_grid():
     q = np.clip(np.round(SAMPLES / 0.25) + 1, -8, 7).max(axis=(2, 3))
     np.testing.assert_allclose(fheq.evaluate(graph, SAMPLES), 0.25 * (q - 1) @ known["w"], atol=1e-5)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op for n in graph.nodes}
+
+
+MEETINGS = {
+    "Max": ([node("Max", ["d", "e"], ["m"])], 3),
+    "Min": ([node("Min", ["d", "e"], ["m"])], 3),
+    "Concat": ([node("Concat", ["d", "e"], ["m"], axis=1)], 2),
+    "Where": ([node("Greater", ["d", "zero"], ["c"]), node("Where", ["c", "d", "e"], ["m"])], 4),
+}
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_integers_on_different_grids_meet_on_the_grid_that_follows(name):
+    """No multiple of their scales lies midway between two of the last one's, so the answer is onnxruntime's. Each tensor
+    takes both quantizers in one table."""
+    nodes, tables = MEETINGS[name]
+    known = {f"s{i}": np.float32(s) for i, s in enumerate((0.021, 0.037, 0.031))}
+    known |= {f"z{i}": np.uint8(z) for i, z in enumerate((100, 61, 120))} | {"zero": np.float32(0)}
+    pairs = [
+        node(op, [source, f"s{i}", f"z{i}"], [target])
+        for i, (x, y) in enumerate((("x", "d"), ("w", "e"), ("m", "y")))
+        for op, source, target in (("QuantizeLinear", x, f"{y}_q"), ("DequantizeLinear", f"{y}_q", y))
+    ]
+    known = {key: value for key, value in known.items() if key != "zero" or name == "Where"}
+    proto = model([*pairs[:4], *nodes, *pairs[4:]], {"x": ["N", 5], "w": ["N", 5]}, ["y"], known)
+    data = tensor(200, 5, low=-2, high=4), tensor(200, 5, low=-2, high=4)
+    graph = fheq.import_onnx(proto)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *data), 2))
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(*data)))
+    (want,) = session(proto).run(None, dict(zip(("x", "w"), data)))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert len(program.lookups) == tables
+
+
+def test_a_maximum_of_an_input_takes_over_the_quantizer_that_follows():
+    """The model pools floats and quantizes then: quantizing first gives the same, and takes no table but comparisons."""
+    known = {"s": np.float32(0.03), "z": np.uint8(120)}
+    nodes = [node("MaxPool", ["x"], ["p"], kernel_shape=[2, 2]), *qdq("p", "y")]
+    proto = model(nodes, {"x": ["N", 2, 4, 4]}, ["y"], known)
+    graph = fheq.import_onnx(proto)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, CALIBRATION), 3))
+    np.testing.assert_allclose(answers(program, SAMPLES), session(proto).run(None, {"x": SAMPLES})[0], atol=1e-5)
+    assert all(table.origin == "make_p" for table in program.lookups)

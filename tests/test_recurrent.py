@@ -10,11 +10,15 @@ import onnx
 import pytest
 from build_models import model, node, reference
 from models import as_tuple
+from onnx import numpy_helper
 from test_encrypted import assert_encrypted_is_simulated
 
 import fheq
 from fheq.errors import FheqError, UnsupportedError
+from fheq.integers import quantize_weight
+from fheq.plan import plan
 from fheq.rewrites import decompose
+from fheq.steps import Linear
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
@@ -122,6 +126,40 @@ def test_eight_bits_simulate_as_fake_quantized_and_near_the_floats(op: str, attr
         spread = np.sum((want - np.mean(want)) ** 2)
         assert 1 - np.sum((got - want) ** 2) / spread >= 0.995
         assert 1 - np.sum((got - fake) ** 2) / spread >= 0.999
+
+
+def on_a_grid(proto: onnx.ModelProto, bits: int, per_channel: bool) -> onnx.ModelProto:
+    """The model with w and r as integers, each with a scale of its own, or one per row, and DequantizeLinear."""
+    made = onnx.ModelProto.FromString(proto.SerializeToString())
+    top = 2 ** (bits - 1) - 1
+    for stored in [t for t in made.graph.initializer if t.name in ("w", "r")]:
+        values = numpy_helper.to_array(stored)
+        scale = np.asarray(np.abs(values).max(axis=(0, 2) if per_channel else None) / top, np.float32)
+        q = np.round(values / (scale[:, None] if per_channel else scale)).astype(np.int8)
+        made.graph.initializer.remove(stored)
+        parts = [f"{stored.name}/{part}" for part in ("q", "scale")]
+        made.graph.initializer.extend(numpy_helper.from_array(v, n) for v, n in zip((q, scale), parts))
+        made.graph.node.insert(0, node("DequantizeLinear", parts, [stored.name], axis=1))
+    return made
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("op", GATES)
+def test_weights_on_a_grid_stay_there_whatever_bits_are_asked_for(op: str, per_channel: bool) -> None:
+    """w and r meet in one product: the grid that both get moves none by more than 1/16 of its own step, or 1/256 of the
+    largest step; a weight of 2 bits would move by more than a step."""
+    proto = on_a_grid(recurrent(op, samples="N", time=2), 5, per_channel)
+    graph, arrays = fheq.import_onnx(proto), data(proto, 60)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, *arrays), {"op_inputs": 8, "op_weights": 2})
+    layout = plan(graph)
+    products = [step for step in layout.steps if isinstance(step, Linear)]
+    assert len(products) > 1
+    for step in products:
+        found, stated = quantize_weight(layout, qparams, step), layout.graph.pinned[step.weight_name].expanded(2)
+        units, ratio = qparams.weights[step.weight_name].expanded(2).scale, found.ratio[:, None]
+        steps = np.broadcast_to(stated.scale, step.weight.shape) * ratio
+        allowed = np.maximum(steps / 16, steps.max(axis=0) / 256) + 1e-5 * steps
+        assert np.all(np.abs(found.integers * units - step.weight * ratio) <= allowed)
 
 
 @pytest.mark.parametrize(("op", "per_step"), [("RNN", 1), ("LSTM", 13)])

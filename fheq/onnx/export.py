@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from fheq.affine import Affine
 from fheq.errors import QuantizationError, UnsupportedError, describe
 from fheq.forms import used_weight
-from fheq.graph import Graph, Node, TensorType
+from fheq.graph import Graph, Node, Port, TensorType
 from fheq.integers import along_inputs, along_outputs, input_channels, operand_axis, operand_decoder, quantize_weight
 from fheq.lower import check_complete
 from fheq.onnx.attributes import schema_of
@@ -78,7 +79,13 @@ class _Export:
             name = self.raw(port.name) if operand is None else self.read(port.name, operand.key)
             self.emit("Identity", [name], port.name)
         self.client(graph)
-        info = lambda p: helper.make_tensor_value_info(p.name, helper.np_dtype_to_tensor_dtype(p.type.dtype), p.type.shape)
+        # Import takes a first axis of 1 for the samples; any other has to be named.
+        named = any(p.batch_axis for p in (*graph.inputs, *graph.outputs))
+
+        def info(p: Port) -> onnx.ValueInfoProto:
+            shape = tuple("N" if named and i == p.batch_axis else d for i, d in enumerate(p.type.shape))
+            return helper.make_tensor_value_info(p.name, helper.np_dtype_to_tensor_dtype(p.type.dtype), shape)
+
         nodes = self.live({port.name for port in graph.outputs})
         used = {name for node in nodes for name in node.input}
         tensors = [numpy_helper.from_array(v, k) for k, v in self.constants.items() if k in used]
@@ -232,10 +239,17 @@ class _Export:
     # Quantizers
 
     def pair(self, source: str, affine: Affine, shape: tuple[int, ...], out: str) -> None:
-        """QuantizeLinear and DequantizeLinear, with a clip between them where the container has more integers."""
-        low, high = (np.asarray(v, np.float64) for v in (affine.qmin, affine.qmax))
+        """QuantizeLinear and DequantizeLinear, with a clip between them where the container has more integers.
+
+        The integers are unsigned, and of 16 bits where scales differ by channel: onnxruntime rewrites signed ones and fuses
+        those of 8 bits, and fails at what it has made.
+        """
         zero = np.asarray(affine.zero_point)
-        dtype = _container(out, float(min(low.min(), zero.min())), float(max(high.max(), zero.max())))
+        moved = -np.minimum(np.min(affine.qmin), np.min(zero))
+        affine = replace(affine, zero_point=zero + moved, qmin=affine.qmin + moved, qmax=affine.qmax + moved)
+        low, high, zero = (np.asarray(v, np.float64) for v in (affine.qmin, affine.qmax, affine.zero_point))
+        several = affine.axis is not None and np.size(affine.scale) > 1
+        dtype = np.uint16 if several else _container(out, 0.0, float(max(high.max(), zero.max())))
         names, axis = self.parameters(out, affine, dtype, len(shape))
         q = self.emit("QuantizeLinear", [source, *names], f"{out}/q", **axis)
         limits = np.iinfo(dtype)

@@ -8,7 +8,7 @@ data each gate takes one table; sums of products are one contraction.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from fheq.ops.table import Kind, Op, lookup, register
 
 Array = Any
 Value = Any
+Stated = Mapping[str, tuple[Array | None, Array | None]]
 
 VERSION = 18
 """Opset of the operators that cells are made of."""
@@ -52,6 +53,9 @@ class Algebra(Protocol):
     def known(self, array: Array) -> Value:
         """A value for an array."""
 
+    def weight(self, array: Array, leaves: Mapping[str, Array] | None) -> Value:
+        """A value for a known matrix; leaves: its quantizer's, one entry per weight, where the model states it."""
+
     def apply(self, op: str, *inputs: Value, out: str = "", **attrs: Any) -> Value:
         """The result of an operator, every attribute given; `out` may name it."""
 
@@ -60,6 +64,10 @@ class Values:
     """The algebra of arrays."""
 
     def known(self, array: Array) -> Array:
+        """The array itself."""
+        return array
+
+    def weight(self, array: Array, leaves: Mapping[str, Array] | None) -> Array:
         """The array itself."""
         return array
 
@@ -123,6 +131,7 @@ class Recurrence:
         w, r: `(gates, hidden, inputs)` and `(gates, hidden, hidden)`.
         wb, rb: `(gates, hidden)`.
         p: `(3, hidden)`, the peepholes of gates i, o and f; None without.
+        stated: by leaf, that of the quantizers of w and of r for each weight, None for one that the model does not quantize.
     """
 
     algebra: Algebra
@@ -133,6 +142,7 @@ class Recurrence:
     wb: Array
     rb: Array
     p: Array | None
+    stated: Stated
 
     def activate(self, index: int, x: Value) -> Value:
         return self.activations[index].apply(self.algebra, x, self.w.dtype)
@@ -144,25 +154,35 @@ class Recurrence:
         low, high = (self.algebra.known(np.asarray(v, self.w.dtype)) for v in (-limit, limit))
         return self.algebra.apply("Clip", x, low, high)
 
-    def affine(self, x: Value, weights: Sequence[Array], bias: Array) -> Value:
-        """`x @ weights + bias` for a value or several side by side, `weights` being `(hidden, size)` blocks each."""
-        xp = _namespace(*weights)
-        weight = self.algebra.known(xp.concatenate(weights, axis=1).T)
+    def affine(self, x: Value, joined: Callable[[Array, Array], Array], bias: Array) -> Value:
+        """`x @ weight + bias` for a value or several side by side; `joined` makes `(hidden, size)` from w and r."""
+        weight = self.algebra.weight(joined(self.w, self.r).T, self._leaves(joined))
         return self.algebra.apply("Gemm", x, weight, self.algebra.known(bias), alpha=1.0, beta=1.0, transA=0, transB=0)
+
+    def _leaves(self, joined: Callable[[Array, Array], Array]) -> dict[str, Array] | None:
+        """The quantizer of a joined weight, one entry per weight; None where the model does not state all of it."""
+        leaves = {}
+        for leaf, (w, r) in self.stated.items():
+            absent = [np.full(np.shape(value), np.nan) for value in (self.w, self.r)]
+            leaves[leaf] = np.asarray(joined(absent[0] if w is None else w, absent[1] if r is None else r)).T
+        return None if not leaves or any(np.any(np.isnan(v)) for v in leaves.values()) else leaves
 
     def gates(self, which: Sequence[int], x: Value, h: Value | None, peeped: Value | None = None) -> list[Value]:
         """The values that enter the activations of some gates, each `(samples, hidden)`."""
         xp, hidden = _namespace(self.w), self.r.shape[-1]
         rows = lambda array: xp.concatenate([array[g] for g in which])
-        parts, blocks = [x], [rows(self.w)]
-        if h is not None:
-            parts, blocks = [*parts, h], [*blocks, rows(self.r)]
-        if self.p is not None and peeped is not None:
-            none = xp.zeros((hidden, hidden), self.w.dtype)
-            eyes = [xp.diag(self.p[g]) if g < 3 else none for g in which]
-            parts, blocks = [*parts, peeped], [*blocks, xp.concatenate(eyes)]
-        joined = parts[0] if len(parts) == 1 else self.algebra.apply("Concat", *parts, axis=1)
-        every = self.clipped(self.affine(joined, blocks, rows(self.wb) + rows(self.rb)))
+        p = None if peeped is None else self.p
+
+        def joined(w: Array, r: Array) -> Array:
+            blocks = [rows(w)] if h is None else [rows(w), rows(r)]
+            if p is not None:
+                none = xp.zeros((hidden, hidden), self.w.dtype)
+                blocks.append(xp.concatenate([xp.diag(p[g]) if g < 3 else none for g in which]))
+            return xp.concatenate(blocks, axis=1)
+
+        parts = [part for part in (x, h, None if p is None else peeped) if part is not None]
+        whole = parts[0] if len(parts) == 1 else self.algebra.apply("Concat", *parts, axis=1)
+        every = self.clipped(self.affine(whole, joined, rows(self.wb) + rows(self.rb)))
         if len(which) == 1:
             return [every]
         ends = [(i * hidden, (i + 1) * hidden) for i in range(len(which))]
@@ -200,8 +220,8 @@ class Recurrence:
         if self.node.attrs.get("linear_before_reset", 0):
             kept = self.algebra.known(self.rb[_GRU_H])
             if h is not None:
-                kept = self.affine(h, [self.r[_GRU_H]], self.rb[_GRU_H])
-            fresh = self.affine(x, [self.w[_GRU_H]], self.wb[_GRU_H])
+                kept = self.affine(h, lambda w, r: r[_GRU_H], self.rb[_GRU_H])
+            fresh = self.affine(x, lambda w, r: w[_GRU_H], self.wb[_GRU_H])
             entering = self.clipped(self.algebra.apply("Add", fresh, self.algebra.apply("Mul", r, kept)))
         else:
             (entering,) = self.gates((_GRU_H,), x, None if h is None else self.algebra.apply("Mul", r, h))
@@ -236,6 +256,7 @@ def unroll(
     lengths: np.ndarray | None,
     states: tuple[Value | None, Value | None],
     names: Sequence[str] = (),
+    stated: Stated | None = None,
 ) -> list[Value]:
     """The outputs Y, Y_h and, of an LSTM, Y_c.
 
@@ -246,6 +267,7 @@ def unroll(
         lengths: its sequence_lens.
         states: initial_h and initial_c; None is zero.
         names: given to the outputs by position; "" for one that nobody reads, which is left out (None).
+        stated: the leaves of the quantizers of W and R, in their shapes.
     """
     time, samples = size
     if not time:
@@ -256,7 +278,7 @@ def unroll(
         states = tuple(None if s is None else algebra.apply("Transpose", s, perm=(1, 0, 2)) for s in states)  # type: ignore[assignment]
     directions = [
         _one_direction(algebra, cell, x, size, lengths, [_taken(algebra, s, d) for s in states], reverse)
-        for d, (cell, reverse) in enumerate(zip(_cells(algebra, node, *parameters), _directions(node)))
+        for d, (cell, reverse) in enumerate(zip(_cells(algebra, node, *parameters, stated or {}), _directions(node)))
     ]
     hidden, count = parameters[1].shape[-1], len(directions)
     every = [y for t in range(time) for y in (d[0][t] for d in directions)]
@@ -281,23 +303,27 @@ def _directions(node: Node) -> tuple[bool, ...]:
     return _DIRECTIONS[name]
 
 
-def _cells(algebra: Algebra, node: Node, w: Array, r: Array, b: Array | None, p: Array | None) -> list[Recurrence]:
+def _cells(
+    algebra: Algebra, node: Node, w: Array, r: Array, b: Array | None, p: Array | None, stated: Stated
+) -> list[Recurrence]:
     count, gates, hidden = len(_directions(node)), GATES[node.op], r.shape[-1]
     if w.ndim != 3 or w.shape[:2] != (count, gates * hidden) or r.shape != (count, gates * hidden, hidden):
         raise ValueError(f"weights of shapes {w.shape} and {r.shape} for {count} directions and {gates} gates")
     xp = _namespace(w)
     both = xp.zeros((count, 2 * gates * hidden), w.dtype) if b is None else b
     both = both.reshape(count, 2, gates, hidden)
+    by_gate = lambda v, d: None if v is None else v[d].reshape(gates, hidden, -1)
     return [
         Recurrence(
             algebra,
             node,
             chosen,
-            w[d].reshape(gates, hidden, -1),
-            r[d].reshape(gates, hidden, hidden),
+            by_gate(w, d),
+            by_gate(r, d),
             both[d, 0],
             both[d, 1],
             None if p is None else p[d].reshape(3, hidden),
+            {leaf: (by_gate(a, d), by_gate(b, d)) for leaf, (a, b) in stated.items()},
         )
         for d, chosen in enumerate(activations_of(node))
     ]

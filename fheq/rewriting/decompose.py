@@ -112,7 +112,8 @@ def _logic(draft: Draft, node: Node) -> bool:
 
 
 def _where(draft: Draft, node: Node) -> bool:
-    """A choice by a computed condition c: b + c * (a - b), or a product where a or b is zero."""
+    """A choice by a computed condition c: c * a + (1 - c) * b, one product where a or b is zero, b + c * (a - b) where one
+    is known otherwise."""
     condition, a, b = node.inputs
     known = {name: draft.constants[name] for name in (a, b) if name in draft.constants}
     result, out = draft.types[node.outputs[0]], node.outputs[0]
@@ -126,9 +127,28 @@ def _where(draft: Draft, node: Node) -> bool:
         chosen = draft.apply(node, "Not", condition) if zero == a else condition
         draft.apply(node, "Mul", _cast(draft, node, chosen, result.dtype), other, out=out)
         return True
+    if not known and result.dtype.kind == "f":
+        otherwise = _cast(draft, node, draft.apply(node, "Not", condition), result.dtype)
+        _paired(draft, node, (a, b), (_cast(draft, node, condition, result.dtype), otherwise), out)
+        return True
     part = draft.apply(node, "Mul", _cast(draft, node, condition, result.dtype), draft.apply(node, "Sub", a, b))
     draft.apply(node, "Add", b, part, out=out)
     return True
+
+
+def _paired(draft: Draft, node: Node, xs: tuple[str, ...], ys: tuple[str, ...], out: str) -> None:
+    """The sum of the products of tensors, pair by pair, as one contraction: its terms are summed before any table."""
+    shape = draft.types[node.outputs[0]].shape
+    target, last = (
+        draft.constant(f"{out}/{label}", v, np.dtype(np.int64)) for label, v in (("shape", shape), ("last", [-1]))
+    )
+    sides = []
+    for names, axis in ((xs, -2), (ys, -1)):
+        wide = [name if draft.types[name].shape == shape else draft.apply(node, "Expand", name, target) for name in names]
+        side = draft.apply(node, "Concat", *(draft.apply(node, "Unsqueeze", name, last) for name in wide), axis=-1)
+        sides.append(draft.apply(node, "Unsqueeze", side, draft.constant(f"{out}/axis", [axis], np.dtype(np.int64))))
+    both = draft.constant(f"{out}/axes", [-2, -1], np.dtype(np.int64))
+    draft.apply(node, "Squeeze", draft.apply(node, "MatMul", *sides), both, out=out)
 
 
 def _chain(draft: Draft, node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Activations before the maximum: f(max(x)) = max(f(x)) where f does not decrease."""
+"""Activations and quantizers before the maximum: f(max(x)) = max(f(x)) where f does not decrease."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from fheq.affine import Affine
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, find
 from fheq.rewriting.edit import Draft
+from fheq.rewriting.fold import evaluated
 
 _ALWAYS = (
     *("Atan", "Asinh", "Ceil", "Clip", "Erf", "Exp", "Floor", "Identity", "Relu", "Round"),
@@ -38,6 +40,58 @@ def activate_before_maximum(graph: Graph) -> Graph:
         if changed is None:
             return graph
         graph = changed
+
+
+def quantize_before_movement(graph: Graph) -> Graph:
+    """The graph with each stated quantizer of a maximum, a choice or a join of several tensors moved to those tensors.
+
+    Integers on different grids cannot be compared or joined; those of the grid that follows can, with the same result, since
+    a quantizer does not decrease. A tensor that is quantized already takes both quantizers in one table, and an input of the
+    model takes over the quantizer itself.
+    """
+    while True:
+        changed = next((new for node in graph.nodes if (new := _quantized_before(graph, node)) is not None), None)
+        if changed is None:
+            return graph
+        graph = changed
+
+
+def _quantized_before(graph: Graph, node: Node) -> Graph | None:
+    """The graph with the quantizer that alone reads a node moved to the node's inputs."""
+    op = find(node)
+    if op is None or node.domain or (op.kind is not Kind.MAX and node.op not in ("Max", "Min", "Concat", "Where")):
+        return None
+    readers = graph.consumers().get(node.outputs[0], [])
+    outputs = {port.name for port in graph.outputs}
+    if len(readers) != 1 or readers[0].op != "FakeQuant" or node.outputs[0] in outputs or len(node.outputs) > 1:
+        return None
+    quantizer, (x, *parameters) = readers[0], readers[0].inputs
+    if x != node.outputs[0] or any(graph.constants[name].size != 1 for name in parameters):
+        return None
+    affine, draft = graph.pinned.get(quantizer.outputs[0]), Draft(graph)
+    data = node.inputs[1:] if node.op == "Where" else node.inputs[:1] if op.kind is Kind.MAX else node.inputs
+    if any(draft.types[name].dtype.kind != "f" for name in data):
+        return None
+    for other in graph.nodes:
+        if other is node:
+            made = {name: _quantized(draft, quantizer, name, affine) for name in dict.fromkeys(data)}
+            inputs = tuple(made.get(name, name) for name in node.inputs)
+            draft.write(replace(node, inputs=inputs, outputs=quantizer.outputs))
+        elif other is not quantizer:
+            draft.write(other)
+    return draft.finish()
+
+
+def _quantized(draft: Draft, quantizer: Node, name: str, affine: Affine | None) -> str:
+    """A tensor after a quantizer, its value where it is known."""
+    out = draft.fresh(f"{quantizer.outputs[0]}/each")
+    moved = replace(quantizer, inputs=(name, *quantizer.inputs[1:]), outputs=(out,))
+    if name in draft.constants:
+        return draft.constant(out, evaluated(moved, draft.constants, draft.types)[out])
+    draft.write(moved)
+    if affine is not None:
+        draft.pinned[out] = affine
+    return out
 
 
 def _exchanged(graph: Graph, node: Node) -> Graph | None:

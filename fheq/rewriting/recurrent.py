@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from fheq.affine import LEAVES, varying
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.recurrent import GATES, Values, sizes_of, unroll
+from fheq.ops.recurrent import GATES, Stated, Values, sizes_of, unroll
 from fheq.rewriting.edit import Draft
 
 
@@ -22,6 +24,13 @@ class Nodes:
     def known(self, array: Any) -> str:
         """A new known tensor: each use of a weight has its own, and so its own quantizer."""
         return self.draft.constant(f"{_first(self.origin)}/known", array)
+
+    def weight(self, array: Any, leaves: Mapping[str, Any] | None) -> str:
+        """A new known matrix, on the grid that the model states for it."""
+        name = self.known(array)
+        if leaves is not None:
+            self.draft.pinned[name] = varying(leaves)
+        return name
 
     def apply(self, op: str, *inputs: str, out: str = "", **attrs: Any) -> str:
         """A new node, or the value where all inputs are known."""
@@ -57,8 +66,22 @@ def _recurrent(draft: Draft, node: Node) -> bool:
         known[lengths] if lengths else None,
         (state(h), state(c)),
         (*node.outputs, "", "", "")[:3],
+        _stated(draft, w, r),
     )
     return True
+
+
+def _stated(draft: Draft, *names: str) -> Stated:
+    """By leaf, that of the quantizers of W and R, in their shapes; None for one that has none."""
+    pins = [draft.pinned.get(name) for name in names]
+    shapes = [draft.constants[name].shape for name in names]
+    if all(pin is None for pin in pins):
+        return {}
+    spread = lambda pin, shape, leaf: np.broadcast_to(getattr(pin.expanded(len(shape)), leaf), shape)
+    return {
+        leaf: tuple(None if pin is None else spread(pin, shape, leaf) for pin, shape in zip(pins, shapes))  # type: ignore[misc]
+        for leaf in LEAVES
+    }
 
 
 def _first(node: Node) -> str:
