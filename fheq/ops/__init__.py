@@ -1,5 +1,6 @@
 """The op table and its rows, by kind."""
 
+from fheq.ops import distances as distances
 from fheq.ops import elementwise as elementwise
 from fheq.ops import linear as linear
 from fheq.ops import movement as movement

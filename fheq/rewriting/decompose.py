@@ -12,11 +12,11 @@ from types import MappingProxyType
 import numpy as np
 
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting import einsum, matrices, normalizations, primitives, recurrent, scatter, selection
+from fheq.rewriting import distances, einsum, matrices, normalizations, primitives, recurrent, scatter, selection
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.primitives import CODES
 
-DOMAINS = ("", "ai.onnx.ml")
+DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -279,6 +279,7 @@ RULES = {
     "PRelu": _prelu,
     "Pow": _power,
     "Where": _where,
+    **distances.RULES,
     **einsum.RULES,
     **matrices.RULES,
     **normalizations.RULES,
