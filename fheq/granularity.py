@@ -88,6 +88,7 @@ class _Resolver:
         self.steps = {step.out: step for step in layout.steps}
         self.exact: set[str] = set()
         self.full: set[str] = set()
+        self.sources: dict[str, list[str]] = {}
 
     def result(self) -> Sharing:
         while self.one_pass():
@@ -166,10 +167,12 @@ class _Resolver:
 
     def origins(self, operand: Operand) -> list[str]:
         """The quantized tensors (points and inputs) whose integers an operand holds."""
-        step = self.steps.get(operand.key)
-        if operand.key in self.parent or step is None:
-            return [operand.key]
-        return list(dict.fromkeys(k for o in step.operands for k in self.origins(o)))
+        key = operand.key
+        if key not in self.sources:  # kept: a tournament of maxima and minima reaches each of its inputs by 2^depth ways
+            step = None if key in self.parent else self.steps.get(key)
+            found = [key] if step is None else [k for o in step.operands for k in self.origins(o)]
+            self.sources[key] = list(dict.fromkeys(found))
+        return self.sources[key]
 
     def labels(self, operand: Operand) -> np.ndarray:
         """A number per scale at each element of an operand; -1 at fillers."""

@@ -119,7 +119,7 @@ def _value(proto: AttributeProto, wanted: int | None, where: str) -> Any:
     label = f"{where}, attribute {proto.name!r}"
     if kind in _SUBGRAPHS:
         raise UnsupportedError(
-            f"{where} has a subgraph; fheq takes those of If, Loop, Scan and SequenceMap: export the model with loops unrolled"
+            f"{where} has a subgraph; fheq takes those of If, Loop, Scan and SequenceMap: export it with loops unrolled"
         )
     if kind == wanted == AttributeProto.TYPE_PROTO:
         return None  # of Optional: what is absent has no type here

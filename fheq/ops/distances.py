@@ -11,7 +11,7 @@ from fheq.graph import Node
 from fheq.ops.table import Kind, Op, register
 
 Array = Any
-METRICS = {"cityblock": 1.0, "manhattan": 1.0, "l1": 1.0, "euclidean": 2.0, "l2": 2.0, "sqeuclidean": 2.0, "minkowski": None}
+METRICS = {"cosine": 2.0, "cityblock": 1.0, "manhattan": 1.0, "l1": 1.0, "euclidean": 2.0, "l2": 2.0, "sqeuclidean": 2.0, "minkowski": None}
 """Metrics by the power that they sum."""
 
 
@@ -35,6 +35,9 @@ def metric_of(node: Node) -> tuple[str, float]:
 def _cdist(node: Node, a: Array, b: Array) -> Array:
     """com.microsoft CDist: distances `(N, M)` of rows `(N, F)` and `(M, F)`."""
     metric, power = metric_of(node)
+    if metric == "cosine":
+        a, b = (x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)) for x in (a, b))
+        return (1 - a @ b.T).astype(a.dtype)
     apart = jnp.abs(a[:, None] - b[None])
     if metric == "chebyshev":
         return jnp.max(apart, axis=-1)

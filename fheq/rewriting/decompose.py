@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from fheq.estimators.features import mapping_of
 from fheq.graph import Graph, Node, TensorType
 from fheq.rewriting import distances, einsum, matrices, normalizations, primitives, recurrent, scatter, selection
 from fheq.rewriting.edit import VERSION, Draft
@@ -98,6 +99,47 @@ def _comparison(draft: Draft, node: Node) -> bool:
     zero = draft.constant(f"{node.outputs[0]}/zero", 0, kind)
     draft.apply(node, node.op, draft.apply(node, "Sub", a, b), zero, out=node.outputs[0])
     return True
+
+
+def _equality(draft: Draft, node: Node) -> bool:
+    """a == b of two computed tensors; of a computed one with known values, up to half the distance between those.
+
+    A quantized value need not be one of theirs: 3 may be 2.99 in the steps of its tensor, and is meant to equal 3.
+    """
+    if _computed(draft, node.inputs):
+        return _comparison(draft, node)
+    known = [i for i, name in enumerate(node.inputs) if name in draft.constants]
+    if len(known) != 1 or not _is_float(draft, node.inputs[0]):
+        return False
+    inputs = list(node.inputs)
+    snapped = _snapped(draft, node, inputs[1 - known[0]], draft.constants[inputs[known[0]]])
+    if snapped is None:
+        return False
+    inputs[1 - known[0]] = snapped
+    draft.nodes.append(replace(node, inputs=tuple(inputs)))
+    return True
+
+
+def _encoder(draft: Draft, node: Node) -> bool:
+    """LabelEncoder of computed floats, with keys that they equal up to half the distance between those."""
+    if not _computed(draft, node.inputs) or not _is_float(draft, node.inputs[0]):
+        return False
+    snapped = _snapped(draft, node, node.inputs[0], mapping_of(node)[0])
+    if snapped is None:
+        return False
+    draft.nodes.append(replace(node, inputs=(snapped,)))
+    return True
+
+
+def _snapped(draft: Draft, node: Node, x: str, values: np.ndarray) -> str | None:
+    """The tensor with what is next to one of several known values exchanged for it; None where they are too few."""
+    finite = np.unique(values[np.isfinite(values)].astype(np.float64))
+    if len(finite) < 2:
+        return None
+    out = draft.fresh(f"{node.outputs[0]}/Nearest")
+    attrs = MappingProxyType({"values": tuple(finite.tolist())})
+    draft.write(Node(f"{node.name or out}/Nearest", "Nearest", (x,), (out,), attrs, "fheq", 1))
+    return out
 
 
 def _logic(draft: Draft, node: Node) -> bool:
@@ -270,6 +312,8 @@ def _reshaped(draft: Draft, node: Node, name: str, shape: tuple[int, ...], out: 
 
 RULES = {
     **dict.fromkeys(COMPARISONS, _comparison),
+    "Equal": _equality,
+    **dict.fromkeys(("CategoryMapper", "LabelEncoder"), _encoder),
     **dict.fromkeys(("And", "Or", "Xor"), _logic),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _chain),
     "Clip": _clip,

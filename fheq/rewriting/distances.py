@@ -32,6 +32,11 @@ def squared_distances(draft: Draft, node: Node, x: str, points: np.ndarray, fact
 def _cdist(draft: Draft, node: Node) -> bool:
     a, b, out = *node.inputs, node.outputs[0]
     metric, power = metric_of(node)
+    if metric == "cosine":
+        a, b = (draft.apply(node, "LpNormalization", name, axis=1, p=2) for name in (a, b))
+        likeness = draft.apply(node, "MatMul", a, draft.apply(node, "Transpose", b, perm=(1, 0)))
+        draft.apply(node, "Sub", scalar(draft, node, "one", 1, likeness), likeness, out=out)
+        return True
     if power == 2 and b in draft.constants:
         points = draft.constants[b].astype(np.float64)
         squares = squared_distances(draft, node, a, points, out=out if metric == "sqeuclidean" else "")
