@@ -48,6 +48,7 @@ from fheq.post_training import PostTrainingAffineQuantization
 PAGE = Path(__file__).parent / "ESTIMATORS.md"
 BITS = 8
 SEED = {"random_state": 0}
+WITH_LABELS = ("classifier", "clusterer", "outlier_detector", "density_estimator")
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def wanted(case: Case) -> Iterator[np.ndarray]:
 def compared(case: Case, got: Any) -> Outcome:
     """Results, an array or several, against scikit-learn's."""
     labels, error = None, None
-    whole = fitted(case).__sklearn_tags__().estimator_type in ("classifier", "clusterer", "outlier_detector", "density_estimator")
+    whole = fitted(case).__sklearn_tags__().estimator_type in WITH_LABELS
     for i, (found, want) in enumerate(zip(got if isinstance(got, tuple) else (got,), wanted(case))):
         if i == 0 and whole and hasattr(fitted(case), "predict"):
             labels = float(np.mean(np.ravel(found) == np.ravel(want)))
@@ -275,10 +276,10 @@ def page(rows: Sequence[tuple[str, Outcome, Outcome, int]]) -> str:
     lines = [
         "# Estimators of scikit-learn",
         "",
-        "Made by `python -m benchmarks.estimator_cases`: each is fitted, imported by `fheq.from_sklearn` and compared with its "
-        "own `predict`, `predict_proba`, `decision_function` or `transform` on the rows that it was fitted on. Labels: the "
-        "share that is equal; error: the largest one, in standard deviations of the result. Tables: applications for one row "
-        f"at {BITS} bits, as `fheq check` predicts them; what the client computes after decryption takes none.",
+        "Made by `python -m benchmarks.estimator_cases`: each is fitted, imported by `fheq.from_sklearn` and compared with "
+        "its own `predict`, `predict_proba`, `decision_function` or `transform` on the rows that it was fitted on. Labels: "
+        "the share that is equal; error: the largest one, in standard deviations of the result. Tables: applications for "
+        f"one row at {BITS} bits, as `fheq check` predicts them; what the client computes after decryption takes none.",
         "",
         f"| estimator | float: labels | error | {BITS} bits: labels | error | tables |",
         "|---|---|---|---|---|---|",

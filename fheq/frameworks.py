@@ -36,6 +36,8 @@ DISTANCES = {
     ),
 }
 """Estimators of scikit-learn that skl2onnx exports with loops unless told otherwise."""
+PLAIN = (("svm", "LinearSVC"), ("feature_selection", "RFE"), ("feature_selection", "RFECV"))
+"""Classifiers for which skl2onnx has no option `zipmap`, though it gives it to every classifier in a pipeline."""
 
 
 class MissingExtraError(FheqError, ImportError):
@@ -67,11 +69,11 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
 
 
 def _options() -> dict[type, dict[str, str]]:
-    """skl2onnx's options: estimators say their distances with one node where a loop over known points is due, and a
-    LinearSVC in a pipeline is not given an option that it does not have."""
+    """skl2onnx's options: estimators say their distances with one node where a loop over known points is due, and steps of
+    pipelines are not given an option that they do not have."""
     named = [(module, kind) for module, kinds in DISTANCES.items() for kind in kinds]
     of = lambda module, kind: getattr(importlib.import_module(f"sklearn.{module}"), kind)
-    return {**{of(module, kind): {"optim": "cdist"} for module, kind in named}, of("svm", "LinearSVC"): {}}
+    return {**{of(module, kind): {"optim": "cdist"} for module, kind in named}, **{of(*kind): {} for kind in PLAIN}}
 
 
 def from_torch(module: Any, *example: Any) -> Graph:

@@ -1,4 +1,4 @@
-"""Every kind of estimator that skl2onnx exports, as scikit-learn predicts: the page benchmarks/ESTIMATORS.md has them all."""
+"""Every kind of estimator that skl2onnx exports, as scikit-learn predicts; benchmarks/ESTIMATORS.md lists them."""
 
 from __future__ import annotations
 
@@ -90,8 +90,7 @@ def _quantized(estimator: Any, x: np.ndarray) -> Any:
 @pytest.mark.parametrize("known", [True, False], ids=["known points", "two inputs"])
 @pytest.mark.parametrize(
     ("metric", "name"),
-    [("euclidean", "euclidean"), ("sqeuclidean", "sqeuclidean"), ("manhattan", "cityblock"), ("cosine", "cosine")]
-    + [("chebyshev", "chebyshev"), ("minkowski", "minkowski")],
+    [("manhattan", "cityblock"), *((n, n) for n in ("euclidean", "sqeuclidean", "cosine", "chebyshev", "minkowski"))],
 )
 def test_distances_are_those_of_scipy(metric: str, name: str, known: bool) -> None:
     from scipy.spatial.distance import cdist

@@ -1,4 +1,4 @@
-"""Sequences of known lengths are the tensors that they hold. The oracle is onnxruntime; ONNX's own cases run with the others."""
+"""Sequences of known lengths are the tensors that they hold. The oracle is onnxruntime."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ def test_what_cannot_be_is_refused_by_name(nodes: Any, error: type, message: str
 
 def test_an_input_that_is_a_sequence_is_refused() -> None:
     proto = of([node("SequenceAt", ["x", "first"], ["y"])])
-    proto.graph.input[0].type.CopyFrom(helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None)))
+    proto.graph.input[0].type.CopyFrom(
+        helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    )
     with pytest.raises(UnsupportedError, match="give each element as an input of its own"):
         fheq.import_onnx(proto)

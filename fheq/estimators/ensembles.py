@@ -205,7 +205,7 @@ def _makes_integers(node: Node) -> bool:
 
 
 def _pin_numbers(draft: Draft, node: Node, leaves: Tree) -> None:
-    """A tree that gives the numbers of its leaves, as an IsolationForest reads them, has integers for results and weights."""
+    """A tree that gives the numbers of its leaves, which an IsolationForest reads, has integers for results and weights."""
     values = np.array([weight for leaf in leaves for _, weight in leaf.weights])
     if not np.all(values == np.round(values)) or np.any(values < 0):
         return

@@ -11,7 +11,11 @@ from fheq.graph import Node
 from fheq.ops.table import Kind, Op, register
 
 Array = Any
-METRICS = {"cosine": 2.0, "cityblock": 1.0, "manhattan": 1.0, "l1": 1.0, "euclidean": 2.0, "l2": 2.0, "sqeuclidean": 2.0, "minkowski": None}
+METRICS = {
+    **dict.fromkeys(("cityblock", "manhattan", "l1"), 1.0),
+    **dict.fromkeys(("cosine", "euclidean", "l2", "sqeuclidean"), 2.0),
+    "minkowski": None,
+}
 """Metrics by the power that they sum."""
 
 
