@@ -178,7 +178,7 @@ def table() -> tuple[Case, ...]:
         "BaggingRegressor": ensemble.BaggingRegressor(linear_model.Ridge(), 3, max_features=0.7, **SEED),
         "VotingRegressor": ensemble.VotingRegressor([("a", linear_model.Ridge()), ("b", shallow)]),
         "StackingRegressor": ensemble.StackingRegressor([("a", linear_model.Ridge()), ("b", shallow)], cv=2),
-        "MLPRegressor": neural_network.MLPRegressor((10,), max_iter=500, **SEED),
+        "MLPRegressor": neural_network.MLPRegressor(hidden_layer_sizes=(10,), max_iter=500, **SEED),
         "PLSRegression": cross_decomposition.PLSRegression(n_components=2),
         "GaussianProcessRegressor": gaussian_process.GaussianProcessRegressor(radial, alpha=1.0, optimizer=None),
     }

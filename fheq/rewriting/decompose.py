@@ -30,14 +30,16 @@ def decompose(graph: Graph) -> Graph:
 
 
 def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """A Gather or ArrayFeatureExtractor with computed indices as a product with one-hot rows; None for other nodes.
+    """A Gather, GatherElements or ArrayFeatureExtractor with computed indices as a product with one-hot rows; None for
+    other nodes.
 
     New known tensors come as Constant nodes.
     """
-    if node.op not in ("Gather", "ArrayFeatureExtractor") or any(name not in types for name in node.inputs):
+    rule = {"ArrayFeatureExtractor": _extract, "Gather": _gather, "GatherElements": _gather_elements}.get(node.op)
+    if rule is None or any(name not in types for name in node.inputs):
         return None
     draft = Draft(Graph((), (), (), known, types))
-    if not (_gather if node.op == "Gather" else _extract)(draft, node):
+    if not rule(draft, node):
         return None
     new = [(name, value) for name, value in draft.constants.items() if name not in known]
     constants = [Node(name, "Constant", (), (name,), MappingProxyType({"value": v}), "", VERSION) for name, v in new]
@@ -278,6 +280,26 @@ def _gather(draft: Draft, node: Node) -> bool:
     product = _reshaped(draft, node, product, spread, out=node.outputs[0] if done else "")
     if not done:
         draft.apply(node, "Transpose", product, out=node.outputs[0], perm=order)
+    return True
+
+
+def _gather_elements(draft: Draft, node: Node) -> bool:
+    """GatherElements with computed indices: for each of them a product of a one-hot row with the elements along the axis."""
+    table, indices = node.inputs
+    shape, places, kind = draft.types[table].shape, draft.types[indices].shape, draft.types[table].dtype
+    rank = len(shape)
+    axis = node.attrs["axis"] % max(rank, 1)
+    if not _computed(draft, (indices,)) or kind.kind == "b":
+        return False
+    if any(a != b for i, (a, b) in enumerate(zip(shape, places)) if i != axis):
+        return False
+    order = (*(i for i in range(rank) if i != axis), axis)
+    back = tuple(int(i) for i in np.argsort(order))
+    table, indices = (draft.apply(node, "Transpose", name, perm=order) for name in (table, indices))
+    hot = _cast(draft, node, _hot(draft, node, indices, shape[axis], rank), kind)
+    columns = _reshaped(draft, node, table, (*draft.types[table].shape, 1))
+    found = _reshaped(draft, node, draft.apply(node, "MatMul", hot, columns), draft.types[indices].shape)
+    draft.apply(node, "Transpose", found, out=node.outputs[0], perm=back)
     return True
 
 
