@@ -26,6 +26,7 @@ from fheq.errors import FheqError
 from fheq.graph import Node
 from fheq.onnx.parse import CONTROL_FLOW
 from fheq.onnx.qoperators import ONNX_RULES
+from fheq.onnx.sequences import OPS as SEQUENCE_OPS
 from fheq.ops import find
 from fheq.ops.quantizers import QUANT_DOMAINS
 
@@ -40,9 +41,7 @@ EXCLUDED = {
     r"BFLOAT16_to": "a tensor of bfloat16 must be an initializer, and these hold NaN, which is refused",
     r"training": "training mode is refused: it is random, or learns",
     r"equal_string|label_encoder": "inputs of strings are not supported",
-    r"identity_(sequence|opt)|if_(seq|opt)|loop1\d_seq": "sequences and optionals are not supported",
     r"maxpool_with_argmax": "the Indices output of MaxPool is refused",
-    r"sequence_map": "sequences and optionals are not supported",
     r"attention.*bf16": "bfloat16 products are rounded in another order than in the cases",
     r"test_bernoulli": "its result is random",
     r"dynamicquantizelinear": "its integers stand for the values themselves, for which calibration finds a static quantizer",
@@ -51,7 +50,8 @@ EXCLUDED = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model of one node with inputs and expected outputs (None: those of another runtime)."""
+    """A model of one node, after those that hold its inputs in sequences, with inputs and expected outputs (None: those of
+    another runtime)."""
 
     name: str
     model: onnx.ModelProto
@@ -63,14 +63,14 @@ class Case:
     @property
     def node(self) -> Node:
         """The node, without its attributes."""
-        proto = self.model.graph.node[0]
+        proto = self.model.graph.node[-1]
         versions = {entry.domain: entry.version for entry in self.model.opset_import}
         return Node("", proto.op_type, tuple(proto.input), tuple(proto.output), {}, proto.domain, versions[proto.domain])
 
 
 def is_supported(node: Node) -> bool:
     """Whether the operator has a row, is unrolled or unpacked, or has a function of its schema that import can inline."""
-    if find(node) is not None or (not node.domain and (node.op in CONTROL_FLOW or node.op in ONNX_RULES)):
+    if find(node) is not None or (not node.domain and node.op in (*CONTROL_FLOW, *ONNX_RULES, *SEQUENCE_OPS)):
         return True
     if node.domain or not defs.has(node.op):
         return False
@@ -90,7 +90,32 @@ def at_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
 
 
 def _arrays(values: Sequence[Any]) -> list[Any]:
-    return [numpy_helper.to_array(v) if isinstance(v, onnx.TensorProto) else np.asarray(v) for v in values]
+    """Arrays in place of tensors; the elements of sequences one by one, and nothing for an absent optional."""
+    whole = [v for value in values for v in (value if isinstance(value, list) else [value]) if v is not None]
+    return [numpy_helper.to_array(v) if isinstance(v, onnx.TensorProto) else np.asarray(v) for v in whole]
+
+
+def with_tensors(model: onnx.ModelProto, values: Sequence[Any]) -> onnx.ModelProto:
+    """The model with an input for each element of a sequence or optional, which nodes before its own put together."""
+    if all(info.type.WhichOneof("value") == "tensor_type" for info in model.graph.input):
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.input[:], changed.graph.node[:]
+    for info, value in zip(model.graph.input, values):
+        parts, kind = _arrays([value]), info.type.WhichOneof("value")
+        names = [info.name] if kind == "tensor_type" else [f"{info.name}/{i}" for i in range(len(parts))]
+        changed.graph.input.extend(
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(part.dtype), part.shape)
+            for name, part in zip(names, parts)
+        )
+        if kind == "tensor_type":
+            continue
+        empty = "SequenceEmpty" if kind == "sequence_type" else "Optional"
+        full = "SequenceConstruct" if isinstance(value, list) else "Optional"
+        changed.graph.node.append(helper.make_node(full if parts else empty, names, [info.name]))
+    changed.graph.node.extend(model.graph.node)
+    return changed
 
 
 @cache
@@ -116,7 +141,7 @@ def case_names() -> Mapping[str, tuple[str, ...]]:
 
 
 def _operator(model: onnx.ModelProto) -> str:
-    node = model.graph.node[0]
+    node = model.graph.node[-1]
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
@@ -131,7 +156,7 @@ def onnx_cases() -> tuple[Case, ...]:
             continue
         for i, (inputs, outputs) in enumerate(case.data_sets):
             name = f"{case.name.removeprefix('test_')}{f'-{i}' if i else ''}"
-            cases.append(Case(name, model, _arrays(inputs), _arrays(outputs), case.rtol, case.atol))
+            cases.append(Case(name, with_tensors(model, inputs), _arrays(inputs), _arrays(outputs), case.rtol, case.atol))
     return tuple(cases)
 
 

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
     from fheq.graph import Graph
 
 OPSET = 18
+DISTANCES = {
+    "decomposition": ("KernelPCA",),
+    "gaussian_process": ("GaussianProcessClassifier", "GaussianProcessRegressor"),
+    "impute": ("KNNImputer",),
+    "neighbors": (
+        *("KNeighborsClassifier", "KNeighborsRegressor", "KNeighborsTransformer", "LocalOutlierFactor", "NearestNeighbors"),
+        *("RadiusNeighborsClassifier", "RadiusNeighborsRegressor"),
+    ),
+}
+"""Estimators of scikit-learn that skl2onnx exports with loops unless told otherwise."""
+PLAIN = (("svm", "LinearSVC"), ("feature_selection", "RFE"), ("feature_selection", "RFECV"))
+"""Classifiers for which skl2onnx has no option `zipmap`, though it gives it to every classifier in a pipeline."""
 
 
 class MissingExtraError(FheqError, ImportError):
@@ -51,8 +63,17 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
     (row,) = example_arrays([example])
     if row.ndim != 2:
         raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
-    call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset={"": OPSET, "ai.onnx.ml": 3})
+    opsets = {"": OPSET, "ai.onnx.ml": 3, "com.microsoft": 1}
+    call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset=opsets, options=_options())
     return _read(_exported("skl2onnx", estimator, call))
+
+
+def _options() -> dict[type, dict[str, str]]:
+    """skl2onnx's options: estimators say their distances with one node where a loop over known points is due, and steps of
+    pipelines are not given an option that they do not have."""
+    named = [(module, kind) for module, kinds in DISTANCES.items() for kind in kinds]
+    of = lambda module, kind: getattr(importlib.import_module(f"sklearn.{module}"), kind)
+    return {**{of(module, kind): {"optim": "cdist"} for module, kind in named}, **{of(*kind): {} for kind in PLAIN}}
 
 
 def from_torch(module: Any, *example: Any) -> Graph:
@@ -132,7 +153,10 @@ def _exported(exporter: str, model: Any, call: Callable[[], Any]) -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)
             return call()
     except Exception as error:
-        cause = (str(error) or type(error).__name__).strip().splitlines()[0]
+        origin = error.__cause__ or error
+        cause = (str(origin) or type(origin).__name__).strip().splitlines()[0]
+        if "Expected an int, got a boolean" in cause:
+            cause += ' protobuf 7 refuses it; export with pip install "protobuf<7"'
         name = getattr(model, "__name__", type(model).__name__)
         raise UnsupportedError(f"{exporter} cannot export {name}: {cause}") from error
 

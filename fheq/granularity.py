@@ -88,6 +88,8 @@ class _Resolver:
         self.steps = {step.out: step for step in layout.steps}
         self.exact: set[str] = set()
         self.full: set[str] = set()
+        self.sources: dict[str, list[str]] = {}
+        self.numbers: dict[tuple[str, bool, tuple[int | None, ...]], np.ndarray] = {}
 
     def result(self) -> Sharing:
         while self.one_pass():
@@ -177,40 +179,52 @@ class _Resolver:
 
     def origins(self, operand: Operand) -> list[str]:
         """The quantized tensors (points and inputs) whose integers an operand holds."""
-        step = self.steps.get(operand.key)
-        if operand.key in self.parent or step is None:
-            return [operand.key]
-        return list(dict.fromkeys(k for o in step.operands for k in self.origins(o)))
+        return self.sources_of(operand.key)
+
+    def sources_of(self, key: str) -> list[str]:
+        if key not in self.sources:  # kept: a tournament of maxima and minima reaches each of its inputs by 2^depth ways
+            step = None if key in self.parent else self.steps.get(key)
+            found = [key] if step is None else [k for o in step.operands for k in self.sources_of(o.key)]
+            self.sources[key] = list(dict.fromkeys(found))
+        return self.sources[key]
 
     def labels(self, operand: Operand) -> np.ndarray:
         """A number per scale at each element of an operand; -1 at fillers."""
-        return self._numbers(operand, lambda key: self.keys.index(key) << 32)
+        return self._numbers(operand, numbered=True)
 
     def channels(self, operand: Operand) -> np.ndarray:
         """The channel of the scale at each element of an operand."""
-        return self._numbers(operand, lambda key: 0)
+        return self._numbers(operand, numbered=False)
 
-    def _numbers(self, operand: Operand, base) -> np.ndarray:
-        whole = self._of_key(operand.key, base)
+    def _numbers(self, operand: Operand, numbered: bool) -> np.ndarray:
+        whole = self._of_key(operand.key, numbered)
         moved = np.where(operand.elements < 0, -1, whole[np.maximum(operand.elements, 0)])
         return moved.reshape(operand.shape)
 
-    def _of_key(self, key: str, base) -> np.ndarray:
-        shape = self.layout.shape(key)
+    def _of_key(self, key: str, numbered: bool) -> np.ndarray:
+        """The numbers of a whole tensor, flat; kept for the axes that they depend on, as its sources are."""
         if key in self.parent:
-            axis = self.axis[key]
-            number = np.zeros(shape, np.int64)
-            if axis is not None:
-                view = [1] * len(shape)
-                view[axis] = shape[axis]
-                number = np.broadcast_to(np.arange(shape[axis]).reshape(view), shape)
-            return (number + base(key)).ravel()
-        step = self.steps[key]
+            return self._of_quantized(key, numbered)
+        of = key, numbered, tuple(self.axis[k] for k in self.sources_of(key))
+        if of not in self.numbers:
+            self.numbers[of] = self._of_step(self.steps[key], numbered)
+        return self.numbers[of]
+
+    def _of_quantized(self, key: str, numbered: bool) -> np.ndarray:
+        shape, axis = self.layout.shape(key), self.axis[key]
+        number = np.zeros(shape, np.int64)
+        if axis is not None:
+            view = [1] * len(shape)
+            view[axis] = shape[axis]
+            number = np.broadcast_to(np.arange(shape[axis]).reshape(view), shape)
+        return (number + (self.keys.index(key) << 32 if numbered else 0)).ravel()
+
+    def _of_step(self, step: Step, numbered: bool) -> np.ndarray:
         if isinstance(step, Maximum):
-            return self._numbers(step.xs[0], base).reshape(*step.shape, -1)[..., 0].ravel()
+            return self._numbers(step.xs[0], numbered).reshape(*step.shape, -1)[..., 0].ravel()
         assert isinstance(step, Join)
-        out = np.full(int(np.prod(shape)), -1, np.int64)
+        out = np.full(int(np.prod(self.layout.shape(step.out))), -1, np.int64)
         for i, piece in enumerate(step.pieces):
             here = step.which == i
-            out[here] = self._numbers(piece, base).ravel()[step.element[here]]
+            out[here] = self._numbers(piece, numbered).ravel()[step.element[here]]
         return out

@@ -56,17 +56,28 @@ def decoder(affine: Affine, shape: tuple[int, ...]) -> Decoder:
     return Decoder(*(xp.broadcast_to(xp.asarray(leaf, dtype), shape) for leaf in leaves))
 
 
-def key_decoder(layout: Plan, qparams: QParams, key: str) -> Decoder:
-    """The decoder of a quantized tensor: a point, an input, a join or a maximum."""
+def key_decoder(layout: Plan, qparams: QParams, key: str, found: dict[str, Decoder] | None = None) -> Decoder:
+    """The decoder of a quantized tensor: a point, an input, a join or a maximum.
+
+    Args:
+        found: decoders by key, which grows: joins of maxima of joins reach the same tensor in many ways.
+    """
+    found = {} if found is None else found
+    if key not in found:
+        found[key] = _found_decoder(layout, qparams, key, found)
+    return found[key]
+
+
+def _found_decoder(layout: Plan, qparams: QParams, key: str, found: dict[str, Decoder]) -> Decoder:
     shape = layout.shape(key)
     if key in qparams.tensors:
         return decoder(qparams.tensors[key], shape)
     step = step_of(layout, key)
     if isinstance(step, Maximum):
-        first = operand_decoder(layout, qparams, step.xs[0])
+        first = operand_decoder(layout, qparams, step.xs[0], found=found)
         return Decoder(*(leaf.reshape(*shape, -1)[..., 0] for leaf in first))
     assert isinstance(step, Join)
-    parts = [operand_decoder(layout, qparams, piece) for piece in step.pieces]
+    parts = [operand_decoder(layout, qparams, piece, found=found) for piece in step.pieces]
     fillers = (1.0, step.fill, 0.0, 0.0)
     return Decoder(*(join_pieces(step, list(column), filler) for column, filler in zip(zip(*parts), fillers)))
 
@@ -100,13 +111,16 @@ def representative(operand: Operand, axis: int | None) -> np.ndarray:
     return np.where(flat >= 0, own, spread)
 
 
-def operand_decoder(layout: Plan, qparams: QParams, operand: Operand, axis: int | None = None) -> Decoder:
+def operand_decoder(
+    layout: Plan, qparams: QParams, operand: Operand, axis: int | None = None, found: dict[str, Decoder] | None = None
+) -> Decoder:
     """The decoder of an operand; a filler has the decoder of its neighbours and its own integer as low and high.
 
     Args:
         axis: the axis along which decoders may differ, where there are fillers.
+        found: as for `key_decoder`.
     """
-    whole = key_decoder(layout, qparams, operand.key)
+    whole = key_decoder(layout, qparams, operand.key, found)
     if operand.slope is None and np.array_equal(operand.elements, np.arange(whole.scale.size)):
         return Decoder(*(leaf.reshape(operand.shape) for leaf in whole))
     like = representative(operand, axis)

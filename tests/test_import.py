@@ -237,6 +237,19 @@ def test_gather_with_computed_indices():
         assert "Gather" not in ops(graph)
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+def test_gather_elements_with_computed_indices(axis):
+    rng = np.random.default_rng(0)
+    x, indices = tensor(4, 5), rng.integers(-4, 4, (4, 5) if axis == 0 else (4, 3))
+    nodes = [node("GatherElements", ["x", "i"], ["y"], axis=axis)]
+    kinds = {"i": TensorProto.INT64}
+    proto = model(nodes, {"x": [4, 5], "i": list(indices.shape)}, ["y"], kinds=kinds)
+    graph = fheq.import_onnx(proto)
+    want = np.take_along_axis(x, indices, axis)
+    np.testing.assert_allclose(fheq.evaluate(graph, x, indices), want, atol=1e-6)
+    assert "GatherElements" not in ops(graph)
+
+
 def test_problems_collects_all():
     nodes = [
         node("Relu", ["x"], ["a"]),

@@ -124,6 +124,11 @@ def own_cases() -> Iterator[Case]:
     yield own("DepthToSpace", 7, image, blocksize=2)
     yield own("SpaceToDepth", 13, image[:, :, :6], blocksize=2)
     yield own("Dropout", 7, x, ratio=0.3)
+    apart = np.linalg.norm(x[0][:, None] - x[1][None], axis=-1)
+    yield own("CDist", 1, x[0], x[1], domain="com.microsoft", metric="euclidean", result=apart)
+    square = _real(4, 4)
+    solved = np.linalg.solve(square, x[0].T)
+    yield own("Solve", 1, square, np.ascontiguousarray(x[0].T), domain="com.microsoft", result=solved)
     for mode in ("constant", "reflect", "edge"):
         yield own("Pad", 7, x, mode=mode, pads=[1, 0, 2, 0, 2, 3])
     yield own("Pad", 7, x, pads=[0, -1, 2, 1, 0, -2], value=1.5)

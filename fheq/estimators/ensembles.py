@@ -192,9 +192,29 @@ def tree_ensemble(draft: Draft, node: Node) -> None:
 
 def tree_regressor(draft: Draft, node: Node) -> None:
     """ai.onnx.ml TreeEnsembleRegressor."""
-    targets = node.attrs.get("n_targets") or 1
-    scores = ensemble_scores(draft, node, trees_of(node), targets, node.attrs["aggregate_function"], _base(node, targets))
+    targets, trees, base = node.attrs.get("n_targets") or 1, trees_of(node), _base(node, node.attrs.get("n_targets") or 1)
+    scores = ensemble_scores(draft, node, trees, targets, node.attrs["aggregate_function"], base)
     transformed(draft, node, _single(draft, node, scores), node.attrs["post_transform"], node.outputs[0])
+    readers = draft.graph.consumers().get(node.outputs[0], [])
+    if readers and len(trees) == 1 and not np.any(base) and all(_makes_integers(reader) for reader in readers):
+        _pin_numbers(draft, node, trees[0])
+
+
+def _makes_integers(node: Node) -> bool:
+    return node.op == "Cast" and node.attrs["to"] in (CODES[np.dtype(kind)] for kind in (np.int32, np.int64))
+
+
+def _pin_numbers(draft: Draft, node: Node, leaves: Tree) -> None:
+    """A tree that gives the numbers of its leaves, which an IsolationForest reads, has integers for results and weights."""
+    values = np.array([weight for leaf in leaves for _, weight in leaf.weights])
+    if not np.all(values == np.round(values)) or np.any(values < 0):
+        return
+    zero = np.zeros(())
+    draft.pinned[node.outputs[0]] = Affine(zero + 1, zero, zero, zero + max(values.max(), 1), zero)
+    weight = draft.constants.get(f"{node.outputs[0]}/weight")
+    if weight is not None:
+        most = zero + max(np.abs(weight).max(), 1)
+        draft.pinned[f"{node.outputs[0]}/weight"] = Affine(zero + 1, zero, -most, most, zero, signed=True)
 
 
 def tree_classifier(draft: Draft, node: Node) -> None:

@@ -100,6 +100,14 @@ def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
     return found["keys"][1], values, (0 if values.dtype.kind == "f" else -1) if default is None else np.ravel(default)[0]
 
 
+def _nearest(node: Node, x: Array) -> Array:
+    """Values next to one of `values`, by less than half the smallest distance of two of them, exchanged for it."""
+    known = np.asarray(node.attrs["values"])
+    between = jnp.asarray((known[1:] + known[:-1]) / 2)
+    found = jnp.asarray(known)[jnp.searchsorted(between, x)]
+    return jnp.where(jnp.abs(x - found) < np.min(np.diff(known)) / 2, found, x).astype(x.dtype)
+
+
 def _imputer(node: Node, x: Array) -> Array:
     """ai.onnx.ml Imputer."""
     values, replaced = imputed(node)
@@ -110,5 +118,6 @@ def _imputer(node: Node, x: Array) -> Array:
 register(
     *(Op("LabelEncoder", since, Kind.ELEMENTWISE, _label_encoder, domain=DOMAIN) for since in (1, 2, 4)),
     Op("CategoryMapper", 1, Kind.ELEMENTWISE, _label_encoder, domain=DOMAIN),
+    Op("Nearest", 1, Kind.ELEMENTWISE, _nearest, domain="fheq"),
     Op("Imputer", 1, Kind.COMPOSITE, _imputer, domain=DOMAIN),
 )

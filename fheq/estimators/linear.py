@@ -16,6 +16,7 @@ from fheq.estimators.outputs import (
     write_label,
 )
 from fheq.graph import Node
+from fheq.rewriting.distances import squared_distances
 from fheq.rewriting.edit import Draft
 
 
@@ -91,12 +92,7 @@ def kernel_products(draft: Draft, node: Node, x: str, vectors: np.ndarray, mix: 
     if kind == "LINEAR":
         return linear(draft, node, x, vectors.T @ mix, bias)
     if kind == "RBF":
-        centre = vectors.mean(axis=0)  # small numbers lose less to rounding
-        x = draft.apply(node, "Sub", x, constant_like(draft, node, "centre", centre, x))
-        both = draft.apply(node, "Concat", x, draft.apply(node, "Mul", x, x), axis=1)
-        vectors = vectors - centre
-        weight = gamma * np.concatenate([2 * vectors.T, np.full_like(vectors.T, -1.0)])
-        inner = linear(draft, node, both, weight, -gamma * np.sum(vectors**2, axis=1))
+        inner = squared_distances(draft, node, x, vectors, -gamma)
         values = draft.apply(node, "Exp", inner)
     elif kind in ("POLY", "SIGMOID"):
         inner = linear(draft, node, x, gamma * vectors.T, np.full(len(vectors), offset))

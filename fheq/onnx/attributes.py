@@ -119,8 +119,10 @@ def _value(proto: AttributeProto, wanted: int | None, where: str) -> Any:
     label = f"{where}, attribute {proto.name!r}"
     if kind in _SUBGRAPHS:
         raise UnsupportedError(
-            f"{where} has a subgraph; fheq takes those of If, Loop and Scan: export the model with its loops unrolled"
+            f"{where} has a subgraph; fheq takes those of If, Loop, Scan and SequenceMap: export it with loops unrolled"
         )
+    if kind == wanted == AttributeProto.TYPE_PROTO:
+        return None  # of Optional: what is absent has no type here
     if kind in _OTHERS:
         raise UnsupportedError(f"{label}: attributes that are types or lists of sparse tensors are not supported")
     others = [f for f in _SINGULAR if kind in _FIELDS and f != _FIELDS[kind] and _is_set(proto, f)]

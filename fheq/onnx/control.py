@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -21,13 +21,13 @@ Types = Mapping[str, TensorType]
 Known = Mapping[str, np.ndarray]
 
 
-def unrolled(node: Node, types: Types, known: Known) -> list[Node]:
+def unrolled(node: Node, types: Types, known: Known, sequences: Container[str] = ()) -> list[Node]:
     """The nodes in place of an If, Loop or Scan; a Loop becomes its next iteration and a Loop for the rest.
 
     Raises:
         UnsupportedError: a condition or trip count that depends on data, or too many iterations.
     """
-    if any(name and name not in types for name in node.inputs):
+    if any(name and name not in types and name not in sequences for name in node.inputs):
         return []  # an earlier node failed, and was reported
     try:
         return {"If": _if, "Loop": _loop, "Scan": _scan}[node.op](node, types, known)

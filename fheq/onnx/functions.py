@@ -16,17 +16,24 @@ from fheq.onnx.control import unrolled
 from fheq.onnx.loading import reading
 from fheq.onnx.parse import CONTROL_FLOW, inline
 from fheq.onnx.qoperators import unpacked
+from fheq.onnx.sequences import Elements, without_sequences
 from fheq.ops.table import find
 from fheq.rewriting.decompose import with_known_inputs
+from fheq.rewriting.fold import HOLDERS
 
 
-def expand(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """Nodes in place of one: the parts of an operator on integers, what control flow runs, the body of its schema's
-    function, or what avoids a computed index; None for others."""
+def expand(
+    node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray], sequences: Elements
+) -> list[Node] | None:
+    """Nodes in place of one: the parts of an operator on integers, what control flow runs, the tensors of a sequence, the
+    body of its schema's function, or what avoids a computed index; None for others."""
+    parts = without_sequences(node, types, known, sequences)
+    if parts is not None or (node.op in HOLDERS and not node.domain):
+        return parts
     if find(node) is not None:
         return with_known_inputs(node, types, known)
     if node.op in CONTROL_FLOW and not node.domain:
-        return unrolled(node, types, known)
+        return unrolled(node, types, known, sequences)
     parts = unpacked(node, types)
     if parts is not None:
         return parts

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fheq.errors import FheqError, ModelError, describe
-from fheq.graph import Graph, TensorType
+from fheq.graph import Graph, Node, TensorType
 from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
 from fheq.onnx.parse import Parsed, Report, parse
@@ -18,6 +18,7 @@ from fheq.onnx.shapes import grown, input_ports, is_symbolic, output_ports
 from fheq.onnx.strings import number_strings
 from fheq.qat import constant_quantizer
 from fheq.rewrites import DEFAULT_REWRITES
+from fheq.rewriting.edit import VERSION
 from fheq.rewriting.fold import Inferred, infer
 
 _WEIGHT_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -98,15 +99,28 @@ def _typed(parsed: Parsed, dims: Mapping[str, int] | None, report: Report | None
     found = _infer_one(parsed, {port.name: port.type for port in ports}, two, report)
     if reported:
         return None
-    outputs = output_ports(parsed.outputs, found.types, None if two is None else two.types)
+    named = _elements(parsed.outputs, found.sequences)
+    outputs = output_ports(named.values(), found.types, None if two is None else two.types)
+    of_sequences = [(made, name) for name, made in named.items() if made != name]
     return Graph(
-        found.nodes,
+        (*found.nodes, *(Node(name, "Identity", (made,), (name,), {}, "", VERSION) for made, name in of_sequences)),
         ports,
-        outputs,
+        tuple(replace(port, name=name) for port, name in zip(outputs, named)),
         MappingProxyType(found.constants),
-        MappingProxyType(found.types),
+        MappingProxyType({**found.types, **{name: found.types[made] for made, name in of_sequences}}),
         MappingProxyType(found.pinned),
     )
+
+
+def _elements(outputs: tuple[str, ...], sequences: Mapping[str, tuple[str, ...] | None]) -> dict[str, str]:
+    """The outputs by name, each with the tensor that it is; an output that is a sequence has one output per element."""
+    found: dict[str, str] = {}
+    for name in outputs:
+        elements = sequences.get(name, (name,))
+        if elements is None:
+            raise ModelError(f"output {name!r} is an optional without a value; remove it from the model's outputs")
+        found.update({name: name} if name not in sequences else {f"{name}/{i}": e for i, e in enumerate(elements)})
+    return found
 
 
 def _infer_one(parsed: Parsed, types: Mapping[str, TensorType], two: Inferred | None, report: Report | None) -> Inferred:

@@ -21,6 +21,7 @@ from fheq.onnx.tensors import dtype_of, to_array, to_dense
 MAX_NODES = 200_000
 MAX_DEPTH = 32
 CONTROL_FLOW = ("If", "Loop", "Scan")
+WITH_SUBGRAPHS = (*CONTROL_FLOW, "SequenceMap")
 
 Report = Callable[[FheqError], None]
 Functions = Mapping[tuple[str, str, str], onnx.FunctionProto]
@@ -71,7 +72,7 @@ def parse(model: onnx.ModelProto, report: Report | None = None) -> Parsed:
 
     Raises:
         ModelError: names used twice, missing or in a cycle; nodes that do not fit their schema; bad tensors.
-        UnsupportedError: subgraphs of other operators than If, Loop and Scan, sequences, strings.
+        UnsupportedError: subgraphs of other operators than If, Loop, Scan and SequenceMap; inputs that are sequences.
     """
     graph = model.graph
     constants = _constants(graph)
@@ -152,7 +153,7 @@ def _read(node: Node, proto: onnx.NodeProto, scope: Scope) -> list[Node]:
     def subgraph(graph: onnx.GraphProto) -> Subgraph:
         return _subgraph(graph, scope).with_outer(scope.names)
 
-    reader = subgraph if node.op in CONTROL_FLOW and not node.domain else None
+    reader = subgraph if node.op in WITH_SUBGRAPHS and not node.domain else None
     attrs = read_attributes(proto.attribute, schema, where, scope.bound, reader)
     node = replace(node, attrs=MappingProxyType(attrs))
     if function is not None:
@@ -253,7 +254,7 @@ def _live(
     kept = []
     for node, proto in reversed(pairs):
         if any(name in wanted for name in node.outputs if name):
-            if node.op in CONTROL_FLOW:
+            if node.op in WITH_SUBGRAPHS:
                 node = replace(node, outputs=tuple(name if name in wanted else "" for name in node.outputs))
             wanted.update(_reads(node, proto))
             kept.append((node, proto))
@@ -282,7 +283,9 @@ def _input(value: onnx.ValueInfoProto) -> Input:
         raise ModelError("an input of the model has no name")
     if value.type.WhichOneof("value") != "tensor_type":
         kind = value.type.WhichOneof("value") or "no type"
-        raise UnsupportedError(f"{what} is no tensor ({kind}); fheq takes dense tensors only")
+        raise UnsupportedError(
+            f"{what} is no tensor ({kind}); fheq takes dense tensors: give each element as an input of its own"
+        )
     tensor = value.type.tensor_type
     dims = tuple(_dim(d) for d in tensor.shape.dim) if tensor.HasField("shape") else None
     return Input(value.name, dtype_of(tensor.elem_type, what), dims)

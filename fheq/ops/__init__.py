@@ -1,5 +1,6 @@
 """The op table and its rows, by kind."""
 
+from fheq.ops import distances as distances
 from fheq.ops import elementwise as elementwise
 from fheq.ops import linear as linear
 from fheq.ops import movement as movement
@@ -11,6 +12,7 @@ from fheq.ops import reductions as reductions
 from fheq.ops import resize as resize
 from fheq.ops import scatter as scatter
 from fheq.ops import shapes as shapes
+from fheq.ops import spectra as spectra
 from fheq.ops.table import Kind as Kind
 from fheq.ops.table import Op as Op
 from fheq.ops.table import find as find

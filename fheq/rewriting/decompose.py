@@ -11,12 +11,13 @@ from types import MappingProxyType
 
 import numpy as np
 
+from fheq.estimators.features import mapping_of
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting import einsum, matrices, normalizations, primitives, recurrent, scatter, selection
+from fheq.rewriting import distances, einsum, matrices, normalizations, primitives, recurrent, scatter, selection
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.primitives import CODES
 
-DOMAINS = ("", "ai.onnx.ml")
+DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
 
@@ -29,14 +30,16 @@ def decompose(graph: Graph) -> Graph:
 
 
 def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """A Gather or ArrayFeatureExtractor with computed indices as a product with one-hot rows; None for other nodes.
+    """A Gather, GatherElements or ArrayFeatureExtractor with computed indices as a product with one-hot rows; None for
+    other nodes.
 
     New known tensors come as Constant nodes.
     """
-    if node.op not in ("Gather", "ArrayFeatureExtractor") or any(name not in types for name in node.inputs):
+    rule = {"ArrayFeatureExtractor": _extract, "Gather": _gather, "GatherElements": _gather_elements}.get(node.op)
+    if rule is None or any(name not in types for name in node.inputs):
         return None
     draft = Draft(Graph((), (), (), known, types))
-    if not (_gather if node.op == "Gather" else _extract)(draft, node):
+    if not rule(draft, node):
         return None
     new = [(name, value) for name, value in draft.constants.items() if name not in known]
     constants = [Node(name, "Constant", (), (name,), MappingProxyType({"value": v}), "", VERSION) for name, v in new]
@@ -98,6 +101,47 @@ def _comparison(draft: Draft, node: Node) -> bool:
     zero = draft.constant(f"{node.outputs[0]}/zero", 0, kind)
     draft.apply(node, node.op, draft.apply(node, "Sub", a, b), zero, out=node.outputs[0])
     return True
+
+
+def _equality(draft: Draft, node: Node) -> bool:
+    """a == b of two computed tensors; of a computed one with known values, up to half the distance between those.
+
+    A quantized value need not be one of theirs: 3 may be 2.99 in the steps of its tensor, and is meant to equal 3.
+    """
+    if _computed(draft, node.inputs):
+        return _comparison(draft, node)
+    known = [i for i, name in enumerate(node.inputs) if name in draft.constants]
+    if len(known) != 1 or not _is_float(draft, node.inputs[0]):
+        return False
+    inputs = list(node.inputs)
+    snapped = _snapped(draft, node, inputs[1 - known[0]], draft.constants[inputs[known[0]]])
+    if snapped is None:
+        return False
+    inputs[1 - known[0]] = snapped
+    draft.nodes.append(replace(node, inputs=tuple(inputs)))
+    return True
+
+
+def _encoder(draft: Draft, node: Node) -> bool:
+    """LabelEncoder of computed floats, with keys that they equal up to half the distance between those."""
+    if not _computed(draft, node.inputs) or not _is_float(draft, node.inputs[0]):
+        return False
+    snapped = _snapped(draft, node, node.inputs[0], mapping_of(node)[0])
+    if snapped is None:
+        return False
+    draft.nodes.append(replace(node, inputs=(snapped,)))
+    return True
+
+
+def _snapped(draft: Draft, node: Node, x: str, values: np.ndarray) -> str | None:
+    """The tensor with what is next to one of several known values exchanged for it; None where they are too few."""
+    finite = np.unique(values[np.isfinite(values)].astype(np.float64))
+    if len(finite) < 2:
+        return None
+    out = draft.fresh(f"{node.outputs[0]}/Nearest")
+    attrs = MappingProxyType({"values": tuple(finite.tolist())})
+    draft.write(Node(f"{node.name or out}/Nearest", "Nearest", (x,), (out,), attrs, "fheq", 1))
+    return out
 
 
 def _logic(draft: Draft, node: Node) -> bool:
@@ -259,6 +303,26 @@ def _gather(draft: Draft, node: Node) -> bool:
     return True
 
 
+def _gather_elements(draft: Draft, node: Node) -> bool:
+    """GatherElements with computed indices: for each of them a product of a one-hot row with the elements along the axis."""
+    table, indices = node.inputs
+    shape, places, kind = draft.types[table].shape, draft.types[indices].shape, draft.types[table].dtype
+    rank = len(shape)
+    axis = node.attrs["axis"] % max(rank, 1)
+    if not _computed(draft, (indices,)) or kind.kind == "b":
+        return False
+    if any(a != b for i, (a, b) in enumerate(zip(shape, places)) if i != axis):
+        return False
+    order = (*(i for i in range(rank) if i != axis), axis)
+    back = tuple(int(i) for i in np.argsort(order))
+    table, indices = (draft.apply(node, "Transpose", name, perm=order) for name in (table, indices))
+    hot = _cast(draft, node, _hot(draft, node, indices, shape[axis], rank), kind)
+    columns = _reshaped(draft, node, table, (*draft.types[table].shape, 1))
+    found = _reshaped(draft, node, draft.apply(node, "MatMul", hot, columns), draft.types[indices].shape)
+    draft.apply(node, "Transpose", found, out=node.outputs[0], perm=back)
+    return True
+
+
 def _extract(draft: Draft, node: Node) -> bool:
     """ArrayFeatureExtractor with computed indices, as a Gather along the last axis."""
     table, indices = node.inputs
@@ -290,6 +354,8 @@ def _reshaped(draft: Draft, node: Node, name: str, shape: tuple[int, ...], out: 
 
 RULES = {
     **dict.fromkeys(COMPARISONS, _comparison),
+    "Equal": _equality,
+    **dict.fromkeys(("CategoryMapper", "LabelEncoder"), _encoder),
     **dict.fromkeys(("And", "Or", "Xor"), _logic),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _chain),
     "Clip": _clip,
@@ -299,6 +365,7 @@ RULES = {
     "PRelu": _prelu,
     "Pow": _power,
     "Where": _where,
+    **distances.RULES,
     **einsum.RULES,
     **matrices.RULES,
     **normalizations.RULES,

@@ -26,8 +26,11 @@ from fheq.ops.table import Kind, Op, find, lookup
 from fheq.rewriting.channels import channel_axis, channel_numbers
 
 MAX_ELEMENTS = 2**28
+HOLDERS = ("SequenceConstruct", "Optional")
+"""What is noted instead of computed: the elements of a sequence, and that an optional is absent."""
 
-Expand = Callable[[Node, Mapping[str, TensorType], Mapping[str, np.ndarray]], "list[Node] | None"]
+Sequences = Mapping[str, "tuple[str, ...] | None"]
+Expand = Callable[[Node, Mapping[str, TensorType], Mapping[str, np.ndarray], Sequences], "list[Node] | None"]
 Quantizer = Callable[[Node, Mapping[str, np.ndarray]], "tuple[np.ndarray, Affine | None] | None"]
 Report = Callable[[FheqError], None]
 
@@ -39,6 +42,7 @@ class Inferred:
     Args:
         nodes: the nodes that stay, in topological order.
         trace: all given nodes, the folded ones included, with the axes of each Squeeze stated.
+        sequences: the elements of each sequence, by name; None for an optional that is absent.
     """
 
     nodes: tuple[Node, ...]
@@ -46,6 +50,7 @@ class Inferred:
     constants: dict[str, np.ndarray]
     types: dict[str, TensorType]
     pinned: dict[str, Affine]
+    sequences: dict[str, tuple[str, ...] | None]
 
 
 def infer(
@@ -63,7 +68,8 @@ def infer(
 
     Args:
         nodes: in topological order.
-        expand: gives nodes in place of one without a row, or with a computed input that must be known; or None.
+        expand: gives nodes in place of one without a row, or with a computed input that must be known, or a sequence; or
+            None.
         quantizer: gives the value and the quantizer of a quantizer node on a known tensor, or None for other nodes.
         reuse: an earlier result; constants that depend on the same known tensors are taken from it.
         report: takes errors instead of raising them; nodes that depend on a failed one are then only looked up.
@@ -77,17 +83,23 @@ def infer(
     pins = dict(pinned or {})
     kept: list[Node] = []
     trace: list[Node] = []
+    sequences: dict[str, tuple[str, ...] | None] = {}
     queue = deque((node, True) for node in nodes)
     while queue:
         node, given = queue.popleft()
         try:
-            body = expand(node, types, known) if expand is not None and not _fits_row(node, known) else None
+            fits = _fits_row(node, known) and not any(name in sequences for name in node.inputs)
+            body = expand(node, types, known, sequences) if expand is not None and not fits else None
             if body is not None:
                 queue.extendleft((part, False) for part in reversed(body))
                 trace += [node] * given
                 continue
+            if node.op in HOLDERS and not node.domain:
+                trace += [node] * given
+                sequences[node.outputs[0]] = node.inputs if node.op == "SequenceConstruct" else None
+                continue
             op = lookup(node)
-            if not _readable(node, types, kept, report):
+            if not _readable(node, types, sequences, kept, report):
                 continue
             node = _state_axes(node, types)
             trace += [node] * given
@@ -102,7 +114,7 @@ def infer(
             if report is None:
                 raise
             report(error)
-    return Inferred(tuple(kept), tuple(trace), known, types, pins)
+    return Inferred(tuple(kept), tuple(trace), known, types, pins, sequences)
 
 
 def fold(graph: Graph, quantizer: Quantizer | None = None) -> Graph:
@@ -147,11 +159,18 @@ def _fits_row(node: Node, known: Mapping[str, np.ndarray]) -> bool:
     return op is not None and all(not op.is_static(i) or n in known for i, n in enumerate(node.inputs) if n)
 
 
-def _readable(node: Node, types: Mapping[str, TensorType], earlier: list[Node], report: Report | None) -> bool:
+def _readable(
+    node: Node, types: Mapping[str, TensorType], sequences: Sequences, earlier: list[Node], report: Report | None
+) -> bool:
     """Whether every input has a type; only after an error that was reported may one lack it."""
     for name in node.inputs:
         if not name or name in types:
             continue
+        if name in sequences:
+            raise UnsupportedError(
+                f"{describe(node)} reads {name!r}, a sequence or an absent optional, where fheq takes a tensor; take an "
+                "element with SequenceAt, or join them with ConcatFromSequence"
+            )
         for other in earlier:
             if name in other.outputs and any(o in types for o in other.outputs):
                 raise UnsupportedError(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
+from jax.experimental import enable_x64
 
 from fheq.affine import Affine
 from fheq.graph import Node
 from fheq.ops.arguments import MAX_ELEMENTS
 from fheq.ops.linear import col2im_places
 from fheq.ops.resize import axis_matrices
+from fheq.ops.spectra import dft_axis
+from fheq.ops.table import lookup
 from fheq.rewriting.edit import Draft
 
 FINEST = 1024
@@ -85,4 +89,24 @@ def _col2im(draft: Draft, node: Node) -> bool:
     return True
 
 
-RULES = {"Col2Im": _col2im, "Resize": _resize, "Upsample": _resize}
+def _fourier(draft: Draft, node: Node) -> bool:
+    """DFT and STFT: what they make of unit vectors is their matrix."""
+    x, shape, known = node.inputs[0], draft.types[node.inputs[0]].shape, [draft.constants.get(n) for n in node.inputs[1:]]
+    axis = dft_axis(node, len(shape), known[1] if len(known) > 1 else None) if node.op == "DFT" else 1
+    sizes = (
+        [size for i, size in enumerate(draft.types[node.outputs[0]].shape) if i >= axis]
+        if node.op == "STFT"
+        else [draft.types[node.outputs[0]].shape[i] for i in (axis, -1)]
+    )
+    elements = shape[axis] * shape[-1]
+    if elements * np.prod([float(size) for size in sizes]) > MAX_ELEMENTS:
+        return False
+    units = np.eye(elements).reshape(elements, shape[axis], shape[-1])
+    along = replace(node, attrs={**node.attrs, "axis": 1}, version=17)
+    with enable_x64():
+        values = np.asarray(lookup(along).evaluate(along, units, *(known[:1] if node.op == "DFT" else known)))
+    _mapped(draft, node, x, [axis, len(shape) - 1], values.reshape(elements, -1), sizes)
+    return True
+
+
+RULES = {"Col2Im": _col2im, "DFT": _fourier, "STFT": _fourier, "Resize": _resize, "Upsample": _resize}

@@ -3,8 +3,9 @@
 All are exact on integers of one scale, and of equal values the first one comes first. For an axis of n elements ArgMax
 takes some 3 n tables: n for the maximum, n to compare with it, n to see which elements come before the first hit; Hardmax
 takes n more, to be 0 and 1 exactly.
-The indices of TopK take n (n - 1) / 2 comparisons of pairs and k n tables that read ranks; its values take n - 1, n - 2, ...
-tables for each of the k rounds in which the pool of the remaining ones loses its maximum.
+The values of TopK take n - 1, n - 2, ... exchanges of two tables for each of the k rounds in which the pool of the
+remaining ones loses its maximum. Its indices take n (n - 1) / 2 comparisons of pairs and k n tables that read ranks, or, of
+a long axis, the values and 2 n tables for each of them.
 """
 
 from __future__ import annotations
@@ -87,15 +88,19 @@ def _top_k(draft: Draft, node: Node) -> bool:
     axis, largest = node.attrs["axis"] % len(shape), bool(node.attrs.get("largest", 1))
     count = draft.types[next(o for o in node.outputs if o)].shape[axis]
     values_out, indices_out = (*node.outputs, "")[:2]
-    moved = _last_axis(draft, node, x, axis)
-    if values_out and count:
+    moved, size = _last_axis(draft, node, x, axis), shape[axis]
+    by_pairs = size * (size - 1) // 2 + count * size <= 2 * count * size + 2 * count * (size - 1) * (not values_out)
+    if count and (values_out or not by_pairs):
         values = _largest(draft, node, moved, count, largest)
-        _move_last(draft, node, values, axis, values_out)
+        if values_out:
+            _move_last(draft, node, values, axis, values_out)
     if indices_out and count:
-        ranks = _ranks(draft, node, moved, largest, False)
-        indices = _indices(draft, node, ranks, count, shape[axis])
+        if by_pairs:
+            indices = _indices(draft, node, _ranks(draft, node, moved, largest, False), count, size)
+        else:
+            indices = _places(draft, node, moved, values, largest)
         back = _move_last(draft, node, indices, axis)
-        _as_integers(draft, node, back, indices_out, shape[axis])
+        _as_integers(draft, node, back, indices_out, size)
     return bool(count)
 
 
@@ -125,6 +130,33 @@ def _indices(draft: Draft, node: Node, ranks: str, count: int, size: int) -> str
     places = exact_constant(draft, f"{node.outputs[0]}/places", np.arange(size)[:, None], FLOAT)
     index = draft.apply(node, "MatMul", _float(draft, node, hit), places)
     return _reshape(draft, node, index, draft.types[index].shape[:-1])
+
+
+def _places(draft: Draft, node: Node, x: str, values: str, largest: bool) -> str:
+    """The places on the last axis of the elements that `values` lists in order, each the first that is not taken before.
+
+    With bits h of the elements that reach value t, and bits of the elements before place s for each s < t, element j comes
+    before place t where h counted up to j are no more than the places up to j that are taken: h[0] + ... + h[j] = the
+    number of s whose bit j is 0. The place is the number of its bits.
+    """
+    size, count, last = draft.types[x].shape[-1], draft.types[values].shape[-1], len(draft.types[x].shape) - 1
+    some = _slice(draft, node, x, last, 0, size - 1)
+    axes = draft.constant(f"{node.outputs[-1]}/last", [last], INT64)
+    counted = np.triu(np.ones((size - 1, size - 1)))
+    before: list[str] = []
+    places = []
+    for t in range(count):
+        reached = draft.apply(
+            node, "GreaterOrEqual" if largest else "LessOrEqual", some, _slice(draft, node, values, last, t, t + 1)
+        )
+        bits = [_float(draft, node, reached), *before]
+        matrix = np.concatenate([counted, *[np.eye(size - 1)] * t])
+        wide = draft.apply(node, "Concat", *bits, axis=last) if t else bits[0]
+        sums = draft.apply(node, "MatMul", wide, exact_constant(draft, f"{node.outputs[-1]}/counted", matrix, FLOAT))
+        none = draft.apply(node, "Less", sums, draft.constant(f"{node.outputs[-1]}/half", t + 0.5, FLOAT))
+        before.append(_float(draft, node, none))
+        places.append(draft.apply(node, "ReduceSum", before[-1], axes, keepdims=1, noop_with_empty_axes=0))
+    return draft.apply(node, "Concat", *places, axis=last) if count > 1 else places[0]
 
 
 def _largest(draft: Draft, node: Node, x: str, count: int, largest: bool) -> str:
