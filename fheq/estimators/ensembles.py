@@ -27,8 +27,7 @@ from fheq.estimators.outputs import (
 )
 from fheq.estimators.trees import Leaf, Test, Tree, number, trees_of
 from fheq.graph import Node
-from fheq.rewriting.edit import Draft
-from fheq.rewriting.primitives import CODES
+from fheq.rewriting.edit import CODES, Draft
 
 MAX_ENTRIES = 2**27  # of the matrices from tests to leaves, all trees together
 AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")

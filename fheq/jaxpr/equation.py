@@ -11,8 +11,8 @@ import numpy as np
 
 from fheq.errors import UnsupportedError
 from fheq.graph import Node, TensorType
-from fheq.rewriting.decompose import with_known_inputs
 from fheq.rewriting.edit import VERSION, Draft
+from fheq.rewriting.gather import with_known_inputs
 
 
 @dataclass(frozen=True)

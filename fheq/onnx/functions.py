@@ -18,8 +18,8 @@ from fheq.onnx.parse import CONTROL_FLOW, inline
 from fheq.onnx.qoperators import unpacked
 from fheq.onnx.sequences import Elements, without_sequences
 from fheq.ops.table import find
-from fheq.rewriting.decompose import with_known_inputs
 from fheq.rewriting.fold import HOLDERS
+from fheq.rewriting.gather import with_known_inputs
 
 
 def expand(

@@ -135,21 +135,14 @@ def _whole(graph: Graph, region: AffineRegion) -> Form:
 
     def write(draft: Draft, region: AffineRegion, named: Node) -> None:
         matrix, offset = affine_map(region.nodes, region.source, shape, region.out, graph.constants)
-        flat = _reshaped(draft, named, region.source, (1, math.prod(shape)))
+        flat = draft.reshape(named, region.source, (1, math.prod(shape)))
         done = result == (1, math.prod(result))
         out = region.out if done else draft.fresh(f"{region.out}/flat")
         _product(draft, region, named, flat, out, matrix.T, offset)
         if not done:
-            _reshaped(draft, named, out, result, out=region.out)
+            draft.reshape(named, out, result, out=region.out)
 
     return Form(size, size, math.prod(shape), write)
-
-
-def _reshaped(draft: Draft, named: Node, name: str, shape: tuple[int, ...], out: str = "") -> str:
-    if not out and draft.types[name].shape == shape:
-        return name
-    target = draft.constant(f"{name}/shape", np.asarray(shape, np.int64))
-    return draft.apply(named, "Reshape", name, target, out=out, allowzero=1)
 
 
 # Rows: one matrix along the last axis

@@ -5,17 +5,15 @@ What is left is linear, univariate, movement, or one of Add, Sub, Mul, Max, Min 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
 
 from fheq.estimators.features import mapping_of
-from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting import distances, einsum, matrices, normalizations, primitives, recurrent, scatter, selection
-from fheq.rewriting.edit import VERSION, Draft
-from fheq.rewriting.primitives import CODES
+from fheq.graph import Graph, Node
+from fheq.rewriting import distances, einsum, gather, matrices, normalizations, primitives, recurrent, scatter, selection
+from fheq.rewriting.edit import Draft
 
 DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
 COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
@@ -29,45 +27,19 @@ def decompose(graph: Graph) -> Graph:
     return draft.finish()
 
 
-def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
-    """A Gather, GatherElements or ArrayFeatureExtractor with computed indices as a product with one-hot rows; None for
-    other nodes.
-
-    New known tensors come as Constant nodes.
-    """
-    rule = {"ArrayFeatureExtractor": _extract, "Gather": _gather, "GatherElements": _gather_elements}.get(node.op)
-    if rule is None or any(name not in types for name in node.inputs):
-        return None
-    draft = Draft(Graph((), (), (), known, types))
-    if not rule(draft, node):
-        return None
-    new = [(name, value) for name, value in draft.constants.items() if name not in known]
-    constants = [Node(name, "Constant", (), (name,), MappingProxyType({"value": v}), "", VERSION) for name, v in new]
-    return constants + draft.nodes
-
-
 def _rewritten(draft: Draft, node: Node) -> bool:
     rule = RULES.get(node.op) if node.domain in DOMAINS else None
     return rule is not None and bool(node.outputs) and rule(draft, node)
-
-
-def _computed(draft: Draft, names: tuple[str, ...]) -> bool:
-    """Whether all names are tensors that depend on data."""
-    return all(name and name not in draft.constants for name in names)
 
 
 def _is_float(draft: Draft, name: str) -> bool:
     return draft.types[name].dtype.kind not in "biu"
 
 
-def _cast(draft: Draft, node: Node, name: str, dtype: np.dtype) -> str:
-    return name if draft.types[name].dtype == dtype else draft.apply(node, "Cast", name, to=CODES[np.dtype(dtype)])
-
-
 def _division(draft: Draft, node: Node) -> bool:
     """a / b as a * (1 / b)."""
     a, b = node.inputs
-    if not _computed(draft, (b,)) or not _is_float(draft, b):
+    if not draft.depends(b) or not _is_float(draft, b):
         return False
     is_one = a in draft.constants and np.all(draft.constants[a] == 1)
     if is_one and draft.types[node.outputs[0]] == draft.types[b]:
@@ -80,24 +52,24 @@ def _division(draft: Draft, node: Node) -> bool:
 def _power(draft: Draft, node: Node) -> bool:
     """a ** b of two computed tensors, for a above 0: exp(b * log(a))."""
     a, b = node.inputs
-    if not _computed(draft, (a, b)):
+    if not draft.depends(a, b):
         return False
     kind = draft.types[node.outputs[0]].dtype
     if not _is_float(draft, a):
         return False
     log = draft.apply(node, "Log", a)
-    draft.apply(node, "Exp", draft.apply(node, "Mul", _cast(draft, node, b, kind), log), out=node.outputs[0])
+    draft.apply(node, "Exp", draft.apply(node, "Mul", draft.cast(node, b, kind), log), out=node.outputs[0])
     return True
 
 
 def _comparison(draft: Draft, node: Node) -> bool:
     """a < b as (a - b) < 0."""
-    if not _computed(draft, node.inputs):
+    if not draft.depends(*node.inputs):
         return False
     kind = draft.types[node.inputs[0]].dtype
     if kind.kind in "bu":
         kind = np.dtype(np.int32 if kind.itemsize <= 2 else np.int64)
-    a, b = (_cast(draft, node, name, kind) for name in node.inputs)
+    a, b = (draft.cast(node, name, kind) for name in node.inputs)
     zero = draft.constant(f"{node.outputs[0]}/zero", 0, kind)
     draft.apply(node, node.op, draft.apply(node, "Sub", a, b), zero, out=node.outputs[0])
     return True
@@ -108,7 +80,7 @@ def _equality(draft: Draft, node: Node) -> bool:
 
     A quantized value need not be one of theirs: 3 may be 2.99 in the steps of its tensor, and is meant to equal 3.
     """
-    if _computed(draft, node.inputs):
+    if draft.depends(*node.inputs):
         return _comparison(draft, node)
     known = [i for i, name in enumerate(node.inputs) if name in draft.constants]
     if len(known) != 1 or not _is_float(draft, node.inputs[0]):
@@ -124,7 +96,7 @@ def _equality(draft: Draft, node: Node) -> bool:
 
 def _encoder(draft: Draft, node: Node) -> bool:
     """LabelEncoder of computed floats, with keys that they equal up to half the distance between those."""
-    if not _computed(draft, node.inputs) or not _is_float(draft, node.inputs[0]):
+    if not draft.depends(*node.inputs) or not _is_float(draft, node.inputs[0]):
         return False
     snapped = _snapped(draft, node, node.inputs[0], mapping_of(node)[0])
     if snapped is None:
@@ -146,10 +118,10 @@ def _snapped(draft: Draft, node: Node, x: str, values: np.ndarray) -> str | None
 
 def _logic(draft: Draft, node: Node) -> bool:
     """And, Or, Xor of two computed tensors through the sum of both as numbers."""
-    if not _computed(draft, node.inputs):
+    if not draft.depends(*node.inputs):
         return False
     op, level = {"And": ("Greater", 1.5), "Or": ("Greater", 0.5), "Xor": ("Equal", 1.0)}[node.op]
-    a, b = (_cast(draft, node, name, np.dtype(np.float32)) for name in node.inputs)
+    a, b = (draft.cast(node, name, np.dtype(np.float32)) for name in node.inputs)
     limit = draft.constant(f"{node.outputs[0]}/level", level, np.dtype(np.float32))
     draft.apply(node, op, draft.apply(node, "Add", a, b), limit, out=node.outputs[0])
     return True
@@ -161,7 +133,7 @@ def _where(draft: Draft, node: Node) -> bool:
     condition, a, b = node.inputs
     known = {name: draft.constants[name] for name in (a, b) if name in draft.constants}
     result, out = draft.types[node.outputs[0]], node.outputs[0]
-    if not _computed(draft, (condition,)) or (a in known and b in known) or result.dtype.kind == "b":
+    if not draft.depends(condition) or (a in known and b in known) or result.dtype.kind == "b":
         return False
     if any(not np.all(np.isfinite(value.astype(np.float64))) for value in known.values()):
         return False
@@ -169,13 +141,13 @@ def _where(draft: Draft, node: Node) -> bool:
     other = b if zero == a else a
     if zero is not None and np.broadcast_shapes(draft.types[condition].shape, draft.types[other].shape) == result.shape:
         chosen = draft.apply(node, "Not", condition) if zero == a else condition
-        draft.apply(node, "Mul", _cast(draft, node, chosen, result.dtype), other, out=out)
+        draft.apply(node, "Mul", draft.cast(node, chosen, result.dtype), other, out=out)
         return True
     if not known and result.dtype.kind == "f":
-        otherwise = _cast(draft, node, draft.apply(node, "Not", condition), result.dtype)
-        _paired(draft, node, (a, b), (_cast(draft, node, condition, result.dtype), otherwise), out)
+        otherwise = draft.cast(node, draft.apply(node, "Not", condition), result.dtype)
+        _paired(draft, node, (a, b), (draft.cast(node, condition, result.dtype), otherwise), out)
         return True
-    part = draft.apply(node, "Mul", _cast(draft, node, condition, result.dtype), draft.apply(node, "Sub", a, b))
+    part = draft.apply(node, "Mul", draft.cast(node, condition, result.dtype), draft.apply(node, "Sub", a, b))
     draft.apply(node, "Add", b, part, out=out)
     return True
 
@@ -240,116 +212,12 @@ def _clip(draft: Draft, node: Node) -> bool:
 
 def _prelu(draft: Draft, node: Node) -> bool:
     """PRelu with a computed slope: relu(x) - slope * relu(-x)."""
-    if not _computed(draft, node.inputs):
+    if not draft.depends(*node.inputs):
         return False
     x, slope = node.inputs
     below = draft.apply(node, "Relu", draft.apply(node, "Neg", x))
     draft.apply(node, "Sub", draft.apply(node, "Relu", x), draft.apply(node, "Mul", slope, below), out=node.outputs[0])
     return True
-
-
-def _wrapped(draft: Draft, node: Node, indices: str, count: int) -> str:
-    """Signed indices with the negative ones counted from the end."""
-    kind = draft.types[indices].dtype
-    if kind.kind != "i":
-        return indices
-    zero, size = (
-        draft.constant(f"{node.outputs[0]}/{label}", value, kind) for label, value in (("zero", 0), ("size", count))
-    )
-    below = _cast(draft, node, draft.apply(node, "Less", indices, zero), kind)
-    return draft.apply(node, "Add", indices, draft.apply(node, "Mul", below, size))
-
-
-def _hot(draft: Draft, node: Node, indices: str, count: int, axis: int) -> str:
-    """Booleans: indices along a new axis, compared with 0 .. count - 1."""
-    indices = _wrapped(draft, node, indices, count)
-    axes = draft.constant(f"{node.outputs[0]}/axes", [axis], np.dtype(np.int64))
-    wide = draft.apply(node, "Unsqueeze", indices, axes)
-    rest = len(draft.types[wide].shape) - axis - 1
-    numbers = np.arange(count).reshape((-1,) + (1,) * rest)
-    return draft.apply(node, "Equal", wide, draft.constant(f"{node.outputs[0]}/numbers", numbers, draft.types[wide].dtype))
-
-
-def _one_hot(draft: Draft, node: Node) -> bool:
-    indices, depth, values = node.inputs
-    if not _computed(draft, (indices,)) or depth not in draft.constants or values not in draft.constants:
-        return False
-    rank = len(draft.types[indices].shape) + 1
-    off, on = draft.constants[values]
-    hot = _hot(draft, node, indices, int(draft.constants[depth].reshape(())), node.attrs["axis"] % rank)
-    names = [draft.constant(f"{node.outputs[0]}/{label}", value) for label, value in (("on", on), ("off", off))]
-    draft.apply(node, "Where", hot, *names, out=node.outputs[0])
-    return True
-
-
-def _gather(draft: Draft, node: Node) -> bool:
-    """Gather with computed indices: a product of one-hot rows with the table."""
-    table, indices = node.inputs
-    shape, kind = draft.types[table].shape, draft.types[table].dtype
-    if not _computed(draft, (indices,)) or kind.kind == "b":
-        return False
-    axis, places = node.attrs["axis"] % len(shape), draft.types[indices].shape
-    before, after = shape[:axis], shape[axis + 1 :]
-    rows = _rows(draft, node, table, axis)
-    hot = _cast(draft, node, _hot(draft, node, indices, shape[axis], len(places)), kind)
-    product = draft.apply(node, "MatMul", _reshaped(draft, node, hot, (-1, shape[axis])), rows)
-    spread = (*places, *before, *after)
-    p, b = len(places), len(before)
-    order = (*range(p, p + b), *range(p), *range(p + b, len(spread)))
-    done = order == tuple(range(len(spread)))
-    product = _reshaped(draft, node, product, spread, out=node.outputs[0] if done else "")
-    if not done:
-        draft.apply(node, "Transpose", product, out=node.outputs[0], perm=order)
-    return True
-
-
-def _gather_elements(draft: Draft, node: Node) -> bool:
-    """GatherElements with computed indices: for each of them a product of a one-hot row with the elements along the axis."""
-    table, indices = node.inputs
-    shape, places, kind = draft.types[table].shape, draft.types[indices].shape, draft.types[table].dtype
-    rank = len(shape)
-    axis = node.attrs["axis"] % max(rank, 1)
-    if not _computed(draft, (indices,)) or kind.kind == "b":
-        return False
-    if any(a != b for i, (a, b) in enumerate(zip(shape, places)) if i != axis):
-        return False
-    order = (*(i for i in range(rank) if i != axis), axis)
-    back = tuple(int(i) for i in np.argsort(order))
-    table, indices = (draft.apply(node, "Transpose", name, perm=order) for name in (table, indices))
-    hot = _cast(draft, node, _hot(draft, node, indices, shape[axis], rank), kind)
-    columns = _reshaped(draft, node, table, (*draft.types[table].shape, 1))
-    found = _reshaped(draft, node, draft.apply(node, "MatMul", hot, columns), draft.types[indices].shape)
-    draft.apply(node, "Transpose", found, out=node.outputs[0], perm=back)
-    return True
-
-
-def _extract(draft: Draft, node: Node) -> bool:
-    """ArrayFeatureExtractor with computed indices, as a Gather along the last axis."""
-    table, indices = node.inputs
-    columns = _reshaped(draft, node, indices, (-1,))
-    rank, out = len(draft.types[table].shape), node.outputs[0]
-    picked = draft.fresh(f"{out}/Gather") if rank == 1 else out
-    if not _gather(draft, replace(node, op="Gather", inputs=(table, columns), outputs=(picked,), attrs={"axis": -1})):
-        return False
-    if rank == 1:
-        _reshaped(draft, node, picked, (1, -1), out=out)
-    return True
-
-
-def _rows(draft: Draft, node: Node, table: str, axis: int) -> str:
-    """The table as a matrix with one row per index."""
-    shape = draft.types[table].shape
-    perm = (axis, *(i for i in range(len(shape)) if i != axis))
-    if table in draft.constants:
-        value = draft.constants[table].transpose(perm).reshape(shape[axis], -1)
-        return draft.constant(f"{table}/rows", value)
-    moved = table if axis == 0 else draft.apply(node, "Transpose", table, perm=perm)
-    return _reshaped(draft, node, moved, (shape[axis], -1))
-
-
-def _reshaped(draft: Draft, node: Node, name: str, shape: tuple[int, ...], out: str = "") -> str:
-    target = draft.constant(f"{node.outputs[0]}/shape", np.asarray(shape, np.int64))
-    return draft.apply(node, "Reshape", name, target, out=out, allowzero=0)
 
 
 RULES = {
@@ -360,13 +228,12 @@ RULES = {
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _chain),
     "Clip": _clip,
     "Div": _division,
-    "Gather": _gather,
-    "OneHot": _one_hot,
     "PRelu": _prelu,
     "Pow": _power,
     "Where": _where,
     **distances.RULES,
     **einsum.RULES,
+    **gather.RULES,
     **matrices.RULES,
     **normalizations.RULES,
     **primitives.RULES,

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 
 from fheq.graph import Graph, Node, TensorType
+from fheq.ops.arguments import DTYPES
 from fheq.rewriting.fold import evaluated, output_types, prune, type_of
 
 VERSION = 18
 """Opset of the nodes that rewrites make."""
+
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+"""ONNX's number of a type, as `Cast` takes it."""
 
 
 class Draft:
@@ -62,6 +66,22 @@ class Draft:
             return self.constant(out, evaluated(node, self.constants, self.types)[out])
         self.write(node)
         return out
+
+    def reshape(self, origin: Node, name: str, shape: tuple[int, ...], out: str = "") -> str:
+        """A tensor in another shape, itself where it has it; one entry may be -1."""
+        if not out and self.types[name].shape == shape:
+            return name
+        target = self.constant(f"{name}/shape", np.asarray(shape, np.int64))
+        return self.apply(origin, "Reshape", name, target, out=out, allowzero=int(-1 not in shape))
+
+    def cast(self, origin: Node, name: str, dtype: Any) -> str:
+        """A tensor in another type, itself where it has it."""
+        dtype = np.dtype(dtype)
+        return name if self.types[name].dtype == dtype else self.apply(origin, "Cast", name, to=CODES[dtype])
+
+    def depends(self, *names: str) -> bool:
+        """Whether all names are tensors that depend on data."""
+        return all(name and name not in self.constants for name in names)
 
     def finish(self) -> Graph:
         """The new graph, without what no output depends on."""

@@ -9,10 +9,8 @@ from itertools import accumulate
 import numpy as np
 
 from fheq.graph import Node
-from fheq.ops.arguments import DTYPES
-from fheq.rewriting.edit import VERSION, Draft
+from fheq.rewriting.edit import CODES, VERSION, Draft
 
-CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LARGEST_PRODUCT = 64
 
 

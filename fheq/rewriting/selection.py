@@ -14,9 +14,8 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.graph import Node
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import CODES, Draft
 from fheq.rewriting.matrices import exact_constant
-from fheq.rewriting.primitives import CODES
 
 FLOAT, INT64 = np.dtype(np.float32), np.dtype(np.int64)
 BY_PAIRS = 3
