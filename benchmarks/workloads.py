@@ -72,7 +72,8 @@ def peers(folder: Path, names: list[str], python: str | None) -> list[Row]:
 
 def compared(rows: list[Row], others: list[Row]) -> list[list[str]]:
     """Each of the peer's circuits beside the cheapest point that is at least as accurate."""
-    table, ratios = [], []
+    table: list[list[str]] = []
+    ratios: dict[str, list[float]] = {"all": [], "those that round approximately, at a stated p_error": []}
     for other in others:
         as_good = lambda r, other=other: round(r["score"], 4) >= round(other["score"], 4)  # as precise as they are on record
         mine = [r for r in rows if r["name"] == other["name"] and as_good(r)]
@@ -80,14 +81,19 @@ def compared(rows: list[Row], others: list[Row]) -> list[list[str]]:
         cells = [other["name"], setting, f"{other['score']:.4f}", f"{other['complexity'] / 1e9:,.1f}"]
         if mine:
             best = min(mine, key=lambda r: r["complexity"])
-            ratios.append(best["complexity"] / other["complexity"])
-            cells += [f"{best['score']:.4f}", f"{best['complexity'] / 1e9:,.2f}", f"{ratios[-1]:.3f}"]
+            ratio = best["complexity"] / other["complexity"]
+            fair = str(other["rounding"]).endswith("A") and other["p_error"] != "default"
+            for found in list(ratios.values())[: 1 + fair]:
+                found.append(ratio)
+            cells += [f"{best['score']:.4f}", f"{best['complexity'] / 1e9:,.2f}", f"{ratio:.3f}"]
         else:
             best = max((r for r in rows if r["name"] == other["name"]), key=lambda r: r["score"])
             cells += [f"best {best['score']:.4f}", f"{best['complexity'] / 1e9:,.2f}", "-"]
         table.append(cells)
-    mean = f"{np.exp(np.mean(np.log(ratios))):.3f}" if ratios else "-"
-    return [*table, [f"geometric mean of {len(ratios)}", "", "", "", "", "", mean]]
+    for which, found in ratios.items():
+        mean = f"{np.exp(np.mean(np.log(found))):.3f}" if found else "-"
+        table.append([f"geometric mean of {which} ({len(found)} matched)", "", "", "", "", "", mean])
+    return table
 
 
 def markdown(head: list[str], table: list[list[str]]) -> str:
