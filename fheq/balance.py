@@ -47,8 +47,9 @@ def balance(graph: Graph, stats: Stats) -> Graph:
             continue
         if group.key not in stats:
             raise QuantizationError(f"the statistics lack tensor {group.key!r}: calibrate this graph")
-        units = _units(layout, stats, group, maker)
-        read = [(reader, _read_units(layout, reader, group.key, maker, units)) for reader in group.readers]
+        channel = _channel_of(layout, maker)[layout.regions[group.key].elements]
+        units = _units(layout, stats, group, channel, maker.weight.shape[maker.weight_axis])
+        read = [(reader, _read_units(reader, units[channel])) for reader in group.readers]
         if all(factors is not None for _, factors in read):
             changed[maker.out] = _made_in(changed.get(maker.out, maker), units)
             changed.update((r.out, _read_in(changed.get(r.out, r), f)) for r, f in read if f is not None)
@@ -84,14 +85,17 @@ def _scales(layout: Plan, point: str) -> bool:
     return bool(np.allclose(values(8.0), 8 * values(1.0), rtol=1e-9, atol=1e-12))
 
 
-def _units(layout: Plan, stats: Stats, group: Group, maker: Linear) -> np.ndarray:
-    """The unit of each channel of a tensor's maker, `(C,)`: its largest magnitude, relative to the largest of all."""
+def _units(layout: Plan, stats: Stats, group: Group, channel: np.ndarray, count: int) -> np.ndarray:
+    """The unit of each channel of a tensor's maker, `(C,)`: its largest magnitude, relative to the largest of all.
+
+    Args:
+        channel: of the tensor's elements, out of `count`.
+    """
     found, shape = stats[group.key], layout.shape(group.key)
     axis = channel_axis(layout, group.key)
     reach = np.maximum(np.abs(found.minimum), np.abs(found.maximum)).astype(np.float64)
     spread = np.broadcast_to(reach.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else reach.reshape(()), shape)
-    channel = _channel_of(layout, maker)[layout.regions[group.key].elements]
-    units = np.zeros(maker.weight.shape[maker.weight_axis])
+    units = np.zeros(count)
     np.maximum.at(units, channel, spread.ravel())
     return np.where(units > 0, np.maximum(units / max(units.max(), 1e-300), LEAST), 1.0)
 
@@ -103,8 +107,7 @@ def _channel_of(layout: Plan, maker: Linear) -> np.ndarray:
     return np.broadcast_to(np.arange(count).reshape(-1, *(1,) * (-maker.channel - 1)), shape).ravel()
 
 
-def _read_units(layout: Plan, reader: Linear, key: str, maker: Linear, units: np.ndarray) -> np.ndarray | None:
-    """The unit of each input channel of a reader; None where one mixes several."""
-    each = units[_channel_of(layout, maker)[layout.regions[key].elements]]
+def _read_units(reader: Linear, each: np.ndarray) -> np.ndarray | None:
+    """The unit of each input channel of a reader, from those of the elements that it reads; None where one mixes several."""
     found = [np.unique(each[elements]) for elements in elements_by_channel(reader)]
     return np.array([v[0] if len(v) else 1.0 for v in found]) if all(len(v) < 2 for v in found) else None
