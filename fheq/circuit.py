@@ -14,7 +14,7 @@ import numpy as np
 from fheq.batching import check_arrays, join, split_all
 from fheq.decryption import centred, decrypted_bits, removed_bits
 from fheq.errors import CompileError, DataError
-from fheq.evaluate import unwrap
+from fheq.evaluate import as_tuple, unwrap
 from fheq.noise import failure_probabilities
 from fheq.program import IntProgram
 from fheq.progress import track
@@ -70,16 +70,16 @@ class Circuit:
             DataError: an array does not fit its input.
         """
         samples = self._samples(inputs, quantized)
-        return [_tuple(self.concrete.encrypt(*sample)) for sample in samples]
+        return [as_tuple(self.concrete.encrypt(*sample)) for sample in samples]
 
     def run(self, encrypted: Sequence[tuple[Any, ...]], progress: bool | None = None) -> list[tuple[Any, ...]]:
         """Runs the circuit on every encrypted sample."""
         with broken_pipes_raise():
-            return [_tuple(self.concrete.run(*sample)) for sample in track(encrypted, "running encrypted", progress)]
+            return [as_tuple(self.concrete.run(*sample)) for sample in track(encrypted, "running encrypted", progress)]
 
     def decrypt(self, encrypted: Sequence[tuple[Any, ...]], quantized: bool = False) -> Any:
         """Decrypts results to real arrays in the model's layout (to integers when `quantized`)."""
-        return self._outputs([self._integers(_tuple(self.concrete.decrypt(*s))) for s in encrypted], quantized)
+        return self._outputs([self._integers(as_tuple(self.concrete.decrypt(*s))) for s in encrypted], quantized)
 
     def __call__(self, *inputs: Any, quantized: bool = False, progress: bool | None = None) -> Any:
         """Encrypts, runs and decrypts a batch; makes keys if there are none."""
@@ -97,7 +97,7 @@ class Circuit:
 
     def evaluate(self, *inputs: Any, quantized: bool = False) -> Any:
         """The circuit's clear evaluation by concrete, without encryption or noise."""
-        return self._outputs([_tuple(self.concrete.graph(*s)) for s in self._samples(inputs, quantized)], quantized)
+        return self._outputs([as_tuple(self.concrete.graph(*s)) for s in self._samples(inputs, quantized)], quantized)
 
     def simulate(self, *inputs: Any, quantized: bool = False) -> Any:
         """concrete's simulation of the encrypted run, noise included; it needs no keys, and its results vary.
@@ -111,7 +111,7 @@ class Circuit:
         self.concrete.enable_fhe_simulation()
         samples = self._samples(inputs, quantized)
         with broken_pipes_raise():
-            results = [self._integers(_tuple(self.concrete.simulate(*s))) for s in samples]
+            results = [self._integers(as_tuple(self.concrete.simulate(*s))) for s in samples]
         return self._outputs(results, quantized)
 
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
@@ -212,7 +212,3 @@ def _explain(program: IntProgram, error: Exception) -> str:
         f"concrete-python cannot compile the program ({bits}): {reason}. "
         "Lower n_bits or round accumulators, for instance rounding=Rounding(6, approximate=True)"
     )
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

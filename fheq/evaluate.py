@@ -22,6 +22,11 @@ def unwrap(results: list[Array]) -> Array | tuple[Array, ...]:
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    """The inverse of `unwrap`: several outputs as they are, one in a tuple."""
+    return results if isinstance(results, tuple) else (results,)
+
+
 def named(graph: Graph, results: list[Array]) -> list[Array]:
     """The outputs with strings in place of their numbers."""
     lists = [port.labels for port in graph.outputs]

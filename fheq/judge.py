@@ -14,7 +14,7 @@ from fheq.batching import check_arrays, join, split
 from fheq.calibrate import Stats
 from fheq.cost import cost
 from fheq.errors import CompileError, DataError
-from fheq.evaluate import evaluate, numbered, unwrap
+from fheq.evaluate import as_tuple, evaluate, numbered, unwrap
 from fheq.front import Point
 from fheq.graph import Graph
 from fheq.lower import lower
@@ -144,8 +144,3 @@ class Judge:
             score = self.memory.value(f"noisy score of {name} at {p_error:g}{how}", run)
             found.append(Point(graph, qparams, program, p_error, score, report, name))
         return found
-
-
-def as_tuple(results: Any) -> tuple[Any, ...]:
-    """Several outputs as they are, one in a tuple."""
-    return results if isinstance(results, tuple) else (results,)
