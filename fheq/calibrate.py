@@ -26,7 +26,7 @@ from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.sharding import DATA, gather, local_mesh, size
-from fheq.statistics import PARTS, Stats, TensorStats, init, merge, update
+from fheq.statistics import FRACTION, PARTS, Stats, TensorStats, init, merge, update
 from fheq.steps import Linear, counts_decisions
 
 TILE, LEAST = 1024, 16  # most and fewest samples that are evaluated together
@@ -127,7 +127,10 @@ def by_channel(layout: Plan, name: str, values: Any) -> Any:
 def _start(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None) -> dict[str, TensorStats]:
     """The statistics of nothing; of each device along a leading axis where there is a mesh."""
     layout = plan(graph)
-    none = {name: jax.tree.map(jnp.asarray, init(_channels(layout, name), parts)) for name in observed(layout)}
+    none = {
+        name: jax.tree.map(jnp.asarray, init(_channels(layout, name), (*parts, *[FRACTION] * (name in layout.inputs))))
+        for name in observed(layout)
+    }
     if mesh is None:
         return none
     spread = lambda leaf: jnp.broadcast_to(leaf, (size(mesh, (DATA,)), *leaf.shape))

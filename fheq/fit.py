@@ -24,6 +24,7 @@ from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Linear
+from fheq.whole_numbers import holding, in_steps_of_one, is_whole, unit_fraction
 
 TINY = 1e-12  # relative width below which a range counts as a point
 
@@ -88,12 +89,36 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         wanted[key] = axis is not None and _divisible(layout, key)
     sharing = share(layout, wanted)
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
-    scales = {key: _scale(*ranges[key]) for key in keys}
+    whole, alone = _take_whole(layout, stats, sharing, ranges, stated)
+    scales = {key: np.where(alone.get(key, False), 1.0, _scale(*ranges[key])) for key in keys}
     result: dict[str, Affine] = {}
     for key in keys:
         members = [k for k in keys if sharing.group[k] == sharing.group[key]]
-        result[key] = stated[key] if key in stated else _affine(layout, key, members, sharing, ranges, scales, stated)
+        result[key] = stated[key] if key in stated else _affine(layout, key, members, sharing, ranges, scales, stated, whole)
     return result
+
+
+def _take_whole(
+    layout: Plan, stats: Stats, sharing: Sharing, ranges: dict[str, Range], stated: Mapping[str, Affine]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Float inputs that hold whole numbers, by channel, and those of them that share steps with none; `ranges` are fitted to
+    them in place."""
+    whole, alone = {}, {}
+    for port in layout.graph.inputs:
+        key = port.name
+        if port.type.dtype.kind != "f" or key in stated or key not in ranges:
+            continue
+        low, high, bits = ranges[key]
+        seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
+        if _meets_filler(layout, key):
+            seen = seen._replace(minimum=np.minimum(seen.minimum, 0), maximum=np.maximum(seen.maximum, 0))
+        whole[key] = is_whole(seen, bits).reshape(low.shape)
+        interval = holding(seen, (np.atleast_1d(low), np.atleast_1d(high)), np.atleast_1d(whole[key]))
+        if list(sharing.group.values()).count(sharing.group[key]) == 1:
+            alone[key] = whole[key]
+            interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
+        ranges[key] = interval[0].reshape(low.shape), interval[1].reshape(high.shape), bits
+    return whole, alone
 
 
 def _divisible(layout: Plan, key: str) -> bool:
@@ -171,6 +196,7 @@ def _affine(
     ranges: Mapping[str, Range],
     scales: Mapping[str, np.ndarray],
     stated: Mapping[str, Affine],
+    whole: Mapping[str, np.ndarray],
 ) -> Affine:
     axis = sharing.axis[key]
     low, high, bits = ranges[key]
@@ -183,11 +209,13 @@ def _affine(
         low = np.min([ranges[m][0] for m in members], axis=0)
         high = np.max([ranges[m][1] for m in members], axis=0)
         bits = max(ranges[m][2] for m in members)
-        scale = _scale(low, high, bits)
+        scale = _scale(low, high, bits) if len(members) > 1 else scales[key]
     else:
         scale = np.max([scales[m] for m in members], axis=0)
         if sharing.group[key] not in sharing.exact and _read_beyond_sums(layout, key):
             scale = scale / finer(scale, scales[key])
+    if len(members) > 1 and given is None:
+        scale = unit_fraction(scale, np.any([whole[m] for m in members if m in whole], axis=0))
     return affine_between(low, high, scale, bits, axis)
 
 

@@ -25,15 +25,16 @@ T = TypeVar("T")
 LOW, HIGH, _PARTS = -40, 24, 16
 _SIDE = (HIGH - LOW) * _PARTS
 BINS = 2 * _SIDE + 1
-MOMENTS, HISTOGRAM = "moments", "histogram"
-PARTS = (MOMENTS, HISTOGRAM)  # what may be collected beside counts and extremes
+MOMENTS, HISTOGRAM, FRACTION = "moments", "histogram", "fraction"
+PARTS = (MOMENTS, HISTOGRAM)  # what may be collected beside counts and extremes; fractions are those of inputs alone
 
 
 class TensorStats(NamedTuple):
     """Statistics of one tensor, per channel; `C` is 1 for a tensor without a channel axis.
 
-    count: `(C,)` elements seen; minimum, maximum: `(C,)`; total, squares: `(C,)` sums of x and x^2; histogram: `(C, BINS)`.
-    Moments and histograms are None where they were not collected.
+    count: `(C,)` elements seen; minimum, maximum: `(C,)`; total, squares: `(C,)` sums of x and x^2; histogram: `(C, BINS)`;
+    fraction: `(C,)` the greatest distance of an element to a whole number. Moments, histograms and fractions are None where
+    they were not collected.
     """
 
     count: Array
@@ -42,6 +43,7 @@ class TensorStats(NamedTuple):
     total: Array
     squares: Array
     histogram: Array
+    fraction: Array | None = None
 
 
 Stats = Mapping[str, TensorStats]  # of a graph, by tensor name
@@ -51,12 +53,13 @@ def init(channels: int, parts: Collection[str] = PARTS) -> TensorStats:
     """The statistics of no data: the identity of `merge`.
 
     Args:
-        parts: what is collected beside counts and extremes, of `PARTS`.
+        parts: what is collected beside counts and extremes, of `PARTS` and `FRACTION`.
     """
     zeros = np.zeros(channels) if MOMENTS in parts else None
     counts = np.zeros((channels, BINS), np.int64) if HISTOGRAM in parts else None
     full = np.full(channels, np.inf)
-    return TensorStats(np.zeros(channels, np.int64), full, -full, zeros, zeros, counts)
+    fraction = np.zeros(channels) if FRACTION in parts else None
+    return TensorStats(np.zeros(channels, np.int64), full, -full, zeros, zeros, counts, fraction)
 
 
 def bin_of(x: Array) -> Array:
@@ -137,7 +140,12 @@ def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
         stats.total + total if moments else None,
         stats.squares + squares if moments else None,
         None if stats.histogram is None else _counted(stats.histogram, values, keep[:, None, None]),
+        None if stats.fraction is None else jnp.maximum(stats.fraction, _fraction(values, keep[:, None, None])),
     )
+
+
+def _fraction(values: Array, mask: Array) -> Array:
+    return jnp.max(jnp.where(mask, jnp.abs(values - jnp.round(values)), 0), axis=(0, 2))
 
 
 def _counted(histogram: Array, values: Array, mask: Array) -> Array:
@@ -161,6 +169,7 @@ def merge(a: TensorStats, b: TensorStats) -> TensorStats:
         add(a.total, b.total),
         add(a.squares, b.squares),
         add(a.histogram, b.histogram),
+        None if a.fraction is None or b.fraction is None else np.maximum(a.fraction, b.fraction),
     )
 
 
@@ -194,4 +203,5 @@ def per_tensor(stats: TensorStats) -> TensorStats:
         add(stats.total),
         add(stats.squares),
         add(stats.histogram),
+        None if stats.fraction is None else np.max(stats.fraction, keepdims=True),
     )

@@ -1,0 +1,47 @@
+"""Inputs that hold whole numbers in floating point: categories, counts, pixels from 0 to 255.
+
+Rounded to steps of another size they are moved: category 3 becomes 2.99, and falls on the other side of a threshold or next
+to its row of a table. In steps of 1, or of 1 / n, they are exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fheq.statistics import TensorStats
+
+Interval = tuple[np.ndarray, np.ndarray]
+
+
+def is_whole(seen: TensorStats, bits: int) -> np.ndarray:
+    """By channel `(C,)`, whether all that was seen is whole, and no more numbers than `bits` bits can count."""
+    if seen.fraction is None:
+        return np.zeros(np.shape(seen.minimum), bool)
+    return (np.asarray(seen.fraction) == 0) & (np.asarray(seen.maximum) - np.asarray(seen.minimum) < 2.0**bits)
+
+
+def holding(seen: TensorStats, interval: Interval, whole: np.ndarray) -> Interval:
+    """An observer's range without clipping where numbers are whole."""
+    low, high = interval
+    return np.where(whole, np.minimum(low, seen.minimum), low), np.where(whole, np.maximum(high, seen.maximum), high)
+
+
+def in_steps_of_one(seen: TensorStats, interval: Interval, bits: int, whole: np.ndarray) -> Interval:
+    """Ranges of whole numbers with 2^b of them for the least b: all that was seen, what the observer expects beyond as far
+    as there are bits for it, and 0 where it costs none.
+
+    Args:
+        interval: lowest and highest value by channel, as `holding` gives them; where numbers are not whole it stays.
+    """
+    low, high = (np.round(end) for end in interval)
+    fits = high - low < 2.0**bits
+    low, high = np.where(fits, low, seen.minimum), np.where(fits, high, seen.maximum)
+    count = 2.0 ** np.ceil(np.log2(np.maximum(high - low, 1) + 1))
+    low = np.where((low > 0) & (high < count), 0, low)
+    return np.where(whole, low, interval[0]), np.where(whole, low + count - 1, interval[1])
+
+
+def unit_fraction(scale: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Scales that whole numbers share with others, where they are below 1: the next larger 1 / n."""
+    below = whole & (scale <= 1)
+    return np.where(below, 1 / np.floor(1 / np.where(below, scale, 1.0) + 1e-9), scale)

@@ -1,0 +1,90 @@
+"""Float inputs that hold whole numbers (categories, counts, pixels) are quantized without error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from build_models import model, node
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import as_tuple
+
+import fheq
+from fheq import MinMax, Spec
+from fheq.statistics import FRACTION, init, update
+from fheq.whole_numbers import holding, in_steps_of_one, is_whole
+
+pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+RNG = np.random.default_rng(0)
+CATEGORIES = RNG.integers(0, 4, (200, 3)).astype(np.float32)
+REAL = RNG.normal(size=(200, 3)).astype(np.float32)
+
+
+def fitted(nodes: list, spec: Any, **inputs: np.ndarray) -> fheq.QParams:
+    known = {"w": RNG.normal(size=(3, 2)).astype(np.float32)}
+    known = {name: value for name, value in known.items() if any(name in n.input for n in nodes)}
+    proto = model(nodes, {name: ["N", *x.shape[1:]] for name, x in inputs.items()}, [nodes[-1].output[0]], known)
+    graph = fheq.import_onnx(proto)
+    return fheq.fit(graph, fheq.calibrate(graph, *inputs.values()), spec)
+
+
+@pytest.mark.parametrize("spec", [2, 8, Spec(8, input_observer=MinMax())], ids=["2 bits", "8 bits", "MinMax"])
+def test_categories_take_no_more_bits_than_they_need(spec: Any) -> None:
+    """By default there is room for the numbers beyond that the observer expects."""
+    quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], spec, x=CATEGORIES).tensors["x"]
+    np.testing.assert_array_equal(quantizer.dequantize(quantizer.quantize(CATEGORIES)), CATEGORIES)
+    assert np.all(quantizer.scale == 1) and np.all(quantizer.qmax == (7 if spec in (2, 8) else 3))
+
+
+def test_columns_that_are_not_whole_keep_their_bits() -> None:
+    mixed = np.where([True, False, True], CATEGORIES, REAL)
+    quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], 8, x=mixed).tensors["x"]
+    back = quantizer.dequantize(quantizer.quantize(mixed))
+    np.testing.assert_array_equal(back[:, [0, 2]], mixed[:, [0, 2]])
+    assert quantizer.scale[1] < 0.1 and quantizer.qmax[1] > 200
+
+
+def test_too_many_numbers_for_the_bits_are_rounded_as_any() -> None:
+    pixels = RNG.integers(0, 256, (200, 3)).astype(np.float32)
+    quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], 5, x=pixels).tensors["x"]
+    assert np.all(quantizer.scale > 4) and np.all(quantizer.qmax == 31)
+
+
+def test_added_to_other_numbers_they_stay_exact_and_cost_them_no_precision() -> None:
+    nodes = [node("Add", ["x", "z"], ["s"]), node("MatMul", ["s", "w"], ["y"])]
+    found = fitted(nodes, 8, x=CATEGORIES, z=REAL).tensors
+    back = found["x"].dequantize(found["x"].quantize(CATEGORIES))
+    np.testing.assert_allclose(back, CATEGORIES, rtol=1e-12)
+    assert np.all(found["z"].scale < 2 * np.ptp(REAL, axis=0) / 255 * 1.5)
+
+
+@given(st.lists(st.integers(-300, 300), min_size=1, max_size=40), st.integers(1, 9), st.floats(-20, 0), st.floats(0, 20))
+@settings(deadline=None, max_examples=60)
+def test_every_number_seen_is_held(values: list[int], bits: int, below: float, above: float) -> None:
+    """Whatever range an observer asks for: the steps are 1, as many as bits allow, and nothing seen saturates."""
+    x = np.array(values, np.float32)
+    seen = update(init(1, (FRACTION,)), x[:, None, None], np.ones(len(x), bool))
+    whole = is_whole(seen, bits)
+    assert whole[0] == (np.ptp(x) < 2**bits)
+    asked = np.array([x.min() + below + above / 2]), np.array([x.max() + above + below / 2])
+    low, high = in_steps_of_one(seen, holding(seen, asked, whole), bits, whole)
+    if whole[0]:
+        assert low[0] <= x.min() and high[0] >= x.max() and low[0] == round(low[0])
+        assert np.log2(high[0] - low[0] + 1) in range(1, bits + 1)
+    else:
+        assert (low[0], high[0]) == (asked[0][0], asked[1][0])
+
+
+def test_a_tree_on_categories_decides_as_scikit_learn_does() -> None:
+    tree = pytest.importorskip("sklearn.tree")
+    pytest.importorskip("skl2onnx")
+    wide = RNG.integers(0, 13, (300, 3)).astype(np.float32)
+    estimator = tree.DecisionTreeClassifier(random_state=0).fit(wide, (wide[:, 0] * wide[:, 1] + wide[:, 2]) % 5)
+    graph = fheq.from_sklearn(estimator, wide)
+    program = fheq.lower(
+        graph, fheq.fit(graph, fheq.calibrate(graph, wide), {"op_inputs": 4, "op_weights": 4, "model_inputs": 4})
+    )
+    labels, _ = program.dequantize(*as_tuple(fheq.simulate(program, *program.quantize(wide))))
+    np.testing.assert_array_equal(labels, estimator.predict(wide))
