@@ -28,7 +28,12 @@ def results(mesh: jax.sharding.Mesh | None, rank: int = 0, count: int = 1) -> di
     qparams = fheq.stack(fheq.fit(graph, stats, spec) for spec in SPECS)
     measures = {"accuracy": scores.accuracy, "snr": scores.snr}
     swept = fheq.sweep(graph, qparams, test, scores=measures, targets=labels, mesh=mesh, chunk=2, batch_size=32)
-    flat = {f"{name} {leaf}": getattr(s, leaf) for name, s in stats.items() for leaf in TensorStats._fields}
+    flat = {
+        f"{name} {leaf}": getattr(s, leaf)
+        for name, s in stats.items()
+        for leaf in TensorStats._fields
+        if getattr(s, leaf) is not None
+    }
     return {**flat, **swept.scores}
 
 

@@ -205,9 +205,32 @@ def own_cases() -> Iterator[Case]:
     yield own("QuantizeLinear", 10, x, np.float32(0.1))
     yield own("QuantizeLinear", 13, weights, scale, np.zeros(4, np.int8), axis=-4)
     yield own("DequantizeLinear", 10, np.array([-5, 70000], np.int32), np.float32(0.1))
+    for size in (1, 3, 4):
+        yield own("Det", 11, _real(2, size, size))
+    yield from _sampling_cases(image, volume)
     yield from _selection_cases(x)
     yield from _machine_learning_cases(x)
     yield from _quantizer_cases()
+
+
+def _sampling_cases(image: np.ndarray, volume: np.ndarray) -> Iterator[Case]:
+    """Points inside and far outside of an image, a grid for each sample; regions that are partly outside."""
+    rng = np.random.default_rng(5)
+    grid, points = (rng.uniform(-2.5, 2.5, shape).astype(np.float32) for shape in ((2, 3, 5, 2), (1, 2, 3, 2, 3)))
+    for padding, corners in product(("zeros", "border", "reflection"), (0, 1)):
+        for mode in ("bilinear", "nearest", "bicubic"):
+            yield own("GridSample", 16, image, grid, mode=mode, padding_mode=padding, align_corners=corners)
+        for mode in ("linear", "nearest"):
+            yield own("GridSample", 20, volume, points, mode=mode, padding_mode=padding, align_corners=corners)
+    rois = np.array([[-1, -2, 4, 5], [1, 0.5, 3, 8], [2, 2, 2.2, 2.1]], np.float32)
+    size = {"output_height": 2, "output_width": 3, "spatial_scale": 0.7}
+    for ratio in (0, 2):
+        yield own("RoiAlign", 10, image, rois, np.array([0, 1, 1]), sampling_ratio=ratio, **size)
+        for how in ("half_pixel", "output_half_pixel"):
+            options = {"coordinate_transformation_mode": how, "sampling_ratio": ratio, **size}
+            yield own("RoiAlign", 16, image, rois, np.array([1, 0, 1]), **options)
+    places = np.array([0, 3, 9, 12, 21, 17, 30, 26]).reshape(1, 2, 2, 2)
+    yield own("MaxUnpool", 9, _real(1, 2, 2, 2), places, kernel_shape=[2, 2], strides=[2, 2])
 
 
 def _selection_cases(x: np.ndarray) -> Iterator[Case]:

@@ -10,6 +10,7 @@ from fheq.ops import quantizers as quantizers
 from fheq.ops import recurrent as recurrent
 from fheq.ops import reductions as reductions
 from fheq.ops import resize as resize
+from fheq.ops import sampling as sampling
 from fheq.ops import scatter as scatter
 from fheq.ops import shapes as shapes
 from fheq.ops import spectra as spectra

@@ -135,6 +135,7 @@ def top_k(node: Node, x: Array, k: int) -> tuple[Array, Array]:
     return jnp.take_along_axis(x, chosen, axis=axis), chosen.astype(np.int64)
 
 
+register(Op("Det", 11, Kind.COMPOSITE, lambda node, x: jnp.linalg.det(x)))
 register(
     *(Op(name, 7, kind, _by_attribute(reduce)) for name, _, kind, reduce in _REDUCTIONS),
     *(Op(name, since, kind, _by_input(reduce), static=(1,)) for name, since, kind, reduce in _REDUCTIONS),

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.graph import Node
-from fheq.ops.arguments import axis_of, integers, wrapped_indices
+from fheq.ops.arguments import axis_of, bounded, integers, wrapped_indices
 from fheq.ops.table import Kind, Op, register
+from fheq.ops.windows import per_axis
 
 Array = Any
 
@@ -56,6 +57,19 @@ def _tensor_scatter(node: Node, cache: Array, update: Array, starts: np.ndarray 
     return jnp.asarray(cache).at[tuple(grid)].set(update)
 
 
+def _max_unpool(node: Node, x: Array, indices: np.ndarray, shape: np.ndarray | None = None) -> Array:
+    """ONNX MaxUnpool with known places, flat in the whole tensor that the kernel, strides and pads imply."""
+    kernel = integers(node.attrs["kernel_shape"])
+    strides, pads = per_axis(node, "strides", len(kernel), 1), per_axis(node, "pads", 2 * len(kernel), 0, least=0)
+    axes = zip(x.shape[2:], kernel, strides, pads[: len(kernel)], pads[len(kernel) :], strict=True)
+    implied = bounded((*x.shape[:2], *((size - 1) * step + k - begin - end for size, k, step, begin, end in axes)))
+    places = wrapped_indices(np.ravel(indices), int(np.prod(implied)))
+    last = len(places) - 1 - np.unique(places[::-1], return_index=True)[1]
+    y = jnp.zeros(int(np.prod(implied)), x.dtype).at[places[last]].set(jnp.ravel(x)[last]).reshape(implied)
+    wanted = implied if shape is None else bounded(integers(shape))
+    return jnp.pad(y, [(0, want - size) for size, want in zip(implied, wanted, strict=True)])
+
+
 def _compress(node: Node, x: Array, condition: np.ndarray) -> Array:
     """ONNX Compress: the elements where a known condition holds."""
     kept = np.flatnonzero(condition)
@@ -78,6 +92,7 @@ def _reverse_sequence(node: Node, x: Array, lengths: np.ndarray) -> Array:
 
 register(
     Op("Compress", 9, Kind.MOVEMENT, _compress, static=(1,)),
+    Op("MaxUnpool", 9, Kind.MOVEMENT, _max_unpool, static=(1, 2)),
     Op("ReverseSequence", 10, Kind.MOVEMENT, _reverse_sequence, static=(1,)),
     Op("Scatter", 9, Kind.MOVEMENT, _scatter, static=(1,)),
     Op("ScatterElements", 11, Kind.MOVEMENT, _scatter, static=(1,)),

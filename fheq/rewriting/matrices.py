@@ -14,6 +14,7 @@ from fheq.graph import Node
 from fheq.ops.arguments import MAX_ELEMENTS
 from fheq.ops.linear import col2im_places
 from fheq.ops.resize import axis_matrices
+from fheq.ops.sampling import grid_taps, roi_taps
 from fheq.ops.spectra import dft_axis
 from fheq.ops.table import lookup
 from fheq.rewriting.edit import Draft
@@ -109,4 +110,47 @@ def _fourier(draft: Draft, node: Node) -> bool:
     return True
 
 
-RULES = {"Col2Im": _col2im, "DFT": _fourier, "STFT": _fourier, "Resize": _resize, "Upsample": _resize}
+def _grid_sample(draft: Draft, node: Node) -> bool:
+    """GridSample: one matrix for all pixels; of nearest ones a choice of elements."""
+    x, shape, grid = node.inputs[0], draft.types[node.inputs[0]].shape, draft.constants[node.inputs[1]]
+    out, kept = draft.types[node.outputs[0]].shape, len(grid) == 1
+    spatial, whole = int(np.prod(shape[2:])), shape[0]
+    found = [grid_taps(node, shape[2:], points) for points in grid.reshape(len(grid), -1, grid.shape[-1])]
+    if kept and found[0].places.shape[1] == 1:
+        pads = draft.constant(f"{node.outputs[0]}/pads", [0] * 5 + [1], np.dtype(np.int64))
+        padded = draft.apply(node, "Pad", draft.reshape(node, x, (*shape[:2], spatial)), pads, mode="constant")
+        places = np.where(found[0].places < 0, spatial, found[0].places)[:, 0]
+        chosen = draft.apply(node, "Gather", padded, draft.constant(f"{node.outputs[0]}/places", places), axis=-1)
+        draft.reshape(node, chosen, out, out=node.outputs[0])
+        return True
+    sums = [taps.matrix(spatial) for taps in found]
+    area = sums[0].shape[1]
+    if kept:
+        matrix = sums[0]
+    else:
+        matrix = np.zeros((whole, spatial, whole, area))
+        for sample, part in enumerate(sums):
+            matrix[sample, :, sample] = part
+        matrix = matrix.reshape(whole * spatial, whole * area)
+    axes = [*([] if kept else [0]), *range(2, len(shape))]
+    _mapped(draft, node, x, axes, matrix, [out[a] for a in axes])
+    return True
+
+
+def _roi_align(draft: Draft, node: Node) -> bool:
+    """RoiAlign of known regions: one matrix for all samples and pixels."""
+    x, shape, out = node.inputs[0], draft.types[node.inputs[0]].shape, draft.types[node.outputs[0]].shape
+    taps = roi_taps(node, shape, *(draft.constants[name] for name in node.inputs[1:]))
+    _mapped(draft, node, x, [0, 2, 3], taps.weights.T, [out[0], *out[2:]])
+    return True
+
+
+RULES = {
+    "Col2Im": _col2im,
+    "DFT": _fourier,
+    "GridSample": _grid_sample,
+    "RoiAlign": _roi_align,
+    "STFT": _fourier,
+    "Resize": _resize,
+    "Upsample": _resize,
+}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import numpy as np
 
+from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
 from fheq.rewriting.edit import CODES, VERSION, Draft
 
 LARGEST_PRODUCT = 64
+LARGEST_DETERMINANT = 5
 
 
 def reduced(draft: Draft, node: Node, op: str, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
@@ -118,6 +120,34 @@ def _cumulative_product(draft: Draft, node: Node) -> bool:
     return True
 
 
+def _determinant(draft: Draft, node: Node) -> bool:
+    """Det of small matrices by Laplace's expansion: n 2^(n-1) products, each minor of the first rows being made once."""
+    x, shape = node.inputs[0], draft.types[node.inputs[0]].shape
+    rank, size = len(shape), shape[-1]
+    if not 1 <= size <= LARGEST_DETERMINANT:
+        raise UnsupportedError(
+            f"{describe(node)}: the determinant of an encrypted matrix of {size} rows takes {size} * 2^{size - 1} products; "
+            f"use one of up to {LARGEST_DETERMINANT} rows, or compute it after decryption"
+        )
+    minors: dict[tuple[int, ...], str] = {(): ""}
+    for row in range(size):
+        line = _part(draft, node, x, rank - 2, row)
+        entries = [_part(draft, node, line, rank - 1, column) for column in range(size)]
+        larger: dict[tuple[int, ...], str] = {}
+        for columns in combinations(range(size), row + 1):
+            for place, column in enumerate(columns):
+                rest = minors[tuple(c for c in columns if c != column)]
+                term = draft.apply(node, "Mul", entries[column], rest) if rest else entries[column]
+                op = "Add" if (row + place) % 2 == 0 else "Sub"
+                if columns in larger:
+                    larger[columns] = draft.apply(node, op, larger[columns], term)
+                else:
+                    larger[columns] = term if op == "Add" else draft.apply(node, "Neg", term)
+        minors = larger
+    draft.reshape(node, minors[tuple(range(size))], draft.types[node.outputs[0]].shape, out=node.outputs[0])
+    return True
+
+
 def _imputer(draft: Draft, node: Node) -> bool:
     """Imputer: the identity for missing values marked as NaN, which encrypted inputs cannot be; else a choice."""
     x, out, kind = node.inputs[0], node.outputs[0], draft.types[node.inputs[0]].dtype
@@ -192,6 +222,7 @@ def _dequantize_linear(draft: Draft, node: Node) -> bool:
 RULES = {
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"), _reduction),
     "CumProd": _cumulative_product,
+    "Det": _determinant,
     "DequantizeLinear": _dequantize_linear,
     "Imputer": _imputer,
     "QuantizeLinear": _quantize_linear,
