@@ -93,6 +93,8 @@ class Judge:
 
     def swept(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates, of one graph, with their scores by one sweep and their predicted costs."""
+        if not candidates:
+            return []
         names = "/".join(f"{c.name} at {c.p_error:g}" for c in candidates)
 
         def run() -> list[float]:

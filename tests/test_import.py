@@ -255,7 +255,7 @@ def test_problems_collects_all():
         node("Relu", ["x"], ["a"]),
         node("Unknown", ["a"], ["b"], domain="own"),
         node("Unique", ["b"], ["c"]),
-        node("Det", ["x"], ["d"]),
+        node("Multinomial", ["x"], ["d"]),
         node("If", ["x"], ["e"], then_branch=mlp().graph, else_branch=mlp().graph),
     ]
     proto = model(nodes, {"x": ["N", 3]}, ["a", "b", "c", "d", "e"], domains={"own": 1})
