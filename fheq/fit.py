@@ -24,7 +24,7 @@ from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Linear
-from fheq.whole_numbers import holding, in_steps_of_one, is_whole, unit_fraction
+from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit_fraction
 
 TINY = 1e-12  # relative width below which a range counts as a point
 
@@ -89,8 +89,8 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         wanted[key] = axis is not None and _divisible(layout, key)
     sharing = share(layout, wanted)
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
-    whole, alone = _take_whole(layout, stats, sharing, ranges, stated)
-    scales = {key: np.where(alone.get(key, False), 1.0, _scale(*ranges[key])) for key in keys}
+    whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
+    scales = {key: np.where(key in steps and whole[key], steps.get(key, 0), _scale(*ranges[key])) for key in keys}
     result: dict[str, Affine] = {}
     for key in keys:
         members = [k for k in keys if sharing.group[k] == sharing.group[key]]
@@ -101,9 +101,9 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
 def _take_whole(
     layout: Plan, stats: Stats, sharing: Sharing, ranges: dict[str, Range], stated: Mapping[str, Affine]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Float inputs that hold whole numbers, by channel, and those of them that share steps with none; `ranges` are fitted to
-    them in place."""
-    whole, alone = {}, {}
+    """Float inputs that hold whole numbers, by channel, and the steps of those that share them with none; `ranges` are fitted
+    to them in place."""
+    whole, steps = {}, {}
     for port in layout.graph.inputs:
         key = port.name
         if port.type.dtype.kind != "f" or key in stated or key not in ranges:
@@ -115,10 +115,11 @@ def _take_whole(
         whole[key] = is_whole(seen, bits).reshape(low.shape)
         interval = holding(seen, (np.atleast_1d(low), np.atleast_1d(high)), np.atleast_1d(whole[key]))
         if list(sharing.group.values()).count(sharing.group[key]) == 1:
-            alone[key] = whole[key]
             interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
+            weighted = any(isinstance(step, Linear) and step.operands[0].key == key for step in layout.steps)
+            steps[key] = filling(*interval, bits, np.atleast_1d(whole[key])).reshape(low.shape) if weighted else 1.0
         ranges[key] = interval[0].reshape(low.shape), interval[1].reshape(high.shape), bits
-    return whole, alone
+    return whole, steps
 
 
 def _divisible(layout: Plan, key: str) -> bool:

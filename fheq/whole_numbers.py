@@ -1,7 +1,9 @@
 """Inputs that hold whole numbers in floating point: categories, counts, pixels from 0 to 255.
 
 Rounded to steps of another size they are moved: category 3 becomes 2.99, and falls on the other side of a threshold or next
-to its row of a table. In steps of 1, or of 1 / n, they are exact.
+to its row of a table. In steps of 1, or of 1 / n, they are exact. Tables want steps of 1, which take the fewest bits. Where
+weights absorb the steps of channels, channels are to fill the same integers: a weight times a step of 1 beside weights times
+steps of 1/63 would leave these no bits.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ Interval = tuple[np.ndarray, np.ndarray]
 
 
 def is_whole(seen: TensorStats, bits: int) -> np.ndarray:
-    """By channel `(C,)`, whether all that was seen is whole, and no more numbers than `bits` bits can count."""
+    """By channel `(C,)`, whether all that was seen is whole, more than one number and no more than `bits` bits can count."""
     if seen.fraction is None:
         return np.zeros(np.shape(seen.minimum), bool)
-    return (np.asarray(seen.fraction) == 0) & (np.asarray(seen.maximum) - np.asarray(seen.minimum) < 2.0**bits)
+    span = np.asarray(seen.maximum) - np.asarray(seen.minimum)
+    return (np.asarray(seen.fraction) == 0) & (span > 0) & (span < 2.0**bits)
 
 
 def holding(seen: TensorStats, interval: Interval, whole: np.ndarray) -> Interval:
@@ -39,6 +42,18 @@ def in_steps_of_one(seen: TensorStats, interval: Interval, bits: int, whole: np.
     count = 2.0 ** np.ceil(np.log2(np.maximum(high - low, 1) + 1))
     low = np.where((low > 0) & (high < count), 0, low)
     return np.where(whole, low, interval[0]), np.where(whole, low + count - 1, interval[1])
+
+
+def filling(low: np.ndarray, high: np.ndarray, bits: int, whole: np.ndarray) -> np.ndarray:
+    """By channel, the least step 1 / n in which whole numbers need no more integers than the widest channel.
+
+    Args:
+        low, high: `(C,)` ranges as `in_steps_of_one` gives them.
+    """
+    span = np.where(whole, high - low, 1.0)
+    free = ~whole & (high > low)
+    widest = 2.0**bits - 1 if np.any(free) else np.max(span)
+    return 1 / np.floor(widest / span)
 
 
 def unit_fraction(scale: np.ndarray, whole: np.ndarray) -> np.ndarray:
