@@ -101,8 +101,8 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
 def _take_whole(
     layout: Plan, stats: Stats, sharing: Sharing, ranges: dict[str, Range], stated: Mapping[str, Affine]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Float inputs that hold whole numbers, by channel, and the steps of those that share them with none; `ranges` are fitted
-    to them in place."""
+    """Float inputs that hold whole numbers, by channel, and the steps of those that share none; `ranges` are fitted to them
+    in place."""
     whole, steps = {}, {}
     for port in layout.graph.inputs:
         key = port.name
