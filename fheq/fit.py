@@ -90,7 +90,8 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     sharing = share(layout, wanted)
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
-    scales = {key: np.where(key in steps and whole[key], steps.get(key, 0), _scale(*ranges[key])) for key in keys}
+    scales = {key: _scale(*ranges[key]) for key in keys}
+    scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}
     result: dict[str, Affine] = {}
     for key in keys:
         members = [k for k in keys if sharing.group[k] == sharing.group[key]]
@@ -117,7 +118,8 @@ def _take_whole(
         if list(sharing.group.values()).count(sharing.group[key]) == 1:
             interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
             weighted = any(isinstance(step, Linear) and step.operands[0].key == key for step in layout.steps)
-            steps[key] = filling(*interval, bits, np.atleast_1d(whole[key])).reshape(low.shape) if weighted else 1.0
+            filled = filling(*interval, bits, np.atleast_1d(whole[key]))
+            steps[key] = filled.reshape(low.shape) if weighted else np.ones(low.shape)
         ranges[key] = interval[0].reshape(low.shape), interval[1].reshape(high.shape), bits
     return whole, steps
 
