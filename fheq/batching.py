@@ -104,6 +104,18 @@ def _repeated(part: Array, count: int) -> Array:
     return xp.broadcast_to(part, (count, *part.shape[1:]))
 
 
+def numbered(port: Port, values: Array) -> Array:
+    """Numbers in place of strings (see `Port.labels`); one that the model does not know is the number after the last.
+
+    Numbers stay as they are.
+    """
+    if port.labels is None or np.asarray(values).dtype.kind in "biuf":
+        return values
+    known, texts = np.asarray((*port.labels, ""), str), np.asarray(values, str)
+    at = np.searchsorted(known[:-1], texts)
+    return np.where(known[at] == texts, at, len(port.labels))
+
+
 def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndarray]:
     """Arrays of real data, validated and in the inner layout.
 
@@ -113,7 +125,7 @@ def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndar
     checked = []
     for port, array in zip(ports, arrays):
         try:
-            array = np.asarray(array)
+            array = numbered(port, np.asarray(array))
         except ValueError as error:
             raise DataError(f"input {port.name!r} is not an array: {error}") from error
         want = port.type.dtype

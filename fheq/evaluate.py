@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.batching import join, over_samples, split_all
+from fheq.batching import join, numbered, over_samples, split_all
 from fheq.errors import DataError
-from fheq.graph import Graph, Port
+from fheq.graph import Graph
 from fheq.interpret import interpret
 
 Array = Any
@@ -31,11 +31,6 @@ def named(graph: Graph, results: list[Array]) -> list[Array]:
     """The outputs with strings in place of their numbers."""
     lists = [port.labels for port in graph.outputs]
     return [r if names is None else np.asarray(names, object)[np.asarray(r)] for names, r in zip(lists, results)]
-
-
-def numbered(port: Port, values: Array) -> Array:
-    """An output with numbers in place of its strings: what `named` undoes."""
-    return values if port.labels is None else np.searchsorted(port.labels, np.asarray(values, str))
 
 
 def evaluate_sample(graph: Graph, *sample: Array) -> tuple[Array, ...]:
@@ -72,7 +67,7 @@ def evaluate(graph: Graph, *inputs: Array) -> Array | tuple[Array, ...]:
         split_all(graph.inputs, inputs)
     if any(isinstance(x, jax.core.Tracer) for x in inputs):
         return unwrap(_evaluate(graph, *inputs))
-    arrays = [np.asarray(x) for x in inputs]
+    arrays = [numbered(port, np.asarray(x)) for port, x in zip(graph.inputs, inputs)]
     for port, array in zip(graph.inputs, arrays):
         if array.dtype.kind not in "biuf" and array.dtype != port.type.dtype:
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected {port.type.dtype}")

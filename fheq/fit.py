@@ -167,6 +167,8 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
     seen = stats if axis is not None else per_tensor(stats)
     if exact:  # integers stand for themselves
         low, high = seen.minimum, seen.maximum
+        if port is not None and port.labels is not None:  # categories that calibration lacks, and unknown ones
+            low, high = np.zeros_like(low), np.full_like(high, len(port.labels))
         bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
         low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
     elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:

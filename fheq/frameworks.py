@@ -49,23 +49,45 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
 
     Args:
         estimator: fitted; what skl2onnx converts.
-        example: rows that it was fitted on, shape (N, features); one will do. float64 is exported as float32.
+        example: rows that it was fitted on, shape (N, features); one will do. float64 is exported as float32. A DataFrame
+            whose columns a ColumnTransformer names, or that has columns of strings, makes an input `(N, 1)` of each.
 
     Returns:
         The graph: of a classifier with the outputs label `(N,)` and probabilities `(N, classes)` (decision scores where the
-        estimator has no probabilities).
+        estimator has no probabilities). Inputs are one array, or one per column: `frame[[name]].to_numpy()`.
 
     Raises:
         MissingExtraError: skl2onnx is not installed.
         UnsupportedError: skl2onnx does not convert the estimator.
     """
     skl2onnx = _extra("skl2onnx", "sklearn")
-    (row,) = example_arrays([example])
-    if row.ndim != 2:
-        raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
     opsets = {"": OPSET, "ai.onnx.ml": 3, "com.microsoft": 1}
-    call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset=opsets, options=_options())
+    if _in_columns(estimator, example):
+        types = [(str(name), _column_type(np.asarray(example[name]))) for name in example.columns]
+        call = lambda: skl2onnx.to_onnx(estimator, initial_types=types, target_opset=opsets, options=_options())
+    else:
+        (row,) = example_arrays([example])
+        if row.ndim != 2:
+            raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
+        call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset=opsets, options=_options())
     return _read(_exported("skl2onnx", estimator, call))
+
+
+def _in_columns(estimator: Any, example: Any) -> bool:
+    """Whether the columns of a DataFrame are to be inputs of their own."""
+    if not hasattr(example, "columns"):
+        return False
+    parts = [estimator, *(estimator.get_params() if hasattr(estimator, "get_params") else {}).values()]
+    chosen = [columns for part in parts for _, _, columns in getattr(part, "transformers", ())]
+    named = any(isinstance(c, str) or (np.size(c) and isinstance(np.ravel(c)[0], str)) for c in chosen)
+    return named or any(np.asarray(example[name]).dtype.kind not in "biuf" for name in example.columns)
+
+
+def _column_type(values: np.ndarray) -> Any:
+    """skl2onnx's type of a column."""
+    types = importlib.import_module("skl2onnx.common.data_types")
+    kinds = {"b": "BooleanTensorType", "i": "Int64TensorType", "u": "Int64TensorType", "f": "FloatTensorType"}
+    return getattr(types, kinds.get(values.dtype.kind, "StringTensorType"))([None, 1])
 
 
 def _options() -> dict[type, dict[str, str]]:

@@ -39,8 +39,8 @@ class Port:
 
     `type.shape` is the shape inside the graph. `batch_axis` is the axis along which the samples of a batch are joined: for
     an input its size there is 1; for an output it may be larger (a reshape that folds the batch into another axis). None
-    means that the graph has no such axis, and batches get a new leading one. `labels`: for an output of strings, the strings
-    that its integers stand for.
+    means that the graph has no such axis, and batches get a new leading one. `labels`: for strings, those that its integers
+    stand for, sorted.
     """
 
     name: str

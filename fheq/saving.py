@@ -27,7 +27,8 @@ def affine_as_dict(affine: Affine) -> dict[str, Any]:
 def _entry(entry: Entry) -> dict[str, Any]:
     port = entry.port
     shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
-    return {"name": entry.name, **shape, "quantizer": affine_as_dict(entry.affine)}
+    texts = {} if port.labels is None else {"labels": port.labels}
+    return {"name": entry.name, **shape, **texts, "quantizer": affine_as_dict(entry.affine)}
 
 
 def graph_as_dict(graph: Graph) -> dict[str, Any]:

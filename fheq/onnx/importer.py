@@ -75,14 +75,17 @@ def problems(model: Source, *, dims: Mapping[str, int] | None = None) -> list[Fh
 def _finished(parsed: Parsed, dims: Mapping[str, int] | None, found: list[FheqError] | None) -> Graph | None:
     """The graph after all rewrites. Errors of single nodes are added to `found`, where it is given, and then it is None."""
     with reading("the model"):
-        numbered = number_strings(parsed.nodes, parsed.constants)
-    parsed = replace(parsed, nodes=numbered.nodes, constants=numbered.constants)
+        texts = {value.name for value in parsed.inputs if value.dtype == object}
+        numbered = number_strings(parsed.nodes, parsed.constants, texts)
+    inputs = tuple(replace(v, dtype=np.dtype(np.int64)) if v.name in texts else v for v in parsed.inputs)
+    parsed = replace(parsed, nodes=numbered.nodes, inputs=inputs, constants=numbered.constants)
     graph = _typed(parsed, dims, None if found is None else found.append, [] if found is None else found)
     if graph is None:
         return None
     _refuse_infinite_weights(graph)
     labels = dict.fromkeys(numbered.holders, numbered.strings)
-    graph = graph.replace(outputs=tuple(replace(port, labels=labels.get(port.name)) for port in graph.outputs))
+    ends = (tuple(replace(port, labels=labels.get(port.name)) for port in ports) for ports in (graph.inputs, graph.outputs))
+    graph = graph.replace(**dict(zip(("inputs", "outputs"), ends)))
     return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
 
 

@@ -29,7 +29,10 @@ Functions = Mapping[tuple[str, str, str], onnx.FunctionProto]
 
 @dataclass(frozen=True)
 class Input:
-    """A model input as declared: each dim a size, a symbol, or None when unknown; `dims` is None without a rank."""
+    """A model input as declared: each dim a size, a symbol, or None when unknown; `dims` is None without a rank.
+
+    Strings have the dtype object.
+    """
 
     name: str
     dtype: np.dtype
@@ -288,7 +291,8 @@ def _input(value: onnx.ValueInfoProto) -> Input:
         )
     tensor = value.type.tensor_type
     dims = tuple(_dim(d) for d in tensor.shape.dim) if tensor.HasField("shape") else None
-    return Input(value.name, dtype_of(tensor.elem_type, what), dims)
+    dtype = np.dtype(object) if tensor.elem_type == onnx.TensorProto.STRING else dtype_of(tensor.elem_type, what)
+    return Input(value.name, dtype, dims)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
