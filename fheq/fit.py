@@ -24,6 +24,7 @@ from fheq.spec import Granularity, Spec, Symmetry, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Linear
+from fheq.thresholds import on_edges
 from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit_fraction
 
 TINY = 1e-12  # relative width below which a range counts as a point
@@ -96,6 +97,9 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     for key in keys:
         members = [k for k in keys if sharing.group[k] == sharing.group[key]]
         result[key] = stated[key] if key in stated else _affine(layout, key, members, sharing, ranges, scales, stated, whole)
+        if key in whole and len(members) == 1:
+            seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
+            result[key] = on_edges(layout, key, result[key], seen, ranges[key][2])
     return result
 
 

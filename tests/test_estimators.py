@@ -122,7 +122,7 @@ def _float64_tree(model: Any, x: np.ndarray) -> np.ndarray:
     t, at = model.tree_, np.zeros(len(x), int)
     while np.any(t.feature[at] >= 0):
         inner = t.feature[at] >= 0
-        below = x[np.arange(len(x)), np.maximum(t.feature[at], 0)] <= t.threshold[at].astype(np.float32)
+        below = x[np.arange(len(x)), np.maximum(t.feature[at], 0)] <= t.threshold[at]
         at = np.where(inner, np.where(below, t.children_left[at], t.children_right[at]), at)
     return t.value[at][:, 0]
 
@@ -135,7 +135,7 @@ def test_forests_sum_their_quantized_leaves_exactly() -> None:
     )
     found = found.quantize_module(X[:50, :3])
     (entry,) = found.program.inputs
-    q = np.stack(np.meshgrid(*[np.arange(8)] * 3), -1).reshape(-1, 3)
+    q = np.stack(np.meshgrid(*[np.arange(int(top) + 1) for top in entry.affine.qmax]), -1).reshape(-1, 3)
     got = found.dequantize_output(found.quantized_forward(q)).ravel()
     real = entry.affine.dequantize(q)
     want = np.mean([_float64_tree(t, real).ravel() for t in model.estimators_], axis=0)
