@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulators import fit_accumulators
-from fheq.affine import Affine
+from fheq.affine import Affine, as_float32
 from fheq.alignment import check_alignment
 from fheq.calibrate import observed
 from fheq.cells import fill_cells
@@ -235,7 +235,8 @@ def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:
-    """Unsigned integers for [low, high] in steps of `scale`; no more than 2^bits of them."""
+    """Unsigned integers for [low, high] in steps of `scale` (as float32 has it); no more than 2^bits of them."""
+    scale = as_float32(scale)
     zero_point = -np.round(low / scale)
     qmax = np.clip(np.round(high / scale) + zero_point, 1, 2.0**bits - 1)
     return Affine(scale, zero_point, np.zeros_like(scale), qmax, np.zeros_like(scale), axis)
@@ -271,10 +272,10 @@ def weight_quantizer(
     high = np.maximum(rows.max(axis=1), 0)
     top = np.maximum(np.maximum(-low, high), 1e-30)
     half = max(2.0 ** (bits - 1) - 1, 1.0)
-    symmetric = (top / half, np.zeros_like(top), np.full_like(top, -half), np.full_like(top, half))
+    symmetric = (as_float32(top / half), np.zeros_like(top), np.full_like(top, -half), np.full_like(top, half))
     if symmetry is Symmetry.SYMMETRIC:
         return symmetric
-    step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
+    step = as_float32(np.maximum(high - low, 1e-30) / (2.0**bits - 1))
     qmin = np.full_like(top, -(2.0 ** (bits - 1)))
     asymmetric = (step, qmin - np.round(low / step), qmin, qmin + 2.0**bits - 1)
     if symmetry is Symmetry.ASYMMETRIC:
