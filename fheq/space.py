@@ -22,8 +22,8 @@ class Space:
         approximate: modes of rounding. Exact rounding takes a table for every bit that it removes, and has never been on a
             front; `(True, False)` tries both.
         weight_bits: of weights.
-        spare_bits: bits of activations, relative to `rounding_bits`. What a table gives may be finer than what it reads: that
-            costs nothing, for noise grows with the weights alone.
+        spare_bits: bits of activations, relative to `rounding_bits`. What a table gives may be finer than what it reads:
+            that costs nothing, for noise grows with the weights alone.
         input_bits: of the model's inputs.
         output_bits: of accumulators that are decrypted; at least as many as tables read, which costs nothing.
         p_errors: probabilities of a table's failure: many, for operations fall in steps of up to a third. Large ones are no
