@@ -7,7 +7,7 @@ calibration, with a margin. An offset brings the chosen range to [0, 2^width), c
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from fheq.plan import Plan
 from fheq.qparams import QParams, unsigned
 from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
+from fheq.stated_accumulators import fits
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
@@ -226,6 +227,9 @@ def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
 def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step) -> Affine:
     axis = channel_axis(layout, step.out)
     weights = quantize_weight(layout, qparams, step) if isinstance(step, Linear) else None
+    stated = _stated(layout, qparams, step, weights)
+    if stated is not None:
+        return stated
     worst = channel_bounds(worst_case(layout, qparams, step, weights), axis)
     rounding = rounding_of(layout, spec, step)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
@@ -236,12 +240,24 @@ def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Ste
         return accumulator_affine(layout, qparams, step, bounds, 0, "exact", weights)
     limit = table_bits(len(worst.low))
     # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
-    stated = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
-    fits = aligned(bounds, 0)[1] <= limit
-    if aligned(worst, 0)[1] <= limit or (stated and fits):
+    kept = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
+    if aligned(worst, 0)[1] <= limit or (kept and aligned(bounds, 0)[1] <= limit):
         return accumulator_affine(layout, qparams, step, bounds, 0, "exact", weights)
     widest = worst if aligned(worst, 0)[1] <= limit + WORST_CASE_BITS else bounds
     return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact", weights)
+
+
+def _stated(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> Affine | None:
+    """The accumulator that the model states for a step; None where it states none, or one in other steps than the step's."""
+    found = layout.accumulators.get(step.out)
+    if found is None or not fits(found, accumulator_decoder(layout, qparams, step, weights)[0], step.shape):
+        return None
+    axis = channel_axis(layout, step.out)
+    rows: dict[str, Any] = {
+        name: np.ravel(first_of_channel(np.broadcast_to(getattr(found, name), step.shape), axis))
+        for name in ("scale", "zero_point", "qmin", "qmax")
+    }
+    return replace(found, **{name: row[0] if axis is None else row for name, row in rows.items()}, axis=axis)
 
 
 def table_bits(channels: int) -> int:
@@ -290,6 +306,19 @@ def same_range(layout: Plan, qparams: QParams) -> QParams:
             middle = (a.qmin + a.qmax) / 2
             accumulators[step.out] = replace(a, scale=unit, zero_point=middle - a.scale * (middle - a.zero_point) / unit)
     return replace(qparams, accumulators=accumulators)
+
+
+def whole_shift(affine: Affine, scale: np.ndarray, offset: np.ndarray, axis: int | None) -> np.ndarray:
+    """What is added to a step's integers to have an accumulator that starts at 0: whole cells, lest rounding changes.
+
+    Args:
+        scale, offset: the step's decoder (`accumulator_decoder`), in its shape.
+    """
+    a = affine.expanded(np.ndim(scale))
+    unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
+    floor = a.scale * (a.qmin - a.zero_point)  # real value at the lower end
+    cell = 2.0 ** np.max(a.lsbs)
+    return np.asarray(-np.round((floor - constant) / np.where(unit == 0, 1, unit) / cell) * cell)
 
 
 def first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:

@@ -92,6 +92,11 @@ ACCUMULATOR_ROUNDINGS = ("exact", "approximate")
 LEAVES = ("scale", "zero_point", "qmin", "qmax", "lsbs")
 
 
+def as_float32(scale: Array) -> Array:
+    """The nearest scales that float32 has, as ONNX states them, in float64: a model that is exported says them exactly."""
+    return np.asarray(scale, np.float32).astype(np.float64)
+
+
 def _namespace(x: Array) -> Any:
     return jnp if isinstance(x, jax.Array) else np
 

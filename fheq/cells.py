@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulators import Bounds, channel_bounds, chosen_bounds, removable, rounding_of, worst_case
-from fheq.affine import Affine
+from fheq.affine import Affine, as_float32
 from fheq.granularity import channel_axis
 from fheq.integers import input_channels, operand_axis, operand_decoder, quantize_weight
 from fheq.plan import Plan
@@ -54,7 +54,7 @@ def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: L
         ),
         key=lambda found: found[0],
     )
-    return replace(affine, scale=affine.scale * best[1])
+    return replace(affine, scale=as_float32(affine.scale * best[1]))
 
 
 def candidate(

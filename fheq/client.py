@@ -19,6 +19,7 @@ import numpy as np
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.ops.table import Kind, lookup
 from fheq.rewriting.fold import prune
+from fheq.stated_accumulators import states_accumulator
 
 ENDS = ("ArgMax", "ArgMin", "Hardmax", "LogSoftmax", "Normalizer", "Softmax", "TopK")
 PRODUCTS = ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -112,7 +113,7 @@ def _before(graph: Graph, mine: set[str], kept: set[str], summed: set[str], limi
         used = [reader for name in node.outputs for reader in readers.get(name, [])]
         small = sum(int(np.prod(graph.types[name].shape)) for name in computed) <= limit
         inside = all(reader.outputs[0] in mine or reader.outputs[0] in found for reader in used)
-        late = all(name in summed for name in computed)
+        late = all(name in summed for name in computed) and not states_accumulator(node)
         if inside and small and late and node.outputs[0] not in kept and (used or node.outputs[0] in outputs):
             found.add(node.outputs[0])
     return found

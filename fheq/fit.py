@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulators import fit_accumulators
-from fheq.affine import Affine
+from fheq.affine import Affine, as_float32
 from fheq.alignment import check_alignment
 from fheq.calibrate import observed
 from fheq.cells import fill_cells
-from fheq.errors import QuantizationError
+from fheq.errors import QuantizationError, describe
 from fheq.granularity import Sharing, share
 from fheq.graph import Graph
 from fheq.integers import absorbed_weight
@@ -20,7 +20,7 @@ from fheq.observers import observed_range
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.regions import copied_from, is_boolean, is_integer
-from fheq.spec import Granularity, Spec, Symmetry, as_spec
+from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec, Symmetry, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Linear
@@ -30,19 +30,21 @@ from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit
 TINY = 1e-12  # relative width below which a range counts as a point
 
 
-def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec) -> QParams:
+def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec | None = None) -> QParams:
     """Quantizers for a graph.
 
     Args:
         graph: what `import_onnx` gives.
         stats: what `calibrate` gives for it.
-        spec: bits as `get_n_bits_dict` takes them, or a `Spec`. Quantizers that the model states itself are kept.
+        spec: bits as `get_n_bits_dict` takes them, or a `Spec`. Quantizers that the model states itself are kept; without
+            bits it must state all that are needed.
 
     Returns:
         A pytree of Affines. Its structure depends on the graph and on the spec's granularities, never on bits.
 
     Raises:
-        QuantizationError: an override names no tensor of the graph, or the statistics are of another graph.
+        QuantizationError: an override names no tensor of the graph, the statistics are of another graph, or there are no
+            bits for a tensor or weight that the model does not quantize (a `BitsError`, which names it).
     """
     spec = as_spec(spec)
     layout = plan(graph)
@@ -89,6 +91,10 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         axis = stated[key].axis if key in stated else (-1 if granularity is Granularity.PER_CHANNEL else None)
         wanted[key] = axis is not None and _divisible(layout, key)
     sharing = share(layout, wanted)
+    compared = {sharing.group[key] for key in stated} & sharing.identical  # these take over the stated quantizer
+    if spec.n_bits is None:
+        _check_stated(layout, stats, spec, [key for key in keys if key not in stated and sharing.group[key] not in compared])
+        spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
     scales = {key: _scale(*ranges[key]) for key in keys}
@@ -152,6 +158,16 @@ def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
         return bits["model_inputs"]
     read = any(o.key == key for step in layout.steps for o in step.operands)
     return bits["op_inputs"] if read else bits["model_outputs"]
+
+
+def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> None:
+    """Checks that tensors without a stated quantizer need no bits either: decisions, and inputs that hold integers."""
+    integers = {port.name for port in layout.graph.inputs if port.type.dtype.kind in "iub"}
+    for key in keys:
+        if key in stats and key not in integers and spec.override(*_names(layout, key)).n_bits is None:
+            producer = layout.graph.producers().get(key)
+            made = f", made by {describe(producer)}," if producer else ""
+            raise BitsError(f"tensor {key!r}{made} has no quantizer in the model: give n_bits, or quantize it there")
 
 
 Range = tuple[np.ndarray, np.ndarray, int]
@@ -241,7 +257,8 @@ def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:
-    """Unsigned integers for [low, high] in steps of `scale`; no more than 2^bits of them."""
+    """Unsigned integers for [low, high] in steps of `scale` (as float32 has it); no more than 2^bits of them."""
+    scale = as_float32(scale)
     zero_point = -np.round(low / scale)
     qmax = np.clip(np.round(high / scale) + zero_point, 1, 2.0**bits - 1)
     return Affine(scale, zero_point, np.zeros_like(scale), qmax, np.zeros_like(scale), axis)
@@ -257,6 +274,9 @@ def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affi
     stated = stated_weight(layout, qparams, step)
     if stated is not None:
         return stated
+    if override.n_bits is None and spec.n_bits is None:
+        where = f"weight {step.weight_name!r} of {describe(step.node)}"
+        raise BitsError(f"{where} has no quantizer in the model: give n_bits, or quantize it there")
     bits = override.n_bits or spec.bits()["op_weights"]
     weight = absorbed_weight(layout, qparams, step)
     axis: int | None = step.weight_axis
@@ -277,10 +297,10 @@ def weight_quantizer(
     high = np.maximum(rows.max(axis=1), 0)
     top = np.maximum(np.maximum(-low, high), 1e-30)
     half = max(2.0 ** (bits - 1) - 1, 1.0)
-    symmetric = (top / half, np.zeros_like(top), np.full_like(top, -half), np.full_like(top, half))
+    symmetric = (as_float32(top / half), np.zeros_like(top), np.full_like(top, -half), np.full_like(top, half))
     if symmetry is Symmetry.SYMMETRIC:
         return symmetric
-    step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
+    step = as_float32(np.maximum(high - low, 1e-30) / (2.0**bits - 1))
     qmin = np.full_like(top, -(2.0 ** (bits - 1)))
     asymmetric = (step, qmin - np.round(low / step), qmin, qmin + 2.0**bits - 1)
     if symmetry is Symmetry.ASYMMETRIC:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fheq.accumulators import channel_bounds, first_of_channel, makes_accumulator, worst_case
+from fheq.accumulators import channel_bounds, makes_accumulator, whole_shift, worst_case
 from fheq.affine import Affine, validate
 from fheq.alignment import check_alignment
 from fheq.emit import Emitter
@@ -157,14 +157,11 @@ class _Lowering:
 
     def finish(self, step: Step, value: str) -> None:
         """Adds the offset that brings an accumulator's range to start at 0."""
-        affine = self.qparams.accumulators[step.out].expanded(len(step.shape))
+        affine = self.qparams.accumulators[step.out]
         scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(self.layout, self.qparams, step))
         worst = worst_case(self.layout, self.qparams, step)
         axis = channel_axis(self.layout, step.out)
-        unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
-        floor = affine.scale * (affine.qmin - affine.zero_point)  # real value at the lower end
-        cell = 2.0 ** np.max(affine.lsbs)  # whole cells: the offset must not change what rounding does
-        shift = -np.round((floor - constant) / np.where(unit == 0, 1, unit) / cell) * cell
+        shift = whole_shift(affine, scale, offset, axis)
         bits = max(1, int(np.max(affine.qmax - affine.qmin)).bit_length())
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))

@@ -26,6 +26,7 @@ from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement
+from fheq.stated_accumulators import take_accumulators
 from fheq.steps import Join, Operand, Step
 
 
@@ -62,6 +63,7 @@ class Plan:
         outputs: graph output to the operand that it is, or None where it is an affine function of its source and needs no
             table.
         adopted: graph inputs that take over a quantizer stated by the model.
+        accumulators: what the model states of the tensors that steps make (`fheq.stated_accumulators`).
         elements: evaluates regions.
         client: what the client makes of the outputs after decryption, or None where they are the model's (`fheq.client`).
     """
@@ -72,6 +74,7 @@ class Plan:
     points: Mapping[str, str]
     outputs: Mapping[str, Operand | None]
     adopted: Mapping[str, Affine]
+    accumulators: Mapping[str, Affine]
     elements: Elements
     client: Graph | None
 
@@ -93,9 +96,10 @@ def plan(graph: Graph) -> Plan:
         UnsupportedError: a node that cannot run on encrypted data, named.
     """
     server, client = split(graph)
+    server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         simple = decompose(quantize_before_movement(server))
-        return Planner(compose(activate_before_maximum(simple))).finish(client)
+        return Planner(compose(activate_before_maximum(simple))).finish(client, stated)
 
 
 class Planner:
@@ -114,14 +118,14 @@ class Planner:
         for node in graph.nodes:
             self.visit(node)
 
-    def finish(self, client: Graph | None) -> Plan:
+    def finish(self, client: Graph | None, stated: Mapping[str, Affine]) -> Plan:
         outputs: dict[str, Operand | None] = {}
         for port in self.graph.outputs:
             if port.name in self.regions:
                 affine = self.regions[port.name].affine
                 outputs[port.name] = None if affine else self.operand(port.name)
-        elements = self.evaluator()
-        return Plan(self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted, elements, client)
+        parts = self.graph, tuple(self.steps), self.regions, self.points, outputs, self.adopted
+        return Plan(*parts, stated, self.evaluator(), client)
 
     def evaluator(self) -> Elements:
         sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])

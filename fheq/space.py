@@ -22,9 +22,10 @@ class Space:
         approximate: modes of rounding. Exact rounding takes a table for every bit that it removes, and has never been on a
             front; `(True, False)` tries both.
         weight_bits: of weights.
-        spare_bits: bits of activations, relative to `rounding_bits`.
+        spare_bits: bits of activations, relative to `rounding_bits`. What a table gives may be finer than what it reads:
+            that costs nothing, for noise grows with the weights alone.
         input_bits: of the model's inputs.
-        output_bits: of accumulators that are decrypted.
+        output_bits: of accumulators that are decrypted; at least as many as tables read, which costs nothing.
         p_errors: probabilities of a table's failure: many, for operations fall in steps of up to a third. Large ones are no
             worse than small ones with fewer bits: what a table costs and how much noise it reads depend on bits and
             probability together, and more bits round less.
@@ -38,14 +39,14 @@ class Space:
     tolerances: Sequence[float] = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
     rounding_bits: Sequence[int] = (4, 5, 6, 7)
     approximate: Sequence[bool] = (True,)
-    weight_bits: Sequence[int] = (5, 6, 7)
-    spare_bits: Sequence[int] = (-2, -1, 0)
+    weight_bits: Sequence[int] = (5, 6, 7, 8)
+    spare_bits: Sequence[int] = (-1, 0, 1)
     input_bits: int = 6
     output_bits: int = 6
     p_errors: Sequence[float] = (0.05, 0.2, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
     spec: Spec = field(default_factory=Spec)
-    finalists: int = 12
-    reconstructions: int = 6
+    finalists: int = 16
+    reconstructions: int = 8
     trainings: Sequence[Training] = (Training(), Training(adaptive=True))
     held_out: float = 0.25
 
@@ -63,7 +64,7 @@ class Space:
                 "model_inputs": self.input_bits,
                 "model_outputs": max(8, inner),
             }
-            rounding, output_rounding = Rounding(bits, approximate), Rounding(self.output_bits, True)
+            rounding, output_rounding = Rounding(bits, approximate), Rounding(max(bits, self.output_bits), True)
             found.append(replace(self.spec, n_bits=widths, rounding=rounding, output_rounding=output_rounding))
         return found
 

@@ -115,7 +115,9 @@ class Spec:
     """A quantization.
 
     Args:
-        n_bits: see `get_n_bits_dict`.
+        n_bits: see `get_n_bits_dict`. What the model quantizes itself takes no bits from here: op_inputs is for what it
+            leaves open, and for tensors inside of an operator that is computed in parts (the exponentials and the sum of a
+            Softmax, the gates of an LSTM). None leaves nothing to bits: `fit` then names what the model does not state.
         activations: granularity of activations. Per channel is used where the next linear op can absorb the scales.
         weights: granularity of weights.
         symmetry: ranges of weights.
@@ -130,7 +132,7 @@ class Spec:
         overrides: by tensor name, weight name or node name.
     """
 
-    n_bits: int | Mapping[str, int] = DEFAULT_MODEL_BITS
+    n_bits: int | Mapping[str, int] | None = DEFAULT_MODEL_BITS
     activations: Granularity = Granularity.PER_CHANNEL
     weights: Granularity = Granularity.PER_CHANNEL
     symmetry: Symmetry = Symmetry.AUTOMATIC
@@ -143,14 +145,21 @@ class Spec:
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        get_n_bits_dict(self.n_bits)
+        if self.n_bits is not None:
+            get_n_bits_dict(self.n_bits)
         if self.output_rounding is not None and not self.output_rounding.approximate:
             raise QuantizationError("output_rounding must be approximate: exact rounding takes tables and saves none here")
         if not 0 <= self.margin <= 10:
             raise QuantizationError(f"margin must be between 0 and 10 (a fraction of the range), got {self.margin}")
 
     def bits(self) -> dict[str, int]:
-        """The four bit-widths."""
+        """The four bit-widths.
+
+        Raises:
+            BitsError: there are none.
+        """
+        if self.n_bits is None:
+            raise BitsError("n_bits is None, which is for models that state all their quantizers; give n_bits")
         return get_n_bits_dict(self.n_bits)
 
     def override(self, *names: str) -> Override:
@@ -158,6 +167,6 @@ class Spec:
         return next((self.overrides[name] for name in names if name and name in self.overrides), Override())
 
 
-def as_spec(spec: int | Mapping[str, int] | Spec) -> Spec:
-    """An int or an n_bits mapping to a `Spec`; a `Spec` as it is."""
+def as_spec(spec: int | Mapping[str, int] | Spec | None) -> Spec:
+    """An int or an n_bits mapping (or None) to a `Spec`; a `Spec` as it is."""
     return spec if isinstance(spec, Spec) else Spec(n_bits=spec)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fheq.affine import LEAVES, Affine
+from fheq.affine import LEAVES, Affine, as_float32
 from fheq.forms import used_weight
 from fheq.integers import along_inputs, input_channels, operand_axis, operand_decoder
 from fheq.plan import Plan
@@ -84,7 +84,7 @@ def _common_grid(step: Linear, rows: np.ndarray, sizes: np.ndarray) -> Affine | 
         base = smallest / parts
         moved = np.abs(np.round(rows / base) * base - rows)
         scale = np.where(np.all((moved <= MOVED * sizes) | ~known, axis=1, keepdims=True), base, scale)
-    scale = np.maximum(scale, np.nanmax(sizes, axis=1, keepdims=True) / LARGEST)
+    scale = as_float32(np.maximum(scale, np.nanmax(sizes, axis=1, keepdims=True) / LARGEST))
     reach = np.maximum(np.max(np.where(known, np.abs(np.round(rows / scale)), 0), axis=1), 1)
     none = np.zeros_like(reach)
     return Affine(scale[:, 0], none, -reach, reach, none, step.weight_axis, signed=True)

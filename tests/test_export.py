@@ -12,7 +12,9 @@ from build_models import cnn, mlp, model, node, tensor
 
 import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
-from fheq.errors import QuantizationError
+from fheq.affine import LEAVES
+from fheq.errors import ModelError
+from fheq.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)
@@ -51,40 +53,62 @@ def differences(a: fheq.IntProgram, b: fheq.IntProgram) -> list[str]:
     names = ("out", "args", "origin", "accumulator")
     if [type(i) for i in a.instructions] != [type(i) for i in b.instructions]:
         return ["instructions"]
+    whole = lambda entry: entry.affine.expanded(len(entry.port.type.shape))
+    leaves = lambda e: [np.broadcast_to(getattr(whole(e), leaf), e.port.type.shape) for leaf in LEAVES]
+    ports = zip((*a.inputs, *a.outputs), (*b.inputs, *b.outputs), strict=True)
     return [
         f"{type(i).__name__}.{f.name}"
         for i, j in zip(a.instructions, b.instructions)
         for f in dataclasses.fields(i)
         if f.name not in names and not np.array_equal(getattr(i, f.name), getattr(j, f.name))
-    ]
+    ] + [i.port.name for i, j in ports if not all(map(np.array_equal, leaves(i), leaves(j)))]
 
 
-def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    """onnxruntime as the nodes say, without its own integer kernels (those of x86 saturate), sample by sample."""
+def run(proto: onnx.ModelProto, x: np.ndarray, *, optimised: bool = False) -> np.ndarray:
+    """onnxruntime sample by sample, as the nodes say or with all that it makes of them by default."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: v[None]})[0] for v in x])
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("activations", list(Granularity))
-@pytest.mark.parametrize("name", MODELS)
-def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, activations, bits):
+SPECS = {
+    "3 bits, worst case": Spec(3, accumulators=AccumulatorRange.WORST_CASE),
+    "4 bits, per tensor": Spec(4, activations=Granularity.PER_TENSOR),
+    "7 bits": Spec(7, activations=Granularity.PER_TENSOR),
+    "8 bits": Spec(8),
+    "8 bits, rounded": Spec(8, rounding=Rounding(5)),
+    "6 bits, rounded approximately": Spec(6, rounding=Rounding(4, approximate=True)),
+}
+
+
+CASES = [
+    *(("mlp", how) for how in SPECS),
+    ("cnn", "4 bits, per tensor"),
+    ("cnn", "8 bits, rounded"),
+    ("residual", "3 bits, worst case"),
+    ("residual", "8 bits"),
+    ("joined", "6 bits, rounded approximately"),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, how):
     proto, shape = MODELS[name]
     graph = fheq.import_onnx(proto)
     x = RNG.normal(size=(60, *shape)).astype(np.float32)
-    spec = Spec(bits, activations=activations, accumulators=AccumulatorRange.WORST_CASE)
-    qparams = fheq.fit(graph, fheq.calibrate(graph, x), spec)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPECS[how])
     exported = fheq.export_qdq(graph, qparams)
     onnx.checker.check_model(exported, full_check=True)
     want = np.asarray(fheq.fake_quant(graph, qparams, x))
-    wrong = np.abs(run(exported, x) - want) > 1e-5 * np.abs(want).max()
-    assert wrong.mean() <= 0.01  # a value on a rounding tie, which float32 decides
     again = fheq.import_onnx(exported)
-    other = dataclasses.replace(spec, n_bits=7, activations=Granularity.PER_TENSOR)  # nothing is left for it to decide
-    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x), other))
+    for got in (run(exported, x), run(exported, x, optimised=True), np.asarray(fheq.evaluate(again, x))):
+        wrong = np.abs(got - want) > 1e-5 * np.abs(want).max()
+        assert wrong.mean() <= 0.01  # a value on a rounding tie, which float32 decides
+    other = Spec(5, activations=Granularity.PER_TENSOR)  # nothing is left for it to decide
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:8]), other))
     assert differences(fheq.lower(graph, qparams), program) == []
 
 
@@ -104,12 +128,29 @@ def test_inputs_that_are_not_rounded_to_the_nearest_stay_so(mode):
     np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, x), atol=1e-5)
 
 
-def test_a_rounded_accumulator_is_refused_by_name():
+@pytest.mark.parametrize(
+    ("part", "value"), [("cell", np.float64(3)), ("scale", np.float64(-1)), ("qmax", np.float64(-1))], ids=str
+)
+def test_a_damaged_accumulator_is_refused_by_name(part, value):
     graph = fheq.import_onnx(mlp())
-    x = tensor(60, 4)
-    qparams = fheq.fit(graph, fheq.calibrate(graph, x), Spec(6, rounding=Rounding(4)))
-    with pytest.raises(QuantizationError, match=r"accumulator 'h'.*fit without rounding"):
-        fheq.export_qdq(graph, qparams)
+    exported = fheq.export_qdq(graph, fheq.fit(graph, fheq.calibrate(graph, tensor(60, 4)), 8))
+    damaged = next(t for t in exported.graph.initializer if t.name == f"h/{part}")
+    damaged.CopyFrom(onnx.numpy_helper.from_array(value, damaged.name))
+    with pytest.raises(ModelError, match=r"'h'.*export the model again"):
+        plan(fheq.import_onnx(exported))
+
+
+def test_an_accumulator_stated_in_other_steps_than_its_sums_is_fitted_anew():
+    """The weights of the file were exchanged; what was said of the range of their sums holds no longer."""
+    graph, x = fheq.import_onnx(mlp()), tensor(60, 4)
+    exported = fheq.export_qdq(graph, fheq.fit(graph, fheq.calibrate(graph, x), 4))
+    scale = next(t for t in exported.graph.initializer if t.name == "w1/real/scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(scale), scale.name))
+    again = fheq.import_onnx(exported)
+    stats = fheq.calibrate(again, x)
+    plain = fheq.fit(graph, fheq.calibrate(graph, x), 4).accumulators["h"]
+    found = fheq.fit(again, stats, 4).accumulators["h/sum"]
+    np.testing.assert_allclose(found.scale, 2 * plain.scale)
 
 
 def test_samples_along_another_axis_of_the_output_stay_there():

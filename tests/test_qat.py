@@ -11,6 +11,7 @@ from fheq.affine import fake_quant, quantize, validate
 from fheq.errors import ModelError, UnsupportedError
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.qat import normalise_quantizers
+from fheq.spec import BitsError
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 BREVITAS = "onnx.brevitas"
@@ -213,3 +214,30 @@ def test_a_graph_made_by_hand():
     assert [n.op for n in graph.nodes] == ["FakeQuant", "Mul"]
     assert set(graph.pinned) == {"q", "h"}
     np.testing.assert_array_equal(graph.constants["q"], np.float32([[0.25, -0.5]]))
+
+
+@pytest.mark.parametrize("bits", [None, {"n_bits": 4}])
+@pytest.mark.parametrize(
+    ("nodes", "named"),
+    [
+        ([node("MatMul", ["x", "w"], ["y"])], "tensor 'x' has no quantizer"),
+        ([quant("x", "q"), node("MatMul", ["q", "w"], ["y"])], "weight 'w' of node 'make_y'"),
+        ([quant("x", "q"), node("Sigmoid", ["q"], ["y"])], "tensor 'y', made by node 'make_y'"),
+    ],
+)
+def test_what_the_model_leaves_open_needs_bits_and_is_named(nodes, named, bits):
+    read = {name for n in nodes for name in n.input}
+    graph, x = load(nodes, {k: v for k, v in known(w=tensor(3, 2)).items() if k in read}), tensor(60, 3)
+    stats = fheq.calibrate(graph, x)
+    if bits is None:
+        with pytest.raises(BitsError, match=f"{named}.*give n_bits"):
+            fheq.fit(graph, stats)
+    else:
+        fheq.fit(graph, stats, fheq.Spec(**bits))
+
+
+def test_bits_of_an_override_are_bits_for_what_the_model_leaves_open():
+    graph, x = load([quant("x", "q"), node("MatMul", ["q", "w"], ["y"])], known(w=tensor(3, 2))), tensor(60, 3)
+    spec = fheq.Spec(None, overrides={"w": fheq.Override(n_bits=3)})
+    weight = fheq.fit(graph, fheq.calibrate(graph, x), spec).weights["w"]
+    assert np.max(weight.qmax - weight.qmin) < 2**3

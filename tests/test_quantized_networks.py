@@ -38,10 +38,10 @@ NAMES = sorted({name.rsplit("/", 1)[0] for name in DATA.files})
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_of_brevitas_keeps_its_integers(name: str) -> None:
-    """To the error of float32 sums: a step is some thousand times as large. The 3 bits that are asked for decide nothing."""
+    """To the error of float32 sums: a step is some thousand times as large. No bits are asked for."""
     x, want = DATA[f"{name}/x"], DATA[f"{name}/y"]
     graph = fheq.import_onnx(onnx.load_from_string(DATA[f"{name}/model"].tobytes()))
-    qparams = fheq.fit(graph, fheq.calibrate(graph, x), Spec(3, accumulators=AccumulatorRange.WORST_CASE))
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), Spec(None, accumulators=AccumulatorRange.WORST_CASE))
     program = fheq.lower(graph, qparams)
     (answers,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
     np.testing.assert_allclose(answers, want, atol=2e-6 * np.abs(want).max())
@@ -50,7 +50,7 @@ def test_a_network_of_brevitas_keeps_its_integers(name: str) -> None:
 def test_the_importer_of_quantized_models_takes_them() -> None:
     x, want = (DATA[f"residual, QONNX/{part}"] for part in "xy")
     graph = fheq.import_onnx(onnx.load_from_string(DATA["residual, QONNX/model"].tobytes()))
-    module = PostTrainingQATImporter(3, graph).quantize_module(x)
+    module = PostTrainingQATImporter(None, graph).quantize_module(x)
     np.testing.assert_allclose(module.forward(x), want, atol=2e-6 * np.abs(want).max())
 
 
@@ -177,7 +177,7 @@ def assert_accounted(
     to, or one step away near a tie; outputs are what their integers say. The number of integers in which the two differ."""
     referee = Referee(proto)
     graph = fheq.import_onnx(referee.tapped())
-    qparams = fheq.fit(graph, fheq.calibrate(graph, data), Spec(3, accumulators=AccumulatorRange.WORST_CASE))
+    qparams = fheq.fit(graph, fheq.calibrate(graph, data), Spec(None, accumulators=AccumulatorRange.WORST_CASE))
     program = fheq.lower(graph, qparams)
     answer, *inside = program.dequantize(*as_tuple(fheq.simulate(program, *program.quantize(x))))
     ours = {}
@@ -209,7 +209,7 @@ def assert_accounted(
     ],
 )
 def test_every_difference_from_onnxruntime_is_a_step_near_a_tie(name: str, form: str, tmp_path: Path) -> None:
-    """The 3 bits that are asked for decide nothing."""
+    """No bits are asked for."""
     rng = np.random.default_rng(0)
     data, x = (rng.normal(size=(n, *NETWORKS[name][1])).astype(np.float32) for n in (40, 60))
     assert_accounted(quantized(name, form, data, tmp_path), data, x)

@@ -9,15 +9,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
+from fheq.accumulators import makes_accumulator
 from fheq.affine import Affine
 from fheq.errors import QuantizationError, UnsupportedError, describe
 from fheq.forms import used_weight
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.integers import along_inputs, along_outputs, input_channels, operand_axis, operand_decoder, quantize_weight
 from fheq.lower import check_complete
+from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
 from fheq.onnx.attributes import schema_of
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
+from fheq.stated_accumulators import DOMAIN
 from fheq.steps import Linear, Step
 
 OPSET = 21
@@ -29,26 +32,21 @@ def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
     """The quantized model as ONNX, of opset 21, for one sample: it computes what `fake_quant` does.
 
     Activations get QuantizeLinear and DequantizeLinear, with the integers clipped between them where fewer are used than the
-    container (8 or 16 bits) has; weights are integers and DequantizeLinear. Scales are written as float32. `import_onnx`
-    reads the same quantizers back; ranges of accumulators are no part of QDQ, so `fit` finds those again.
+    container (8 or 16 bits) has; weights are integers and DequantizeLinear. Scales are written as float32, as `fit` makes
+    them. QDQ has no word for accumulators: after each sum stands a function of the model, `fheq.Accumulator`, that rounds it
+    as the circuit does, in plain ONNX, and states its range. `import_onnx` reads all of them back, so that `fit` and `lower`
+    give the same program again, whatever their spec is.
 
     Args:
         graph: what `import_onnx` gives.
         qparams: what `fit` gives, every leaf concrete.
 
     Raises:
-        QuantizationError: an accumulator is rounded, which QDQ cannot state (QuantizeLinear rounds halves to even, a circuit
-            up), or a quantizer has more than 16 bits.
+        QuantizationError: a quantizer has more than 16 bits, or a zero point that is not whole.
         UnsupportedError: a node without an ONNX form.
     """
     layout = plan(graph)
     check_complete(layout, qparams)
-    for name, affine in qparams.accumulators.items():
-        if np.any(np.asarray(affine.lsbs) > 0):
-            raise QuantizationError(
-                f"the accumulator {name!r} is rounded (it loses {int(np.max(affine.lsbs))} low bits), which QDQ cannot "
-                "state; fit without rounding, and with so few bits that no accumulator is wider than a table"
-            )
     return _Export(layout, qparams).model(graph)
 
 
@@ -91,7 +89,11 @@ class _Export:
         tensors = [numpy_helper.from_array(v, k) for k, v in self.constants.items() if k in used]
         ports = [info(p) for p in graph.inputs], [info(p) for p in graph.outputs]
         proto = helper.make_graph(nodes, "quantized", *ports, tensors)
-        return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+        imports = [helper.make_opsetid("", OPSET)]
+        if all(node.domain != DOMAIN for node in nodes):
+            return helper.make_model(proto, opset_imports=imports, ir_version=10)
+        imports.append(helper.make_opsetid(DOMAIN, 1))
+        return helper.make_model(proto, opset_imports=imports, ir_version=10, functions=[accumulator_function()])
 
     def client(self, graph: Graph) -> None:
         """What the client computes, in floating point."""
@@ -149,20 +151,40 @@ class _Export:
             at = [i for i, name in enumerate(node.inputs) if name == operand.tensor]
             for i in at:
                 inputs[i] = self.read(operand.tensor, operand.key)
+        known = None
         if isinstance(step, Linear):
             position = list(node.inputs).index(step.weight_name)
             inputs[position] = self.weight(step, position)
+            if node.op in ("Conv", "ConvTranspose", "Gemm") and len(inputs) > 2 and inputs[2]:
+                node, inputs[2] = self.with_bias(node, inputs[2])
             known = self.known_channels(step)
-            if known is not None:
-                total = outputs[0]
-                outputs = [f"{total}/varying"]
-                self.copy(node, inputs, outputs)
-                self.emit("Add", [outputs[0], self.constant(f"{total}/known", known.astype(np.float32))], total)
-                return
+        varying = outputs[0] if known is None else f"{outputs[0]}/varying"
+        made = step is not None and makes_accumulator(step)
+        results = [f"{varying}/sum" if made else varying, *outputs[1:]]
         if node.domain == "fheq":
-            self.own(node, inputs, outputs[0])
+            self.own(node, inputs, results[0])
         else:
-            self.copy(node, inputs, outputs)
+            self.copy(node, inputs, results)
+        if step is not None and made:
+            call, leaves = accumulator_call(self.layout, self.qparams, step, known, results[0], varying)
+            self.nodes.append(call)
+            self.constants.update(leaves)
+        if known is not None:
+            self.emit("Add", [varying, self.constant(f"{outputs[0]}/known", known.astype(np.float32))], outputs[0])
+
+    def with_bias(self, node: Node, name: str) -> tuple[Node, str]:
+        """A linear node and its known bias, in a form that onnxruntime does not round to steps of the accumulator: twice the
+        bias of a Gemm, which halves it; another one as integers in steps of powers of two, which are exactly itself."""
+        value = self.constants[name]
+        if node.op == "Gemm":
+            node = replace(node, attrs={**node.attrs, "beta": node.attrs["beta"] / 2})
+            return node, self.constant(f"{name}/doubled", 2 * value)
+        significand, exponent = np.frexp(value.astype(np.float32))
+        exponent = np.maximum(exponent, -100)
+        integers = np.ldexp(significand, 24).astype(np.int32)
+        steps = np.ldexp(np.float32(1), exponent - 24)
+        names = [self.constant(f"{name}/{label}", v) for label, v in (("q", integers), ("scale", steps))]
+        return node, self.emit("DequantizeLinear", names, f"{name}/real", axis=0)
 
     def own(self, node: Node, inputs: list[str], out: str) -> None:
         """Nodes of fheq's own domain."""

@@ -17,6 +17,7 @@ from fheq.onnx.attributes import check_arity, read_attributes, schema_of
 from fheq.onnx.loading import normal_domain, opsets
 from fheq.onnx.subgraphs import Subgraph, captured, outer_reads
 from fheq.onnx.tensors import dtype_of, to_array, to_dense
+from fheq.stated_accumulators import states_accumulator
 
 MAX_NODES = 200_000
 MAX_DEPTH = 32
@@ -159,7 +160,7 @@ def _read(node: Node, proto: onnx.NodeProto, scope: Scope) -> list[Node]:
     reader = subgraph if node.op in WITH_SUBGRAPHS and not node.domain else None
     attrs = read_attributes(proto.attribute, schema, where, scope.bound, reader)
     node = replace(node, attrs=MappingProxyType(attrs))
-    if function is not None:
+    if function is not None and not states_accumulator(node):
         return inline(function, node, scope.functions, (*scope.path, node.op))
     if schema is not None:
         check_arity(schema, node.inputs, node.outputs, where)
