@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jax
 import numpy as np
 
 from fheq.affine import Affine
 from fheq.client import split
+from fheq.encodings import is_encoding, separate_encodings
 from fheq.errors import UnsupportedError, describe
 from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
@@ -78,14 +79,19 @@ class Plan:
     elements: Elements
     client: Graph | None
 
+    @cached_property
+    def encoded(self) -> dict[str, str]:
+        """Other encodings of inputs, each with the input."""
+        return {node.outputs[0]: node.inputs[0] for node in self.graph.nodes if is_encoding(node)}
+
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the graph, or of a step's result."""
         return self.graph.types[tensor].shape
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the graph's inputs."""
-        return tuple(port.name for port in self.graph.inputs)
+        """Names of what is encrypted: the graph's inputs, and other encodings of them (`fheq.encodings`)."""
+        return (*(port.name for port in self.graph.inputs), *self.encoded)
 
 
 @lru_cache(maxsize=32)
@@ -99,7 +105,7 @@ def plan(graph: Graph) -> Plan:
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         simple = decompose(quantize_before_movement(server))
-        return Planner(compose(activate_before_maximum(simple))).finish(client, stated)
+        return Planner(separate_encodings(compose(activate_before_maximum(simple)))).finish(client, stated)
 
 
 class Planner:
@@ -113,8 +119,9 @@ class Planner:
         self.adopted: dict[str, Affine] = {}
         self.moves: dict[str, Movement] = {}
         self.quantized: set[str] = set()  # sources that hold quantized values, not accumulators
-        for port in graph.inputs:
-            self.begin(port.name, quantized=True)
+        self.inputs = [port.name for port in graph.inputs]  # and other encodings of them
+        for name in self.inputs:
+            self.begin(name, quantized=True)
         for node in graph.nodes:
             self.visit(node)
 
@@ -128,7 +135,7 @@ class Planner:
         return Plan(*parts, stated, self.evaluator(), client)
 
     def evaluator(self) -> Elements:
-        sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])
+        sources = frozenset([*self.inputs, *(step.out for step in self.steps)])
         return Elements(self.graph, self.moves, sources)
 
     def begin(self, tensor: str, quantized: bool) -> None:
@@ -145,7 +152,10 @@ class Planner:
     def visit(self, node: Node) -> None:
         op = lookup(node)
         dynamic = [name for name in dict.fromkeys(node.inputs) if name in self.regions]
-        if op.kind is Kind.MOVEMENT:
+        if is_encoding(node):
+            self.inputs.append(node.outputs[0])
+            self.begin(node.outputs[0], quantized=True)
+        elif op.kind is Kind.MOVEMENT:
             self.move(node, dynamic)
         elif op.kind is Kind.ELEMENTWISE:
             self.elementwise(node, dynamic)
@@ -263,10 +273,6 @@ class Planner:
         held = [self.graph.pinned.get(o.key) or self.held(o.key) for o in step.operands] if step else []
         first = held[0] if held else None
         return first if first is not None and all(h is not None and _same(h, first) for h in held) else None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return tuple(port.name for port in self.graph.inputs)
 
     def pair(self, node: Node, dynamic: list[str]) -> None:
         """An op of two encrypted tensors that are functions of different elements."""

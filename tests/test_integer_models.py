@@ -292,3 +292,54 @@ def test_a_maximum_of_an_input_takes_over_the_quantizer_that_follows():
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, CALIBRATION), 3))
     np.testing.assert_allclose(answers(program, SAMPLES), session(proto).run(None, {"x": SAMPLES})[0], atol=1e-5)
     assert all(table.origin == "make_p" for table in program.lookups)
+
+
+def read_on_two_grids(*, last: bool = False, real: bool = False) -> onnx.ModelProto:
+    """An input that meets two quantizers, the finer one first or last, and perhaps a product that reads the real values."""
+    grids = {"d": ("s", "z", "w"), "e": ("t", "u", "v")}
+    chains = []
+    for made, (scale, zero, weight) in grids.items():
+        pair = [node("QuantizeLinear", ["f", scale, zero], [f"{made}_q"])]
+        pair.append(node("DequantizeLinear", [f"{made}_q", scale, zero], [made]))
+        chains.append([*pair, node("MatMul", [made, f"{weight}_real"], [f"{made}_y"])])
+    weights = [node("DequantizeLinear", [name, "k"], [f"{name}_real"]) for name in ("w", "v")]
+    first, second = reversed(chains) if last else chains
+    nodes = [*weights, node("Flatten", ["x"], ["f"]), *first, *second]
+    known = {"s": np.float32(0.021), "z": np.uint8(200), "t": np.float32(0.05), "u": np.uint8(30), "k": np.float32(0.11)}
+    known |= {"w": RNG.integers(-7, 8, (32, 2)).astype(np.int8), "v": RNG.integers(-7, 8, (32, 3)).astype(np.int8)}
+    outputs = ["d_y", "e_y"]
+    if real:
+        nodes.append(node("MatMul", ["f", "a"], ["r_y"]))
+        known["a"], outputs = tensor(32, 2), [*outputs, "r_y"]
+    return model(nodes, {"x": ["N", 2, 4, 4]}, outputs, known)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("real", [False, True])
+def test_an_input_that_meets_two_quantizers_is_encoded_by_each(last, real):
+    """As onnxruntime has them, in any order and without tables; what reads the real values has an encoding of its own."""
+    proto = read_on_two_grids(last=last, real=real)
+    graph = fheq.import_onnx(proto)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, CALIBRATION), 8)
+    program = fheq.lower(graph, qparams)
+    assert len(program.inputs) == 2 + real and not program.lookups
+    assert [port.name for port in program.given] == ["x"]
+    got = program.dequantize(*fheq.simulate(program, *program.quantize(2 * SAMPLES)))
+    want = session(proto).run(None, {"x": 2 * SAMPLES})
+    for ours, theirs, faked in zip(got, want[:2], fheq.fake_quant(graph, qparams, 2 * SAMPLES)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours, faked, atol=1e-4)
+    module = PostTrainingQATImporter(6, proto)
+    if not real:
+        np.testing.assert_allclose(module.quantize_module(CALIBRATION).forward(2 * SAMPLES)[1], got[1])
+    exported = fheq.export_qdq(graph, qparams)
+    for ours, theirs in zip(got, session(exported).run(None, {"x": 2 * SAMPLES[:1]})):
+        np.testing.assert_allclose(ours[:1], theirs, atol=1e-4)
+
+
+def test_a_circuit_takes_an_input_with_two_encodings_once():
+    graph = fheq.import_onnx(read_on_two_grids())
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, CALIBRATION)))
+    circuit = fheq.compile(program)
+    for got, want in zip(circuit.evaluate(SAMPLES[:3]), fheq.evaluate(graph, SAMPLES[:3])):
+        np.testing.assert_allclose(got, want, atol=1e-4)
