@@ -27,6 +27,8 @@ from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement
+from fheq.rewriting.edit import bypassed
+from fheq.rewriting.fold import is_float_cast
 from fheq.stated_accumulators import take_accumulators
 from fheq.steps import Join, Operand, Step
 
@@ -104,7 +106,8 @@ def plan(graph: Graph) -> Plan:
     server, client = split(graph)
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
-        simple = decompose(quantize_before_movement(server))
+        exact = bypassed(server, lambda node: is_float_cast(node, server.types))
+        simple = decompose(quantize_before_movement(exact))
         return Planner(separate_encodings(compose(activate_before_maximum(simple)))).finish(client, stated)
 
 
@@ -238,6 +241,8 @@ class Planner:
             self.pair(node, dynamic)
         elif self.same_quantizer(node, regions[0]):
             self.regions[out] = regions[0]
+            nothing = np.zeros(len(seen[0]), np.int64)  # a copy, also of values between the grid's
+            self.moves[out] = Movement((node.inputs[0],), nothing, np.arange(len(nothing)), np.zeros(len(nothing)))
         else:
             everything = np.arange(len(seen[0]))
             affine = all(r.affine for r in regions) and self.is_affine(node)
