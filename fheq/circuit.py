@@ -117,8 +117,9 @@ class Circuit:
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
         ports = [entry.port for entry in self.program.inputs]
         if not quantized:
-            parts = check_arrays(ports, inputs)
-            inputs = [join(port, part) for port, part in zip(ports, parts)]
+            given = self.program.given
+            parts = check_arrays(given, inputs)
+            inputs = [join(port, part) for port, part in zip(given, parts)]
             inputs = self.program.quantize(*inputs)
         parts = split_all(ports, check_integers(self.program, tuple(inputs)))
         if len(parts[0]) == 0:

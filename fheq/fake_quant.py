@@ -109,7 +109,9 @@ def tensor_values(
         disturbed: what is rounded in place of a step's accumulator, a real value; see `fheq.table_noise`.
     """
     env: dict[str, Array] = {}
-    for name, value in zip(layout.inputs, sample):
+    given = dict(zip(layout.inputs, sample))
+    for name in layout.inputs:
+        value = given[layout.encoded.get(name, name)]
         real = jnp.asarray(value, jnp.result_type(float))
         quantized = affine.fake_quant(qparams.tensors[name], real)
         env[name] = quantized if layout.graph.types[name].dtype.kind == "f" else quantized.astype(value.dtype)
@@ -117,6 +119,8 @@ def tensor_values(
     read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
     for node in layout.graph.nodes:
         step = steps.get(node.outputs[0])
+        if node.outputs[0] in layout.encoded:
+            continue
         if step:
             values: tuple[Array, ...] = (run_step(qparams, prepared, step, env, disturbed),)
         else:

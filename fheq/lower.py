@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from fheq.accumulators import channel_bounds, makes_accumulator, whole_shift, worst_case
@@ -78,11 +80,13 @@ class _Lowering:
 
     def program(self, graph: Graph) -> IntProgram:
         inputs = []
-        for port in graph.inputs:
-            affine = self.qparams.tensors[port.name]
-            value = self.emit.input(port.name, port.type.shape, int(np.max(affine.qmax)))
-            inputs.append(Entry(port, value, affine))
-            self.hold(port.name, value)
+        ports = {port.name: port for port in graph.inputs}
+        for name in self.layout.inputs:
+            encodes = self.layout.encoded.get(name, "")
+            affine, port = self.qparams.tensors[name], replace(ports[encodes or name], name=name)
+            value = self.emit.input(name, port.type.shape, int(np.max(affine.qmax)))
+            inputs.append(Entry(port, value, affine, encodes))
+            self.hold(name, value)
         for step in self.layout.steps:
             self.step(step)
         outputs = tuple(self.output(port) for port in self.layout.graph.outputs)

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jax
 import numpy as np
 
 from fheq.affine import Affine
 from fheq.client import split
+from fheq.encodings import is_encoding, separate_encodings
 from fheq.errors import UnsupportedError, describe
 from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement
+from fheq.rewriting.edit import bypassed
+from fheq.rewriting.fold import is_float_cast
 from fheq.stated_accumulators import take_accumulators
 from fheq.steps import Join, Operand, Step
 
@@ -78,14 +81,19 @@ class Plan:
     elements: Elements
     client: Graph | None
 
+    @cached_property
+    def encoded(self) -> dict[str, str]:
+        """Other encodings of inputs, each with the input."""
+        return {node.outputs[0]: node.inputs[0] for node in self.graph.nodes if is_encoding(node)}
+
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of a tensor of the graph, or of a step's result."""
         return self.graph.types[tensor].shape
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the graph's inputs."""
-        return tuple(port.name for port in self.graph.inputs)
+        """Names of what is encrypted: the graph's inputs, and other encodings of them (`fheq.encodings`)."""
+        return (*(port.name for port in self.graph.inputs), *self.encoded)
 
 
 @lru_cache(maxsize=32)
@@ -98,8 +106,9 @@ def plan(graph: Graph) -> Plan:
     server, client = split(graph)
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
-        simple = decompose(quantize_before_movement(server))
-        return Planner(compose(activate_before_maximum(simple))).finish(client, stated)
+        exact = bypassed(server, lambda node: is_float_cast(node, server.types))
+        simple = decompose(quantize_before_movement(exact))
+        return Planner(separate_encodings(compose(activate_before_maximum(simple)))).finish(client, stated)
 
 
 class Planner:
@@ -113,8 +122,9 @@ class Planner:
         self.adopted: dict[str, Affine] = {}
         self.moves: dict[str, Movement] = {}
         self.quantized: set[str] = set()  # sources that hold quantized values, not accumulators
-        for port in graph.inputs:
-            self.begin(port.name, quantized=True)
+        self.inputs = [port.name for port in graph.inputs]  # and other encodings of them
+        for name in self.inputs:
+            self.begin(name, quantized=True)
         for node in graph.nodes:
             self.visit(node)
 
@@ -128,7 +138,7 @@ class Planner:
         return Plan(*parts, stated, self.evaluator(), client)
 
     def evaluator(self) -> Elements:
-        sources = frozenset([*(p.name for p in self.graph.inputs), *(step.out for step in self.steps)])
+        sources = frozenset([*self.inputs, *(step.out for step in self.steps)])
         return Elements(self.graph, self.moves, sources)
 
     def begin(self, tensor: str, quantized: bool) -> None:
@@ -145,7 +155,10 @@ class Planner:
     def visit(self, node: Node) -> None:
         op = lookup(node)
         dynamic = [name for name in dict.fromkeys(node.inputs) if name in self.regions]
-        if op.kind is Kind.MOVEMENT:
+        if is_encoding(node):
+            self.inputs.append(node.outputs[0])
+            self.begin(node.outputs[0], quantized=True)
+        elif op.kind is Kind.MOVEMENT:
             self.move(node, dynamic)
         elif op.kind is Kind.ELEMENTWISE:
             self.elementwise(node, dynamic)
@@ -228,6 +241,8 @@ class Planner:
             self.pair(node, dynamic)
         elif self.same_quantizer(node, regions[0]):
             self.regions[out] = regions[0]
+            nothing = np.zeros(len(seen[0]), np.int64)  # a copy, also of values between the grid's
+            self.moves[out] = Movement((node.inputs[0],), nothing, np.arange(len(nothing)), np.zeros(len(nothing)))
         else:
             everything = np.arange(len(seen[0]))
             affine = all(r.affine for r in regions) and self.is_affine(node)
@@ -263,10 +278,6 @@ class Planner:
         held = [self.graph.pinned.get(o.key) or self.held(o.key) for o in step.operands] if step else []
         first = held[0] if held else None
         return first if first is not None and all(h is not None and _same(h, first) for h in held) else None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return tuple(port.name for port in self.graph.inputs)
 
     def pair(self, node: Node, dynamic: list[str]) -> None:
         """An op of two encrypted tensors that are functions of different elements."""

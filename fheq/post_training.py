@@ -37,7 +37,7 @@ class ONNXConverter:
     """What all converters share.
 
     Args:
-        n_bits: see `get_n_bits_dict`; held as the mapping that it gives. None where the model states every quantizer itself.
+        n_bits: see `get_n_bits_dict`; held as the mapping that it gives.
         model: path, bytes, `onnx.ModelProto` or `Graph`; held as the `Graph`.
         rounding_threshold_bits: bits of accumulators before tables: None (all), an int from 2 to 8 (rounded exactly), or
             `{"n_bits": int | "auto", "method": "EXACT" | "APPROXIMATE"}` (or concrete's `fhe.Exactness`); see
@@ -51,15 +51,14 @@ class ONNXConverter:
         FheqError: the model cannot be imported.
     """
 
-    n_bits: int | Mapping[str, int] | None
+    n_bits: int | Mapping[str, int]
     model: Any = field(repr=False)
     rounding_threshold_bits: Any = None
     rounding_tolerance: float = DEFAULT_TOLERANCE
     spec: Spec = field(default_factory=Spec, repr=False)
 
     def __post_init__(self) -> None:
-        if self.n_bits is not None:
-            object.__setattr__(self, "n_bits", MappingProxyType(get_n_bits_dict(self.n_bits)))
+        object.__setattr__(self, "n_bits", MappingProxyType(get_n_bits_dict(self.n_bits)))
         as_rounding(self.rounding_threshold_bits)
         if isinstance(self.rounding_threshold_bits, Mapping):
             object.__setattr__(self, "rounding_threshold_bits", MappingProxyType(dict(self.rounding_threshold_bits)))
@@ -94,7 +93,8 @@ class ONNXConverter:
         return self._bits("op_weights")
 
     def _bits(self, key: str) -> int:
-        return Spec(self.n_bits).bits()[key]
+        assert isinstance(self.n_bits, Mapping)
+        return self.n_bits[key]
 
     def prepare(self) -> Graph:
         """The graph to quantize, checked for what the converter demands of it."""

@@ -158,11 +158,14 @@ class Entry:
         port: the graph's port.
         value: name of the program's value.
         affine: its quantizer or decoder, `real = scale * (q - zero_point)`; an output's zero_point may be fractional.
+        encodes: the model's input of which an input is a further encoding: a model that quantizes an input in several ways
+            has an entry for each of them. Empty for others.
     """
 
     port: Port
     value: str
     affine: Affine
+    encodes: str = ""
 
     @property
     def name(self) -> str:
@@ -180,7 +183,8 @@ class IntProgram:
     """An integer program.
 
     Args:
-        inputs, outputs: in the model's order; outputs are what `client` reads, where there is one.
+        inputs, outputs: in the model's order (further encodings of an input after all others); outputs are what `client`
+            reads, where there is one.
         instructions: in order of evaluation.
         values: shape and range of every value.
         accumulators: by name, what lowering knows of them.
@@ -199,9 +203,16 @@ class IntProgram:
         """The tables, in order."""
         return tuple(i for i in self.instructions if isinstance(i, Lookup))
 
+    @property
+    def given(self) -> tuple[Port, ...]:
+        """The model's inputs."""
+        return tuple(entry.port for entry in self.inputs if not entry.encodes)
+
     def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Real inputs, in the model's layout, to integers."""
-        return tuple(e.affine.quantize(numbered(e.port, np.asarray(x))) for e, x in zip(self.inputs, inputs))
+        """Real inputs, in the model's layout, to the integers of every entry."""
+        real = {port.name: numbered(port, np.asarray(x)) for port, x in zip(self.given, inputs)}
+        entries = [(entry.affine, entry.encodes or entry.name) for entry in self.inputs]
+        return tuple(affine.quantize(real[name]) for affine, name in entries if name in real)
 
     @property
     def results(self) -> tuple[Port, ...]:

@@ -26,6 +26,7 @@ from fheq.grids import (
     rounding_mode,
     write_fake_quant,
 )
+from fheq.ops.arguments import dtype_of
 from fheq.ops.quantizers import QUANT_DOMAINS
 from fheq.qdq import Twins
 from fheq.rewriting.edit import Draft
@@ -76,7 +77,9 @@ def constant_quantizer(node: Node, known: Mapping[str, np.ndarray]) -> tuple[np.
             return None  # biases: plain values
         affine = linear_grid(node, known, q.dtype, q.shape).affine
         assert affine is not None
-        return dequantize(affine, q.astype(np.int64)).astype(known[node.inputs[1]].dtype), affine
+        code = node.attrs.get("output_dtype", 0)
+        dtype = dtype_of(node, code) if code else known[node.inputs[1]].dtype
+        return dequantize(affine, q.astype(np.int64)).astype(dtype), affine
     return None
 
 

@@ -14,10 +14,12 @@ import ml_dtypes
 import numpy as np
 
 from fheq.affine import Affine
+from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
 from fheq.grids import Grid, is_integer, linear_grid, write_fake_quant
+from fheq.ops.arguments import DTYPES
 from fheq.ops.table import Kind, Op, lookup, register
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import CODES, Draft
 
 # Whole: a float tensor that holds whole numbers, as the integers that an operator of the model declares.
 register(Op("Whole", 1, Kind.ELEMENTWISE, lambda node, x: jnp.round(x).astype(jnp.int32), domain="fheq"))
@@ -81,7 +83,13 @@ class Twins:
     def begin(self, node: Node) -> None:
         """QuantizeLinear."""
         x, dtype = node.inputs[0], self.draft.types[node.outputs[0]].dtype
-        if all(name in self.draft.constants for name in node.inputs[1:] if name) and not node.attrs.get("block_size", 0):
+        precision = node.attrs.get("precision", 0)
+        if precision and DTYPES[precision] not in (np.float32, np.float64):
+            kind = np.dtype(DTYPES[precision])
+            raise UnsupportedError(
+                f"{describe(node)}: fheq does not round quotients to {kind}; omit the attribute precision, or make it FLOAT"
+            )
+        if all(name in self.draft.constants for name in node.inputs[1:] if name):
             grid = linear_grid(node, self.draft.constants, dtype, self.draft.types[x].shape)
             self.found[node.outputs[0]] = Twin(grid, "", x, node)
 
@@ -96,9 +104,21 @@ class Twins:
             return False
         grid = linear_grid(node, draft.constants, kind.dtype, kind.shape)
         if not _same(grid, self.found[q].grid):
-            return False
+            self.decode_otherwise(node, grid)
+            return True
         self.alias(node, q)
         return True
+
+    def decode_otherwise(self, node: Node, grid: Grid) -> None:
+        """The integers of a twin on another grid than the one that made them: an affine function of it."""
+        draft, held, out = self.draft, self.found[node.inputs[0]].grid, node.outputs[0]
+        dtype, steps = draft.types[out].dtype, held.zero_point - grid.zero_point
+        scaled = draft.apply(node, "Cast", self.real(node.inputs[0]), to=CODES[dtype])
+        scaled = draft.apply(node, "Mul", scaled, draft.constant(f"{out}/ratio", grid.scale / held.scale, dtype))
+        draft.apply(node, "Add", scaled, draft.constant(f"{out}/offset", steps * grid.scale, dtype), out=out)
+        affine = grid.with_range(held.qmin, held.qmax).affine
+        if affine is not None:
+            draft.pinned[out] = affine
 
     def whole_range(self, q: str) -> None:
         """An integer input of the model that is dequantized takes every integer of its type."""
@@ -125,9 +145,16 @@ class Twins:
     def alias(self, node: Node, q: str) -> None:
         """Makes a node's output the twin of an integer tensor."""
         out = node.outputs[0]
+        if self.draft.types[out].dtype != self.type_of(q):
+            self.draft.apply(node, "Cast", self.real(q), to=CODES[self.draft.types[out].dtype], out=out)
+            return
         name = self.real(q, out)
         if name != out:
             self.draft.write(replace(node, op="Identity", inputs=(name,), attrs=MappingProxyType({})))
+
+    def type_of(self, q: str) -> np.dtype:
+        """The type of a twin."""
+        return self.draft.types[self.found[q].name or self.found[q].source].dtype
 
     def clip(self, node: Node) -> None:
         """Clip, Relu, and Max and Min with known integers: fewer integers on the same grid."""

@@ -113,7 +113,7 @@ class Elements:
 
     Args:
         graph: the decomposed graph.
-        moves: the `Movement` of every tensor that a MOVEMENT node makes.
+        moves: the `Movement` of every tensor that a MOVEMENT node makes, or a quantizer of what is on its grid already.
         sources: tensors at which the recursion stops.
     """
 
@@ -147,7 +147,7 @@ class Elements:
         if name in self._sources:
             return source(name, need)
         node = self._producers[name]
-        if lookup(node).kind is Kind.MOVEMENT:
+        if name in self._moves:
             return _gather_pieces(self._moves[name], need, visit)
         out = self._graph.types[name].shape
 
@@ -186,7 +186,7 @@ class Elements:
                 add(np.asarray(self._graph.constants[name]).ravel()[need])
             elif name in self._sources:
                 add(source(name, need))
-            elif lookup(self._producers[name]).kind is Kind.MOVEMENT:
+            elif name in self._moves:
                 move = self._moves[name]
                 add(np.stack([move.which[need].astype(np.float64), move.filler[need]], axis=1))
                 for i, operand in enumerate(move.inputs):

@@ -28,7 +28,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
     port = entry.port
     shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
     texts = {} if port.labels is None else {"labels": port.labels}
-    return {"name": entry.name, **shape, **texts, "quantizer": affine_as_dict(entry.affine)}
+    encodes = {"encodes": entry.encodes} if entry.encodes else {}
+    return {"name": entry.name, **encodes, **shape, **texts, "quantizer": affine_as_dict(entry.affine)}
 
 
 def graph_as_dict(graph: Graph) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def graph_as_dict(graph: Graph) -> dict[str, Any]:
 def program_as_dict(program: IntProgram) -> dict[str, Any]:
     """What a client needs: names, shapes (a batch axis being 1) and quantizers of inputs and outputs.
 
+    Inputs that have "encodes" are further encodings of the input of that name, by another quantizer.
     "client" is what it computes from the decoded outputs, as operators of ONNX; null where they are the model's outputs.
     """
     return {

@@ -7,7 +7,6 @@ sizes the circuit, so that import finds the program that was exported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from fheq.affine import ACCUMULATOR_ROUNDINGS, Affine
 from fheq.errors import ModelError, describe
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, Op, register
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import bypassed
 
 DOMAIN, NAME = "fheq", "Accumulator"
 INPUTS = ("x", "scale", "zero_point", "qmin", "qmax", "cell")
@@ -49,23 +48,8 @@ def take_accumulators(graph: Graph) -> tuple[Graph, dict[str, Affine]]:
     Raises:
         ModelError: one whose parameters are no accumulator's.
     """
-    if not any(map(states_accumulator, graph.nodes)):
-        return graph, {}
-    draft, found = Draft(graph), {}
-    names: dict[str, str] = {}
-    outputs = {port.name for port in graph.outputs}
-    for node in graph.nodes:
-        node = replace(node, inputs=tuple(names.get(name, name) for name in node.inputs))
-        if not states_accumulator(node):
-            draft.write(node)
-            continue
-        source, out = node.inputs[0], node.outputs[0]
-        found[source] = _affine(node, graph.constants)
-        if out in outputs:
-            draft.apply(node, "Identity", source, out=out)
-        else:
-            names[out] = source
-    return draft.finish(), found
+    found = {node.inputs[0]: _affine(node, graph.constants) for node in graph.nodes if states_accumulator(node)}
+    return bypassed(graph, states_accumulator), found
 
 
 def _affine(node: Node, known: Mapping[str, np.ndarray]) -> Affine:

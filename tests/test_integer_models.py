@@ -10,10 +10,11 @@ import onnx.reference
 import onnxruntime
 import pytest
 from build_models import model, node, tensor
+from onnx import TensorProto
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 import fheq
-from fheq.errors import QuantizationError
+from fheq.errors import QuantizationError, UnsupportedError
 from fheq.post_training import PostTrainingQATImporter
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -292,3 +293,131 @@ def test_a_maximum_of_an_input_takes_over_the_quantizer_that_follows():
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, CALIBRATION), 3))
     np.testing.assert_allclose(answers(program, SAMPLES), session(proto).run(None, {"x": SAMPLES})[0], atol=1e-5)
     assert all(table.origin == "make_p" for table in program.lookups)
+
+
+def read_on_two_grids(*, last: bool = False, real: bool = False) -> onnx.ModelProto:
+    """An input that meets two quantizers, the finer one first or last, and perhaps a product that reads the real values."""
+    grids = {"d": ("s", "z", "w"), "e": ("t", "u", "v")}
+    chains = []
+    for made, (scale, zero, weight) in grids.items():
+        pair = [node("QuantizeLinear", ["f", scale, zero], [f"{made}_q"])]
+        pair.append(node("DequantizeLinear", [f"{made}_q", scale, zero], [made]))
+        chains.append([*pair, node("MatMul", [made, f"{weight}_real"], [f"{made}_y"])])
+    weights = [node("DequantizeLinear", [name, "k"], [f"{name}_real"]) for name in ("w", "v")]
+    first, second = reversed(chains) if last else chains
+    nodes = [*weights, node("Flatten", ["x"], ["f"]), *first, *second]
+    known = {"s": np.float32(0.021), "z": np.uint8(200), "t": np.float32(0.05), "u": np.uint8(30), "k": np.float32(0.11)}
+    known |= {"w": RNG.integers(-7, 8, (32, 2)).astype(np.int8), "v": RNG.integers(-7, 8, (32, 3)).astype(np.int8)}
+    outputs = ["d_y", "e_y"]
+    if real:
+        nodes.append(node("MatMul", ["f", "a"], ["r_y"]))
+        known["a"], outputs = tensor(32, 2), [*outputs, "r_y"]
+    return model(nodes, {"x": ["N", 2, 4, 4]}, outputs, known)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("real", [False, True])
+def test_an_input_that_meets_two_quantizers_is_encoded_by_each(last, real):
+    """As onnxruntime has them, in any order and without tables; what reads the real values has an encoding of its own."""
+    proto = read_on_two_grids(last=last, real=real)
+    graph = fheq.import_onnx(proto)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, CALIBRATION), 8)
+    program = fheq.lower(graph, qparams)
+    assert len(program.inputs) == 2 + real and not program.lookups
+    assert [port.name for port in program.given] == ["x"]
+    got = program.dequantize(*fheq.simulate(program, *program.quantize(2 * SAMPLES)))
+    want = session(proto).run(None, {"x": 2 * SAMPLES})
+    for ours, theirs, faked in zip(got, want[:2], fheq.fake_quant(graph, qparams, 2 * SAMPLES)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours, faked, atol=1e-4)
+    module = PostTrainingQATImporter(6, proto)
+    if not real:
+        np.testing.assert_allclose(module.quantize_module(CALIBRATION).forward(2 * SAMPLES)[1], got[1])
+    exported = fheq.export_qdq(graph, qparams)
+    for ours, theirs in zip(got, session(exported).run(None, {"x": 2 * SAMPLES[:1]})):
+        np.testing.assert_allclose(ours[:1], theirs, atol=1e-4)
+
+
+def test_a_circuit_takes_an_input_with_two_encodings_once():
+    graph = fheq.import_onnx(read_on_two_grids())
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, CALIBRATION)))
+    circuit = fheq.compile(program)
+    for got, want in zip(circuit.evaluate(SAMPLES[:3]), fheq.evaluate(graph, SAMPLES[:3])):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def dequantized(*last: onnx.NodeProto, opset: int = 23, **known: np.ndarray) -> onnx.ModelProto:
+    """x (N, 4) through a quantizer of 8 bits and the given nodes to y."""
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], ["q"]), *last]
+    known |= {"s": np.float32(0.0123), "z": np.int8(3)}
+    return model(nodes, {"x": ["N", 4]}, ["y"], known, opset=opset)
+
+
+WEIGHT = RNG.integers(-100, 100, (4, 3)).astype(np.int8)
+PRECISIONS = {
+    "weights in float16": [
+        node("DequantizeLinear", ["w", "t"], ["h"], output_dtype=TensorProto.FLOAT16),
+        node("Cast", ["h"], ["v"], to=TensorProto.FLOAT),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        node("MatMul", ["d", "v"], ["y"]),
+    ],
+    "scales in float16": [
+        node("Cast", ["t"], ["t16"], to=TensorProto.FLOAT16),
+        node("DequantizeLinear", ["w", "t16"], ["v"], output_dtype=TensorProto.FLOAT),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        node("MatMul", ["d", "v"], ["y"]),
+    ],
+    "activations in float16": [
+        node("DequantizeLinear", ["w", "t"], ["v"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["h"], output_dtype=TensorProto.FLOAT16),
+        node("Cast", ["h"], ["d"], to=TensorProto.FLOAT),
+        node("MatMul", ["d", "v"], ["y"]),
+    ],
+    "values scaled before a product": [
+        node("DequantizeLinear", ["w", "t"], ["v"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["h"]),
+        node("Mul", ["h", "c"], ["d"]),
+        node("MatMul", ["d", "v"], ["y"]),
+    ],
+    "integers read in other steps": [
+        node("DequantizeLinear", ["w", "t"], ["v"]),
+        node("DequantizeLinear", ["q", "t"], ["d"]),
+        node("MatMul", ["d", "v"], ["y"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_grids_survive_other_precisions_and_other_steps(name):
+    """To the error of float16: no weight is quantized again, and no table is needed."""
+    nodes = PRECISIONS[name]
+    factor = {"c": np.float32(1.7)} if "Mul" in {n.op_type for n in nodes} else {}
+    proto = dequantized(*nodes, w=WEIGHT, t=np.float32(0.0625 / 3), **factor)
+    graph, x = fheq.import_onnx(proto), tensor(60, 4, low=-2, high=2)
+    (want,) = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x})
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x)))
+    assert not program.lookups
+    np.testing.assert_allclose(fheq.evaluate(graph, x), want, atol=1e-4)
+    np.testing.assert_allclose(answers(program, x), want, atol=2e-3 * np.abs(want).max())
+
+
+def test_quotients_of_low_precision_are_refused_by_name():
+    first = node("QuantizeLinear", ["x", "t", "u"], ["r"], precision=TensorProto.FLOAT16)
+    last = node("DequantizeLinear", ["r", "t", "u"], ["y"])
+    with pytest.raises(UnsupportedError, match=r"'make_r'.*float16.*precision.*make it FLOAT"):
+        fheq.import_onnx(dequantized(first, last, t=np.float32(0.1), u=np.int8(0)))
+
+
+def test_a_scale_per_block_of_channels_is_one_per_channel():
+    last = {"axis": 1, "block_size": 2}
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"], **last),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"], **last),
+        node("MatMul", ["d", "w"], ["y"]),
+    ]
+    known = {"s": np.float32([[0.01, 0.02]]), "z": np.int8([[0, 3]]), "w": np.eye(4, dtype=np.float32)}
+    graph, x = fheq.import_onnx(model(nodes, {"x": [1, 4]}, ["y"], known, opset=21)), tensor(60, 4, low=-2, high=2)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), {"op_inputs": 8, "op_weights": 12}))
+    scale, zero = np.repeat(known["s"], 2, axis=1), np.repeat(known["z"], 2, axis=1)
+    want = scale * (np.clip(np.round(x / scale) + zero, -128, 127) - zero)
+    np.testing.assert_allclose(answers(program, x), want, atol=2e-3)

@@ -176,12 +176,13 @@ def test_pairs_per_channel_and_integers_that_are_read_elsewhere():
     np.testing.assert_allclose(values, constants["s"] * (integers.astype(float) - constants["z"]), rtol=1e-6)
 
 
-def test_a_pair_with_different_scales_is_none():
+def test_a_pair_with_different_scales_is_none_but_integers_in_other_steps():
     constants = {"s": np.float32(0.1), "s2": np.float32(0.2), "z": np.int8(0)}
     nodes = [node("QuantizeLinear", ["x", "s", "z"], ["q"]), node("DequantizeLinear", ["q", "s2", "z"], ["y"])]
     graph = load(nodes, constants)
-    assert [n.op for n in graph.nodes] == ["QuantizeLinear", "DequantizeLinear"]
-    assert not graph.pinned
+    x = tensor(50, 3, low=-20, high=20)
+    np.testing.assert_allclose(fheq.evaluate(graph, x), reference(model(nodes, {"x": ["N", 3]}, ["y"], constants), x)[0])
+    assert float(graph.pinned["y"].scale) == constants["s2"] and limits(graph.pinned["y"]) == (-128, 127)
 
 
 def test_refusals():

@@ -50,7 +50,7 @@ def test_a_network_of_brevitas_keeps_its_integers(name: str) -> None:
 def test_the_importer_of_quantized_models_takes_them() -> None:
     x, want = (DATA[f"residual, QONNX/{part}"] for part in "xy")
     graph = fheq.import_onnx(onnx.load_from_string(DATA["residual, QONNX/model"].tobytes()))
-    module = PostTrainingQATImporter(None, graph).quantize_module(x)
+    module = PostTrainingQATImporter(3, graph).quantize_module(x)
     np.testing.assert_allclose(module.forward(x), want, atol=2e-6 * np.abs(want).max())
 
 

@@ -68,12 +68,12 @@ class QuantizedModule:
         return self.dequantize_output(*_several(q))
 
     def quantize_input(self, *x: Array) -> Array:
-        """Real inputs to integers: an array, or a tuple where the model has several inputs.
+        """Real inputs to integers: an array, or a tuple where the program has several inputs.
 
         Raises:
             DataError: an array does not fit its input.
         """
-        ports = [entry.port for entry in self.program.inputs]
+        ports = self.program.given
         parts = check_arrays(ports, x)
         return unwrap(list(self.program.quantize(*(join(port, part) for port, part in zip(ports, parts)))))
 
@@ -140,7 +140,7 @@ class QuantizedModule:
             ValueError: a probability outside of (0, 1), or both.
         """
         if inputs:
-            check_arrays([entry.port for entry in self.program.inputs], inputs)
+            check_arrays(self.program.given, inputs)
         return replace(self, circuit=compile_program(self.program, p_error, global_p_error))
 
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from fheq.accumulators import makes_accumulator
 from fheq.affine import Affine
+from fheq.encodings import is_encoding
 from fheq.errors import QuantizationError, UnsupportedError, describe
 from fheq.forms import used_weight
 from fheq.graph import Graph, Node, Port, TensorType
@@ -188,6 +189,10 @@ class _Export:
 
     def own(self, node: Node, inputs: list[str], out: str) -> None:
         """Nodes of fheq's own domain."""
+        if is_encoding(node):
+            name, shape = node.outputs[0], self.layout.graph.types[node.outputs[0]].shape
+            self.stated(node.inputs[0], self.qparams.tensors[name], shape, out)
+            return
         if node.op == "Whole":
             self.emit("Cast", [self.emit("Round", inputs[:1], f"{out}/rounded")], out, to=TensorProto.INT32)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,24 @@ VERSION = 18
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 """ONNX's number of a type, as `Cast` takes it."""
+
+
+def bypassed(graph: Graph, skip: Callable[[Node], bool]) -> Graph:
+    """The graph without some nodes of one output, whose readers take their first input instead."""
+    if not any(map(skip, graph.nodes)):
+        return graph
+    draft = Draft(graph)
+    names: dict[str, str] = {}
+    outputs = {port.name for port in graph.outputs}
+    for node in graph.nodes:
+        moved = replace(node, inputs=tuple(names.get(name, name) for name in node.inputs))
+        if not skip(node):
+            draft.write(moved)
+        elif node.outputs[0] in outputs:
+            draft.apply(node, "Identity", moved.inputs[0], out=node.outputs[0])
+        else:
+            names[node.outputs[0]] = moved.inputs[0]
+    return draft.finish()
 
 
 class Draft:

@@ -22,6 +22,7 @@ from fheq.affine import LEAVES, Affine
 from fheq.errors import FheqError, ShapeError, UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
 from fheq.interpret import run_node
+from fheq.ops.arguments import dtype_of
 from fheq.ops.table import Kind, Op, find, lookup
 from fheq.rewriting.channels import channel_axis, channel_numbers
 
@@ -148,6 +149,13 @@ def live(nodes: Iterable[Node], outputs: Iterable[str]) -> tuple[Node, ...]:
     return tuple(reversed(kept))
 
 
+def is_float_cast(node: Node, types: Mapping[str, TensorType]) -> bool:
+    """Whether a node changes the precision of real values alone, which integers on a grid do not notice."""
+    if node.op != "Cast" or node.domain or not jnp.issubdtype(types[node.inputs[0]].dtype, jnp.floating):
+        return False
+    return jnp.issubdtype(dtype_of(node, node.attrs["to"]), jnp.floating)
+
+
 def type_of(value: np.ndarray) -> TensorType:
     """The type of a known tensor."""
     return TensorType(tuple(value.shape), value.dtype)
@@ -220,6 +228,8 @@ def _known_outputs(
             pins[node.outputs[0]] = affine
         return {node.outputs[0]: value}
     values = evaluated(node, known, types)
+    if names and names[0] in pins and is_float_cast(node, {names[0]: type_of(known[names[0]])}):
+        pins[node.outputs[0]] = pins[names[0]]
     if op.kind is Kind.MOVEMENT and names[0] in pins:
         pins.update(_moved_pins(node, known, pins[names[0]]))
     if node.op in ("Mul", "Div") and not node.domain:
