@@ -32,6 +32,7 @@ from fheq.errors import FheqError as FheqError
 from fheq.evaluate import evaluate as evaluate
 from fheq.fake_quant import fake_quant as fake_quant
 from fheq.fit import fit as fit
+from fheq.fit import fit_each as fit_each
 from fheq.frameworks import from_keras as from_keras
 from fheq.frameworks import from_sklearn as from_sklearn
 from fheq.frameworks import from_torch as from_torch

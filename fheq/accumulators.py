@@ -16,12 +16,12 @@ from fheq.clipping import tails
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.integers import (
+    Reading,
     Weights,
     accumulator_decoder,
     add_multipliers,
     apply_form,
     array_namespace,
-    operand_axis,
     operand_decoder,
     quantize_weight,
 )
@@ -31,7 +31,7 @@ from fheq.regions import is_boolean
 from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
 from fheq.stated_accumulators import fits
 from fheq.stated_weights import stated_weight
-from fheq.statistics import Stats
+from fheq.statistics import Stats, TensorStats, of_statistics
 from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
@@ -62,8 +62,8 @@ def worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | No
 
 def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> tuple[np.ndarray, ...]:
     if isinstance(step, Linear):
-        x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-        w = (weights or quantize_weight(layout, qparams, step)).integers
+        weights = weights or quantize_weight(layout, qparams, step)
+        x, w = weights.reading.x, weights.integers
         if "exclusive" in step.options:
             return _exclusive_bounds(step, x.low, x.high, w)
         middle = apply_form(step, (x.low + x.high) / 2, w)
@@ -118,11 +118,11 @@ def _exclusive_bounds(step: Linear, low: np.ndarray, high: np.ndarray, weight: n
 
 def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
     """Bounds of the step's shape to bounds per channel `(C,)`, or `(1,)`."""
-
-    def rows(v: np.ndarray) -> np.ndarray:
-        return np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) if axis is not None and v.ndim else v.reshape(1, -1)
-
-    return Bounds(rows(bounds.low).min(axis=1), rows(bounds.high).max(axis=1))
+    ndim = bounds.low.ndim
+    if axis is None or ndim == 0:
+        return Bounds(bounds.low.min().reshape(1), bounds.high.max().reshape(1))
+    others = tuple(i for i in range(ndim) if i != axis % ndim)
+    return Bounds(bounds.low.min(axis=others), bounds.high.max(axis=others))
 
 
 def observed_bounds(
@@ -130,15 +130,22 @@ def observed_bounds(
 ) -> Bounds:
     """Integer range seen in calibration, widened at both ends by the margin, per channel."""
     axis = channel_axis(layout, step.out)
-    found = stats[step.out]
-    low, high = np.asarray(found.minimum, np.float64), np.asarray(found.maximum, np.float64)
-    more = [unseen_reach(tail.excess, found.count, high - low, margin) for tail in tails(found)]
-    scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights))
+    scale, offset = accumulator_decoder(layout, qparams, step, weights)
+    unit = np.where(scale == 0, 1, scale)
     ends = []
-    for real in (low - more[0], high + more[1]):
+    for real in _widened(stats[step.out], margin):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
-        ends.append((view - offset) / np.where(scale == 0, 1, scale))
-    return channel_bounds(Bounds(np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))), axis)
+        ends.append((view - offset) / unit)
+    low, high = np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))
+    return channel_bounds(Bounds(*(np.broadcast_to(end, step.shape) for end in (low, high))), axis)
+
+
+@of_statistics
+def _widened(stats: TensorStats, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """The observed extremes, and how far unseen values are to be expected beyond."""
+    low, high = np.asarray(stats.minimum, np.float64), np.asarray(stats.maximum, np.float64)
+    more = [unseen_reach(tail.excess, stats.count, high - low, margin) for tail in tails(stats)]
+    return low - more[0], high + more[1]
 
 
 def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin: float) -> np.ndarray:
@@ -187,7 +194,7 @@ def aligned(bounds: Bounds, lsbs: int) -> tuple[np.ndarray, int]:
 
 def removable(bounds: Bounds, bits: int) -> int:
     """The fewest low bits whose removal leaves `bits`."""
-    lsbs = 0
+    lsbs = max(0, bit_length(float(np.max(bounds.high - bounds.low))) - bits)  # whatever the offsets
     while aligned(bounds, lsbs)[1] - lsbs > bits:
         lsbs += 1
     return lsbs
@@ -199,11 +206,10 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
     Args:
         layout: `plan(graph)`.
     """
-    accumulators = {}
     encrypted = unsigned(qparams)  # sums of unequal numbers of terms (pools with pads) differ in where 0 lies
-    for step in layout.steps:
-        if makes_accumulator(step):
-            accumulators[step.out] = _fit_one(layout, stats, spec, encrypted, step)
+    accumulators = {
+        step.out: fit_accumulator(layout, stats, spec, encrypted, step) for step in layout.steps if makes_accumulator(step)
+    }
     return replace(qparams, accumulators=accumulators)
 
 
@@ -224,13 +230,39 @@ def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
     return found
 
 
-def _fit_one(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step) -> Affine:
-    axis = channel_axis(layout, step.out)
-    weights = quantize_weight(layout, qparams, step) if isinstance(step, Linear) else None
+class Weighed(NamedTuple):
+    """A linear step with a quantized weight, and the worst case of its accumulator per channel."""
+
+    weights: Weights
+    worst: Bounds
+
+
+def weighed(layout: Plan, qparams: QParams, step: Linear, read: Reading | None = None) -> Weighed:
+    """The step with the weight as `qparams` quantizes it.
+
+    Args:
+        read: what `reading` gives, where it is known.
+    """
+    weights = quantize_weight(layout, qparams, step, read)
+    return Weighed(weights, channel_bounds(worst_case(layout, qparams, step, weights), channel_axis(layout, step.out)))
+
+
+def fit_accumulator(
+    layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Step, known: Weighed | None = None
+) -> Affine:
+    """The quantizer of the accumulator of a step.
+
+    Args:
+        qparams: `unsigned` ones of its tensors and weight.
+        known: the step with this weight, where it is known.
+    """
+    if isinstance(step, Linear):
+        weights, worst = known or weighed(layout, qparams, step)
+    else:
+        weights, worst = None, channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
     stated = _stated(layout, qparams, step, weights)
     if stated is not None:
         return stated
-    worst = channel_bounds(worst_case(layout, qparams, step, weights), axis)
     rounding = rounding_of(layout, spec, step)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     if rounding is not None:

@@ -71,6 +71,8 @@ class Affine:
 
     def expanded(self, ndim: int) -> Affine:
         """The same quantizer with leaves that broadcast against a tensor of `ndim` axes."""
+        if self.axis is None or all(np.ndim(getattr(self, name)) != 1 for name in LEAVES):
+            return self
         leaves = {name: self._expand(getattr(self, name), ndim) for name in LEAVES}
         return replace(self, **leaves)
 

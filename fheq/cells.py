@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulators import Bounds, channel_bounds, chosen_bounds, removable, rounding_of, worst_case
+from fheq.accumulators import Bounds, Weighed, channel_bounds, chosen_bounds, removable, rounding_of
 from fheq.affine import Affine, as_float32
 from fheq.granularity import channel_axis
-from fheq.integers import input_channels, operand_axis, operand_decoder, quantize_weight
+from fheq.integers import Reading
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
@@ -24,27 +24,29 @@ from fheq.steps import Linear, counts_decisions
 DEPTH = 3  # how many bits fewer are tried
 
 
-def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear) -> Affine:
+def fill_cells(
+    layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear, affine: Affine, known: Weighed
+) -> Affine:
     """The weight quantizer of a step whose accumulator is rounded, its scales enlarged where that lowers the error.
 
     Args:
-        qparams: has the quantizers of the step's input and of its weight.
+        qparams: has the quantizer of the step's input.
+        affine: the quantizer of its weight.
+        known: the step with the weight that it gives.
     """
-    affine = qparams.weights[step.weight_name]
     rounding = rounding_of(layout, spec, step)
     axis = channel_axis(layout, step.out)
     if rounding is None or affine.axis is None or axis is None or counts_decisions(step):
         return affine
     if stats[step.out].squares is None:  # the trade needs variances
         return affine
-    weights = quantize_weight(layout, qparams, step)
-    worst = channel_bounds(worst_case(layout, qparams, step, weights), axis)
+    weights, worst = known
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     least = removable(bounds, rounding.n_bits)
     if least == 0:
         return affine
     variance = channel_variance(stats, step)
-    noise = input_power(layout, stats, qparams, step)
+    noise = input_power(stats, weights.reading, step)
     unit = np.broadcast_to(weights.scale, step.shape)
     unit = channel_bounds(Bounds(unit, unit), axis).high
     best = min(
@@ -54,7 +56,7 @@ def fill_cells(layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: L
         ),
         key=lambda found: found[0],
     )
-    return replace(affine, scale=as_float32(affine.scale * best[1]))
+    return affine if np.all(best[1] == 1) else replace(affine, scale=as_float32(affine.scale * best[1]))
 
 
 def candidate(
@@ -76,13 +78,11 @@ def channel_variance(stats: Stats, step: Linear) -> np.ndarray:
     return np.maximum(spread, 1e-9 * np.max(np.abs(spread)) + 1e-30)
 
 
-def input_power(layout: Plan, stats: Stats, qparams: QParams, step: Linear) -> float:
+def input_power(stats: Stats, read: Reading, step: Linear) -> float:
     """Expected sum of squares of the integers that one output of a step reads."""
-    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-    unit = input_channels(step, x)[0]
     terms = step.weight.size / step.weight.shape[step.weight_axis]
     key = step.x.key
     if key not in stats:
-        return terms * float(np.mean(((x.high - x.low) / 2) ** 2))
+        return terms * float(np.mean(((read.x.high - read.x.low) / 2) ** 2))
     found = stats[key]
-    return terms * float(np.sum(found.squares) / np.sum(found.count)) / float(unit) ** 2
+    return terms * float(np.sum(found.squares) / np.sum(found.count)) / float(read.unit) ** 2

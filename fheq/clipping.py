@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -78,32 +79,59 @@ def _mean_excess(value: np.ndarray, mass: np.ndarray, count: np.ndarray, share: 
     return np.sum(weight * (value - start[:, None]), axis=1) / np.maximum(weight.sum(axis=1), 1)
 
 
-class ClipError:
-    """Expected sum of squared errors of quantizing to a range, from sums over the histogram's bins.
+@dataclass(frozen=True)
+class End:
+    """Candidates for one end of a range; arrays `(candidates, C)`.
 
-    Values that are exactly 0 cost nothing: 0 is a step of every quantizer.
+    Args:
+        at: where the range ends.
+        clipped: sum of squared errors of what was seen beyond.
+        below: how many values were seen below (of an upper end, those that are equal to it included), without those that are
+            exactly 0: they cost nothing, for 0 is a step of every quantizer.
+        unseen: expected sum of squared errors of what was not seen.
     """
 
-    def __init__(self, stats: TensorStats):
-        self.least, self.most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
-        self.ends = tails(stats)
-        centre, value, mass = bins(stats)
-        self.value = value
-        moments = np.stack([mass, mass * value, mass * value**2])
-        edge = np.zeros((*moments.shape[:2], 1))
-        self.below = np.concatenate([edge, np.cumsum(moments, axis=2)], axis=2)  # of the bins before i
-        self.above = self.below[:, :, -1:] - self.below  # of the bins from i on
-        still = np.where(centre == 0, mass, 0)
-        self.still = np.concatenate([edge[0], np.cumsum(still, axis=1)], axis=1)
+    at: np.ndarray
+    clipped: np.ndarray
+    below: np.ndarray
+    unseen: np.ndarray
 
-    def __call__(self, low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
-        """The error for ranges [low, high], each `(candidates, C)`."""
-        channel = np.arange(low.shape[1])[None, :]
-        i = np.stack([np.searchsorted(v, x, side="left") for v, x in zip(self.value, low.T)], axis=1)
-        j = np.stack([np.searchsorted(v, x, side="right") for v, x in zip(self.value, high.T)], axis=1)
-        under, over = self.below[:, channel, i], self.above[:, channel, j]
-        clipped = sum(m[2] - 2 * end * m[1] + end**2 * m[0] for m, end in ((under, low), (over, high)))
-        inside = self.below[0][channel, j] - self.below[0][channel, i] - self.still[channel, j] + self.still[channel, i]
-        step = np.maximum(high - low, 1e-30) / (2.0**bits - 1)
-        unseen = self.ends[0].unseen(self.least - low) + self.ends[1].unseen(high - self.most)
-        return clipped + np.maximum(inside, 0) * step**2 / 12 + unseen
+    def __getitem__(self, index: Any) -> End:
+        return End(self.at[index], self.clipped[index], self.below[index], self.unseen[index])
+
+    def best(self, error: np.ndarray) -> End:
+        """The candidate of the least error `(candidates, C)` in each channel."""
+        return self[np.argmin(error, axis=0)[None], np.arange(error.shape[1])[None]]
+
+
+def ends(stats: TensorStats, low: np.ndarray, high: np.ndarray) -> tuple[End, End]:
+    """Lower and upper ends of ranges, from sums over the histogram's bins.
+
+    Args:
+        low, high: candidates, each `(candidates, C)`.
+    """
+    centre, value, mass = bins(stats)
+    moments = np.stack([mass, mass * value, mass * value**2])
+    edge = np.zeros((*moments.shape[:2], 1))
+    below = np.concatenate([edge, np.cumsum(moments, axis=2)], axis=2)  # of the bins before i
+    above = below[:, :, -1:] - below  # of the bins from i on
+    still = np.where(centre == 0, mass, 0)
+    moving = below[0] - np.concatenate([edge[0], np.cumsum(still, axis=1)], axis=1)
+    least, most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
+    tail = tails(stats)
+    channel = np.arange(low.shape[1])[None, :]
+
+    def end(at: np.ndarray, side: Literal["left", "right"], beyond: np.ndarray, unseen: np.ndarray) -> End:
+        i = np.stack([np.searchsorted(v, x, side=side) for v, x in zip(value, at.T)], axis=1)
+        m = beyond[:, channel, i]
+        return End(at, m[2] - 2 * at * m[1] + at**2 * m[0], moving[channel, i], unseen)
+
+    lower = end(low, "left", below, tail[0].unseen(least - low))
+    return lower, end(high, "right", above, tail[1].unseen(high - most))
+
+
+def clip_error(low: End, high: End, bits: int) -> np.ndarray:
+    """Expected sum of squared errors of quantizing to the ranges between two ends; one of them may be a single candidate."""
+    step = np.maximum(high.at - low.at, 1e-30) / (2.0**bits - 1)
+    inside = np.maximum(high.below - low.below, 0)
+    return low.clipped + high.clipped + inside * step**2 / 12 + (low.unseen + high.unseen)

@@ -148,7 +148,7 @@ def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array])
         real = jnp.asarray(source, jnp.result_type(float))
         source = affine.fake_quant(qparams.tensors[operand.key], real)
     values = source.ravel()
-    if not np.array_equal(operand.elements, np.arange(values.size)):  # a gather of everything costs more than the rest
+    if not operand.in_order or len(operand.elements) != values.size:  # a gather of everything costs more than the rest
         values = values[np.maximum(operand.elements, 0)]
     if operand.slope is not None:
         values = values * operand.slope + operand.intercept

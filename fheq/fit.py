@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulators import fit_accumulators
+from fheq.accumulators import fit_accumulator, makes_accumulator, weighed
 from fheq.affine import Affine, as_float32
 from fheq.alignment import check_alignment
 from fheq.calibrate import observed
@@ -15,12 +15,12 @@ from fheq.cells import fill_cells
 from fheq.errors import QuantizationError, describe
 from fheq.granularity import Sharing, share
 from fheq.graph import Graph
-from fheq.integers import absorbed_weight
+from fheq.integers import Reading, reading
 from fheq.observers import observed_range
 from fheq.plan import Plan, plan
-from fheq.qparams import QParams
+from fheq.qparams import QParams, unsigned
 from fheq.regions import copied_from, is_boolean, is_integer
-from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec, Symmetry, as_spec
+from fheq.spec import DEFAULT_MODEL_BITS, AccumulatorRange, BitsError, Granularity, Spec, Symmetry, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Linear
@@ -46,21 +46,94 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec | None 
         QuantizationError: an override names no tensor of the graph, the statistics are of another graph, or there are no
             bits for a tensor or weight that the model does not quantize (a `BitsError`, which names it).
     """
-    spec = as_spec(spec)
+    return fit_each(graph, stats, [spec])[0]
+
+
+def fit_each(graph: Graph, stats: Stats, specs: Iterable[int | Mapping[str, int] | Spec | None]) -> list[QParams]:
+    """`fit` for each of many specs, in a fraction of the time: what specs share is worked out once.
+
+    Specs that differ in rounding, margin or accumulators alone share the quantizers of tensors and weights.
+
+    Args:
+        graph, stats: as for `fit`.
+        specs: such as `grid` gives.
+    """
+    wanted = [as_spec(spec) for spec in specs]
     layout = plan(graph)
     missing = [name for name in observed(layout) if name not in stats]
     if missing:
         raise QuantizationError(f"the statistics lack tensor {missing[0]!r}: calibrate this graph")
-    _check_overrides(layout, spec)
-    tensors = fit_tensors(layout, stats, spec)
-    qparams = QParams(tensors, {}, {})
-    check_alignment(layout, qparams)
+    groups: list[tuple[Spec, list[int]]] = []
+    for i, spec in enumerate(wanted):
+        _check_overrides(layout, spec)
+        alike = _of_tensors(spec)
+        group = next((members for shared, members in groups if shared == alike), None)
+        if group is None:
+            groups.append((alike, [i]))
+        else:
+            group.append(i)
+    found: dict[int, QParams] = {}
+    for _, members in groups:
+        found.update(zip(members, _fit_alike(layout, stats, [wanted[i] for i in members])))
+    return [found[i] for i in range(len(wanted))]
+
+
+def _of_tensors(spec: Spec) -> Spec:
+    """What a spec says of tensors, and of weights before they fill the cells of accumulators; the rest by default."""
+    return replace(spec, rounding=None, output_rounding=None, accumulators=AccumulatorRange.OBSERVED, margin=0.0)
+
+
+def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
+    """`fit` for specs of equal `_of_tensors`."""
+    tensors = fit_tensors(layout, stats, specs[0])
+    check_alignment(layout, QParams(tensors, {}, {}))
+    encrypted = unsigned(QParams(tensors, {}, {})).tensors
+    moved = any(np.any(a.qmin != 0) for a in tensors.values())
+    found = [QParams(dict(tensors), {}, {}) for _ in specs]
+    readers: dict[str, list[Linear]] = {}
     for step in layout.steps:
         if isinstance(step, Linear):
-            qparams.weights[step.weight_name] = fit_weight(layout, qparams, step, spec)
-            if stated_weight(layout, qparams, step) is None:
-                qparams.weights[step.weight_name] = fill_cells(layout, stats, spec, qparams, step)
-    return fit_accumulators(layout, stats, spec, qparams)
+            readers.setdefault(step.weight_name, []).append(step)
+    for name, steps in readers.items():
+        _fit_product(layout, stats, specs, found, encrypted, moved, name, steps)
+    for spec, qparams in zip(specs, found):
+        fitted, whole = qparams.accumulators, QParams(encrypted, qparams.weights, {})
+        for step in layout.steps:
+            if makes_accumulator(step):
+                known = fitted.pop(step.out, None)  # in the order of steps
+                fitted[step.out] = known or fit_accumulator(layout, stats, spec, whole, step)
+    return found
+
+
+def _fit_product(
+    layout: Plan,
+    stats: Stats,
+    specs: list[Spec],
+    found: list[QParams],
+    encrypted: dict[str, Affine],
+    moved: bool,
+    name: str,
+    steps: list[Linear],
+) -> None:
+    """Sets the weight `name` of `found`, one for each spec, and the accumulators of the steps that use it.
+
+    Args:
+        encrypted: the quantizers of tensors, `unsigned`.
+        moved: whether that changed any.
+    """
+    last = steps[-1]
+    read = reading(layout, found[0], last)
+    stated = stated_weight(layout, found[0], last)
+    affine = stated or fit_weight(read, last, specs[0])
+    known = weighed(layout, replace(found[0], weights={name: affine}), last, read)
+    for spec, qparams in zip(specs, found):
+        filled = affine if stated else fill_cells(layout, stats, spec, qparams, last, affine, known)
+        qparams.weights[name] = filled
+        whole = QParams(encrypted, {name: filled}, {})
+        own = None if moved else known if filled is affine else weighed(layout, whole, last, read)
+        for step in steps:
+            accumulator = fit_accumulator(layout, stats, spec, whole, step, own if step is last else None)
+            qparams.accumulators[step.out] = accumulator
 
 
 def _check_overrides(layout: Plan, spec: Spec) -> None:
@@ -267,18 +340,15 @@ def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: i
 # Weights
 
 
-def fit_weight(layout: Plan, qparams: QParams, step: Linear, spec: Spec) -> Affine:
-    """The quantizer of a weight: the one that the model states, or one fitted to its extremes."""
+def fit_weight(read: Reading, step: Linear, spec: Spec) -> Affine:
+    """The quantizer of a weight, fitted to its extremes."""
     override = spec.override(step.weight_name, step.out, step.node.name)
     granularity = override.granularity or spec.weights
-    stated = stated_weight(layout, qparams, step)
-    if stated is not None:
-        return stated
     if override.n_bits is None and spec.n_bits is None:
         where = f"weight {step.weight_name!r} of {describe(step.node)}"
         raise BitsError(f"{where} has no quantizer in the model: give n_bits, or quantize it there")
     bits = override.n_bits or spec.bits()["op_weights"]
-    weight = absorbed_weight(layout, qparams, step)
+    weight = read.absorbed(step)
     axis: int | None = step.weight_axis
     rows = np.moveaxis(weight, step.weight_axis, 0).reshape(weight.shape[step.weight_axis], -1)
     if granularity is Granularity.PER_TENSOR:
@@ -311,5 +381,9 @@ def weight_quantizer(
 
 def _row_error(rows: np.ndarray, quantizer: tuple[np.ndarray, ...]) -> np.ndarray:
     scale, zero, qmin, qmax = (leaf[:, None] for leaf in quantizer)
-    q = np.clip(np.round(rows / scale) + zero, qmin, qmax)
-    return np.sum((scale * (q - zero) - rows) ** 2, axis=1)
+    moved = rows / scale
+    np.rint(moved, out=moved)
+    np.minimum(np.maximum(moved, qmin - zero, out=moved), qmax - zero, out=moved)
+    moved *= scale
+    moved -= rows
+    return np.sum(np.square(moved, out=moved), axis=1)

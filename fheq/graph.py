@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,13 @@ class Graph:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    def producers(self) -> dict[str, Node]:
+    def producers(self) -> Mapping[str, Node]:
         """Tensor name to the node that computes it."""
-        return {out: node for node in self.nodes for out in node.outputs if out}
+        return self._producers
+
+    @cached_property
+    def _producers(self) -> Mapping[str, Node]:
+        return MappingProxyType({out: node for node in self.nodes for out in node.outputs if out})
 
     def consumers(self) -> dict[str, list[Node]]:
         """Tensor name to the nodes that read it (each once), in topological order."""

@@ -49,8 +49,8 @@ class Decoder(NamedTuple):
 
 def decoder(affine: Affine, shape: tuple[int, ...]) -> Decoder:
     """The decoder of a quantized tensor."""
-    xp = namespace(affine)
     a = affine.expanded(len(shape))
+    xp = namespace(a)
     dtype = jnp.result_type(float) if xp is jnp else np.float64
     leaves = (a.scale, -a.scale * a.zero_point, a.qmin, a.qmax)
     return Decoder(*(xp.broadcast_to(xp.asarray(leaf, dtype), shape) for leaf in leaves))
@@ -121,7 +121,7 @@ def operand_decoder(
         found: as for `key_decoder`.
     """
     whole = key_decoder(layout, qparams, operand.key, found)
-    if operand.slope is None and np.array_equal(operand.elements, np.arange(whole.scale.size)):
+    if operand.slope is None and operand.in_order and len(operand.elements) == whole.scale.size:
         return Decoder(*(leaf.reshape(operand.shape) for leaf in whole))
     like = representative(operand, axis)
     at = np.maximum(operand.elements[like], 0)
@@ -156,17 +156,45 @@ def apply_form(step: Linear, x: Array, weight: Array) -> Array:
     return convolve(x, weight, options["strides"], options["dilations"], options["group"]).reshape(step.shape)
 
 
+class Reading(NamedTuple):
+    """What a linear step reads.
+
+    x: the decoder of its operand; unit: the largest scale of its channels; ratio, offset: `(K,)` scale of each channel
+    relative to the largest (signed), and its offset. A channel of known values has ratio 0, and its value as the offset.
+    """
+
+    x: Decoder
+    unit: Array
+    ratio: Array
+    offset: Array
+
+    def absorbed(self, step: Linear) -> Array:
+        """The weight with the relative scales of its input multiplied in."""
+        return step.weight * along_inputs(step, self.ratio)
+
+
+def reading(layout: Plan, qparams: QParams, step: Linear) -> Reading:
+    """What a linear step reads, from the quantizers of tensors."""
+    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
+    return Reading(x, *input_channels(step, x))
+
+
 class Weights(NamedTuple):
     """A quantized weight and what it makes of its input.
 
-    integers: as the form uses them; ratio: `(K,)` scale of each input channel relative to the largest; scale, offset:
-    decoder of the accumulator, broadcasting against the step's shape.
+    integers: as the form uses them; scale, offset: decoder of the accumulator, broadcasting against the step's shape;
+    reading: its input.
     """
 
     integers: Array
-    ratio: Array
     scale: Array
     offset: Array
+    reading: Reading
+
+    @property
+    def ratio(self) -> Array:
+        """`(K,)` scale of each input channel relative to the largest."""
+        return self.reading.ratio
 
 
 def along_inputs(step: Linear, v: Array) -> Array:
@@ -202,25 +230,24 @@ def input_channels(step: Linear, x: Decoder) -> tuple[Array, Array, Array]:
     """
     axis = operand_axis(step)
     xp = array_namespace(x.scale)
-    rows = Decoder(*(xp.moveaxis(leaf, axis, 0).reshape(x.scale.shape[axis], -1) for leaf in x))
-    still = (rows.high - rows.low).max(axis=1) == 0
-    scale, value = rows.scale[:, 0], (rows.scale * rows.low + rows.offset)[:, 0]
+    others = tuple(i for i in range(x.scale.ndim) if i != axis)
+    still = (x.high - x.low).max(axis=others) == 0
+    first = tuple(slice(None) if i == axis else 0 for i in range(x.scale.ndim))
+    scale, start, low = (leaf[first] for leaf in (x.scale, x.offset, x.low))
     unit = xp.where(still, 0, abs(scale)).max()
     unit = xp.where(unit == 0, 1, unit)
-    return unit, xp.where(still, 0, scale / unit), xp.where(still | (scale == 0), value, rows.offset[:, 0])
+    return unit, xp.where(still, 0, scale / unit), xp.where(still | (scale == 0), scale * low + start, start)
 
 
-def absorbed_weight(layout: Plan, qparams: QParams, step: Linear) -> Array:
-    """The weight with the relative scales of its input multiplied in."""
-    _, ratio, _ = input_channels(step, operand_decoder(layout, qparams, step.x, operand_axis(step)))
-    return step.weight * along_inputs(step, ratio)
+def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading | None = None) -> Weights:
+    """The integer weight of a linear step.
 
-
-def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
-    """The integer weight of a linear step."""
-    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-    unit, ratio, offset = input_channels(step, x)
-    weight = step.weight * along_inputs(step, ratio)
+    Args:
+        read: what `reading` gives, where it is known.
+    """
+    read = read or reading(layout, qparams, step)
+    _, unit, ratio, offset = read
+    weight = read.absorbed(step)
     a = qparams.weights[step.weight_name].expanded(weight.ndim)
     steps = weight / a.scale
     xp = array_namespace(steps, a.zero_point)
@@ -235,7 +262,7 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear) -> Weights:
     else:
         constant = along_outputs(step, constant)
     scale = along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
-    return Weights(q, ratio, scale, constant + step.bias)
+    return Weights(q, scale, constant + step.bias, read)
 
 
 def add_multipliers(a: Decoder, b: Decoder) -> tuple[Array, Array, Array]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fheq.clipping import ClipError
+from fheq.clipping import End, clip_error, ends
 from fheq.statistics import HIGH, HISTOGRAM, LOW, MOMENTS, PARTS, TensorStats, bins, of_statistics
 
 
@@ -28,16 +28,12 @@ def observed_range(observer: Observer, stats: TensorStats, bits: int) -> tuple[n
     """`observer.range(stats, bits)`, worked out once for all the specs of a grid that share it."""
     if not isinstance(observer, Hashable):
         return observer.range(stats, bits)
-    known = _ranges(stats)
-    if (observer, bits) not in known:
-        known[observer, bits] = observer.range(stats, bits)
-    return known[observer, bits]
+    return _range(stats, observer, bits)
 
 
 @of_statistics
-def _ranges(stats: TensorStats) -> dict[tuple[Observer, int], tuple[np.ndarray, np.ndarray]]:
-    del stats
-    return {}
+def _range(stats: TensorStats, observer: Observer, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    return observer.range(stats, bits)
 
 
 def parts_read(observers: Iterable[Observer]) -> tuple[str, ...]:
@@ -95,21 +91,23 @@ class MeanSquaredError:
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Observer`."""
         least, most = (np.asarray(v, np.float64) for v in (stats.minimum, stats.maximum))
+        bottom, bottoms, tops = _ends(stats, self.smallest, self.largest, self.candidates)
         low, high = least, most
-        fractions = np.linspace(self.smallest, self.largest, self.candidates)[:, None]
-        middle = np.where((least > 0) | (most < 0), (least + most) / 2, 0.0)
-        error = ClipError(stats)
         for _ in range(self.sweeps):
-            tops = middle + (most - middle) * fractions
-            high = _best(error, np.broadcast_to(low, tops.shape), tops, bits)[1]
-            bottoms = middle + (least - middle) * fractions
-            low = _best(error, bottoms, np.broadcast_to(high, bottoms.shape), bits)[0]
+            top = tops.best(clip_error(bottom, tops, bits))
+            bottom = bottoms.best(clip_error(bottoms, top, bits))
+            low, high = bottom.at[0], top.at[0]
         size = np.maximum(np.abs(least), np.abs(most))
         known = (size > 2.0 ** (LOW + 8)) & (size < 2.0 ** (HIGH - 1))  # the histogram resolves them
         return np.where(known, low, least), np.where(known, high, most)
 
 
-def _best(error: ClipError, low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    best = np.argmin(error(low, high, bits), axis=0)
-    columns = np.arange(low.shape[1])
-    return low[best, columns], high[best, columns]
+@of_statistics
+def _ends(stats: TensorStats, smallest: float, largest: float, candidates: int) -> tuple[End, End, End]:
+    """The least value seen, and candidates for the lower and the upper end: no bits are in them."""
+    least, most = (np.asarray(v, np.float64)[None] for v in (stats.minimum, stats.maximum))
+    middle = np.where((least > 0) | (most < 0), (least + most) / 2, 0.0)
+    fractions = np.linspace(smallest, largest, candidates)[:, None]
+    tops, bottoms = (middle + (end - middle) * fractions for end in (most, least))
+    below, above = ends(stats, np.concatenate([least, bottoms]), tops)
+    return below[:1], below[1:], above

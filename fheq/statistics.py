@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from fheq.errors import QuantizationError
 
 Array = Any
 T = TypeVar("T")
+A = ParamSpec("A")
 
 LOW, HIGH, _PARTS = -40, 24, 16
 _SIDE = (HIGH - LOW) * _PARTS
@@ -173,18 +174,22 @@ def merge(a: TensorStats, b: TensorStats) -> TensorStats:
     )
 
 
-def of_statistics(fn: Callable[[TensorStats], T]) -> Callable[[TensorStats], T]:
-    """Remembers a function of statistics while they are alive, so that many fits to the same ones work it out once."""
-    known: dict[tuple[int, ...], tuple[list[weakref.ref], T]] = {}
+def of_statistics(fn: Callable[Concatenate[TensorStats, A], T]) -> Callable[Concatenate[TensorStats, A], T]:
+    """Remembers a function of statistics, and of options that can be hashed, while the statistics are alive, so that many
+    fits to the same ones work it out once."""
+    known: dict[tuple[int, ...], tuple[list[weakref.ref], dict[Any, T]]] = {}
 
     @wraps(fn)
-    def remembered(stats: TensorStats) -> T:
+    def remembered(stats: TensorStats, *options: A.args, **named: A.kwargs) -> T:
         leaves = [leaf for leaf in stats if leaf is not None]
         key = tuple(map(id, stats))
         if key not in known or any(ref() is not leaf for ref, leaf in zip(known[key][0], leaves)):
             forget = lambda _: known.pop(key, None)
-            known[key] = [weakref.ref(leaf, forget) for leaf in leaves], fn(stats)
-        return known[key][1]
+            known[key] = [weakref.ref(leaf, forget) for leaf in leaves], {}
+        found, given = known[key][1], (options, tuple(named.items()))
+        if given not in found:
+            found[given] = fn(stats, *options, **named)
+        return found[given]
 
     return remembered
 

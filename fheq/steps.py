@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,11 @@ class Operand:
     fill: np.ndarray
     slope: np.ndarray | None = None
     intercept: np.ndarray | None = None
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether it copies the first elements of `key`, as they lie."""
+        return np.array_equal(self.elements, np.arange(len(self.elements)))
 
     def take(self, elements: np.ndarray, shape: tuple[int, ...]) -> Operand:
         """The operand moved again: `elements` index this operand, -1 being a real 0."""

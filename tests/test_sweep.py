@@ -142,3 +142,10 @@ def test_noise_is_that_of_the_failure_probability() -> None:
     simulated = np.asarray([np.mean((program.dequantize(y)[0] - exact) ** 2) for y in noisy])
     assert np.all(np.diff(swept) > 0) and np.all(np.diff(simulated) > 0)
     assert np.all(swept > 0.5 * simulated) and np.all(swept < 2 * simulated)
+
+
+def test_many_fits_at_once_are_those_of_each_spec() -> None:
+    graph, stats = prepared(SEVERAL[1]).graph, prepared(SEVERAL[1]).stats
+    specs = fheq.grid(n_bits=(3, 6), rounding=(None, fheq.Rounding(4), fheq.Rounding(5)), margin=(0.1, 0.3))
+    for spec, found in zip(specs, fheq.fit_each(graph, stats, specs), strict=True):
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, fheq.fit(graph, stats, spec)))
