@@ -12,7 +12,7 @@ import numpy as np
 from fheq.allocate import Change, allocations, layer_changes, with_changes
 from fheq.calibrate import calibrate
 from fheq.errors import QuantizationError
-from fheq.fit import fit
+from fheq.fit import fit, fit_each
 from fheq.front import Front, Point, pareto, spaced, undominated
 from fheq.graph import Graph
 from fheq.judge import Candidate, Judge
@@ -95,9 +95,9 @@ class _Search:
                 continue
             seen.append(graph)
             stats = calibrate(graph, *self.judge.data)
-            group = []
-            for spec in self.space.specs():
-                name, qparams = f"pruned {tolerance:g}, {spec_name(spec)}", fit(graph, stats, spec)
+            group, specs = [], self.space.specs()
+            for spec, qparams in zip(specs, fit_each(graph, stats, specs), strict=True):
+                name = f"pruned {tolerance:g}, {spec_name(spec)}"
                 group += [Candidate(name, p, graph, stats, spec, qparams) for p in self.space.p_errors]
             found += self.judge.swept(group)
         return found
