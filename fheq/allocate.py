@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fheq.accumulators import rounding_of
-from fheq.fit import tensor_bits
 from fheq.graph import Graph
 from fheq.plan import Plan, plan
 from fheq.spec import Override, Rounding, Spec
 from fheq.steps import Linear, Step
+from fheq.tensor_quantizers import tensor_bits
 
 TABLE_BITS = range(2, 9)
 SOLUTIONS = 6

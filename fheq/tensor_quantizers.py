@@ -1,0 +1,210 @@
+"""Quantizers of inputs and activations, from statistics and a specification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.affine import Affine, as_float32
+from fheq.errors import describe
+from fheq.granularity import Sharing, share
+from fheq.observers import observed_range
+from fheq.plan import Plan
+from fheq.regions import copied_from, is_boolean, is_integer
+from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
+from fheq.statistics import Stats, TensorStats, per_tensor
+from fheq.steps import Add, Linear
+from fheq.thresholds import on_edges
+from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit_fraction
+
+TINY = 1e-12  # relative width below which a range counts as a point
+
+
+def _names(layout: Plan, key: str) -> tuple[str, str]:
+    producer = layout.graph.producers().get(key)
+    return key, producer.name if producer else ""
+
+
+def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
+    """Quantizers of inputs and points."""
+    keys = list(dict.fromkeys([*layout.inputs, *layout.points]))
+    stated = {k: a for k in keys if (a := _stated(layout, k)) is not None}
+    wanted = {}
+    for key in keys:
+        granularity = spec.override(*_names(layout, key)).granularity or spec.activations
+        axis = stated[key].axis if key in stated else (-1 if granularity is Granularity.PER_CHANNEL else None)
+        wanted[key] = axis is not None and _divisible(layout, key)
+    sharing = share(layout, wanted)
+    compared = {sharing.group[key] for key in stated} & sharing.identical  # these take over the stated quantizer
+    if spec.n_bits is None:
+        _check_stated(layout, stats, spec, [key for key in keys if key not in stated and sharing.group[key] not in compared])
+        spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
+    ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
+    whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
+    scales = {key: _scale(*ranges[key]) for key in keys}
+    scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}
+    result: dict[str, Affine] = {}
+    for key in keys:
+        members = [k for k in keys if sharing.group[k] == sharing.group[key]]
+        result[key] = stated[key] if key in stated else _affine(layout, key, members, sharing, ranges, scales, stated, whole)
+        if key in whole and len(members) == 1:
+            seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
+            result[key] = on_edges(layout, key, result[key], seen, ranges[key][2])
+    return result
+
+
+def _take_whole(
+    layout: Plan, stats: Stats, sharing: Sharing, ranges: dict[str, Range], stated: Mapping[str, Affine]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Float inputs that hold whole numbers, by channel, and the steps of those that share none; `ranges` are fitted to them
+    in place."""
+    whole, steps = {}, {}
+    for port in layout.graph.inputs:
+        key = port.name
+        if port.type.dtype.kind != "f" or key in stated or key not in ranges:
+            continue
+        low, high, bits = ranges[key]
+        seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
+        if _meets_filler(layout, key):
+            seen = seen._replace(minimum=np.minimum(seen.minimum, 0), maximum=np.maximum(seen.maximum, 0))
+        whole[key] = is_whole(seen, bits).reshape(low.shape)
+        interval = holding(seen, (np.atleast_1d(low), np.atleast_1d(high)), np.atleast_1d(whole[key]))
+        if list(sharing.group.values()).count(sharing.group[key]) == 1:
+            interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
+            weighted = any(isinstance(step, Linear) and step.operands[0].key == key for step in layout.steps)
+            filled = filling(*interval, bits, np.atleast_1d(whole[key]))
+            steps[key] = filled.reshape(low.shape) if weighted else np.ones(low.shape)
+        ranges[key] = interval[0].reshape(low.shape), interval[1].reshape(high.shape), bits
+    return whole, steps
+
+
+def _divisible(layout: Plan, key: str) -> bool:
+    port = next((p for p in layout.graph.inputs if p.name == key), None)
+    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout.graph, key)
+
+
+def _stated(layout: Plan, key: str) -> Affine | None:
+    """The quantizer that the model or a rewrite states for a tensor, or for integers that it copies."""
+    found = layout.adopted.get(key) or layout.graph.pinned.get(key)
+    if found is not None:
+        return found
+    copied = (layout.graph.pinned.get(n) for n in copied_from(layout.graph, key) if layout.graph.types[n].dtype.kind in "iu")
+    return next((affine for affine in copied if affine is not None and affine.axis is None), None)
+
+
+def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
+    """Bits of a quantized tensor."""
+    override = spec.override(*_names(layout, key)).n_bits
+    bits = spec.bits()
+    if override is not None:
+        return override
+    if key in layout.inputs:
+        return bits["model_inputs"]
+    read = any(o.key == key for step in layout.steps for o in step.operands)
+    return bits["op_inputs"] if read else bits["model_outputs"]
+
+
+def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> None:
+    """Checks that tensors without a stated quantizer need no bits either: decisions, and inputs that hold integers."""
+    integers = {port.name for port in layout.graph.inputs if port.type.dtype.kind in "iub"}
+    for key in keys:
+        if key in stats and key not in integers and spec.override(*_names(layout, key)).n_bits is None:
+            producer = layout.graph.producers().get(key)
+            made = f", made by {describe(producer)}," if producer else ""
+            raise BitsError(f"tensor {key!r}{made} has no quantizer in the model: give n_bits, or quantize it there")
+
+
+Range = tuple[np.ndarray, np.ndarray, int]
+
+
+def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None) -> Range:
+    """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it."""
+    if stats is None:  # decisions
+        return np.zeros(()), np.ones(()), 1
+    port = next((p for p in layout.graph.inputs if p.name == key), None)
+    exact = port is not None and port.type.dtype.kind in "iub"
+    bits = tensor_bits(layout, key, spec)
+    seen = stats if axis is not None else per_tensor(stats)
+    if exact:  # integers stand for themselves
+        low, high = seen.minimum, seen.maximum
+        if port is not None and port.labels is not None:  # categories that calibration lacks, and unknown ones
+            low, high = np.zeros_like(low), np.full_like(high, len(port.labels))
+        bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
+        low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
+    elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:
+        low = np.min(seen.minimum, keepdims=True)
+        high = low + 2.0**bits - 1
+    else:
+        observer = spec.override(*_names(layout, key)).observer
+        observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
+        low, high = observed_range(observer, seen, bits)
+        if _meets_filler(layout, key):
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+    if axis is None:
+        low, high = np.min(low), np.max(high)
+    return np.asarray(low, np.float64), np.asarray(high, np.float64), bits
+
+
+def _meets_filler(layout: Plan, key: str) -> bool:
+    """Whether zeros are put beside its values (padding), so that 0 must be one of its steps."""
+    return any(o.key == key and np.any(o.elements < 0) for step in layout.steps for o in step.operands)
+
+
+def _scale(low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
+    span = high - low
+    size = np.maximum(np.maximum(np.abs(low), np.abs(high)), 1e-30)
+    span = np.where(span <= TINY * size, np.where(size > 1e-29, size, 1.0), span)  # a constant: any step of its size
+    return span / (2.0**bits - 1)
+
+
+def _affine(
+    layout: Plan,
+    key: str,
+    members: list[str],
+    sharing: Sharing,
+    ranges: Mapping[str, Range],
+    scales: Mapping[str, np.ndarray],
+    stated: Mapping[str, Affine],
+    whole: Mapping[str, np.ndarray],
+) -> Affine:
+    axis = sharing.axis[key]
+    low, high, bits = ranges[key]
+    given = next((stated[m] for m in members if m in stated), None)
+    if given is not None and (given.axis is None or axis is not None):
+        scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape).copy()
+        if sharing.group[key] in sharing.identical:
+            return replace(given, axis=axis, mode="ROUND")
+    elif sharing.group[key] in sharing.identical:
+        low = np.min([ranges[m][0] for m in members], axis=0)
+        high = np.max([ranges[m][1] for m in members], axis=0)
+        bits = max(ranges[m][2] for m in members)
+        scale = _scale(low, high, bits) if len(members) > 1 else scales[key]
+    else:
+        scale = np.max([scales[m] for m in members], axis=0)
+        if sharing.group[key] not in sharing.exact and _read_beyond_sums(layout, key):
+            scale = scale / finer(scale, scales[key])
+    if len(members) > 1 and given is None:
+        scale = unit_fraction(scale, np.any([whole[m] for m in members if m in whole], axis=0))
+    return affine_between(low, high, scale, bits, axis)
+
+
+def _read_beyond_sums(layout: Plan, key: str) -> bool:
+    return any(o.key == key for step in layout.steps if not isinstance(step, Add) for o in step.operands)
+
+
+def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The power of two, up to 16, by which a tensor's own steps may divide those that it shares in a sum.
+
+    The sum then multiplies its other operand by as much, for nothing but some bits of width.
+    """
+    return np.clip(2.0 ** np.floor(np.log2(shared / own) + 1e-9), 1.0, 16.0)
+
+
+def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:
+    """Unsigned integers for [low, high] in steps of `scale` (as float32 has it); no more than 2^bits of them."""
+    scale = as_float32(scale)
+    zero_point = -np.round(low / scale)
+    qmax = np.clip(np.round(high / scale) + zero_point, 1, 2.0**bits - 1)
+    return Affine(scale, zero_point, np.zeros_like(scale), qmax, np.zeros_like(scale), axis)
