@@ -46,7 +46,7 @@ class Space:
     p_errors: Sequence[float] = (0.05, 0.2, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
     spec: Spec = field(default_factory=Spec)
     finalists: int = 16
-    reconstructions: int = 8
+    reconstructions: int = 12
     trainings: Sequence[Training] = (Training(), Training(adaptive=True))
     held_out: float = 0.25
 
