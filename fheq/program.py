@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.batching import numbered
+from fheq.batching import filled, numbered
 from fheq.evaluate import evaluate
 from fheq.graph import Graph, Port
 
@@ -201,7 +201,8 @@ class IntProgram:
 
     def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Real inputs, in the model's layout, to integers."""
-        return tuple(e.affine.quantize(numbered(e.port, np.asarray(x))) for e, x in zip(self.inputs, inputs))
+        arrays = (filled(e.port, numbered(e.port, np.asarray(x))) for e, x in zip(self.inputs, inputs))
+        return tuple(e.affine.quantize(x) for e, x in zip(self.inputs, arrays))
 
     @property
     def results(self) -> tuple[Port, ...]:

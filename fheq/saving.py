@@ -27,8 +27,8 @@ def affine_as_dict(affine: Affine) -> dict[str, Any]:
 def _entry(entry: Entry) -> dict[str, Any]:
     port = entry.port
     shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
-    texts = {} if port.labels is None else {"labels": port.labels}
-    return {"name": entry.name, **shape, **texts, "quantizer": affine_as_dict(entry.affine)}
+    stated = {name: getattr(port, name) for name in ("labels", "missing") if getattr(port, name) is not None}
+    return {"name": entry.name, **shape, **stated, "quantizer": affine_as_dict(entry.affine)}
 
 
 def graph_as_dict(graph: Graph) -> dict[str, Any]:
