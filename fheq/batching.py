@@ -116,6 +116,14 @@ def numbered(port: Port, values: Array) -> Array:
     return np.where(known[at] == texts, at, len(port.labels))
 
 
+def filled(port: Port, values: Array) -> Array:
+    """What stands for NaN in its place (see `Port.missing`)."""
+    if port.missing is None or values.shape[-1:] != port.type.shape[-1:] or not np.any(np.isnan(values)):
+        return values
+    known = np.array([np.nan if v is None else v for v in port.missing], values.dtype).reshape(port.type.shape)
+    return np.where(np.isnan(values), known, values)
+
+
 def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndarray]:
     """Arrays of real data, validated and in the inner layout.
 
@@ -135,8 +143,13 @@ def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndar
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected integers ({want})")
         if want == np.bool_ and array.dtype != np.bool_:
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected bool")
-        if np.issubdtype(array.dtype, np.floating) and not np.all(np.isfinite(array)):
-            raise DataError(f"input {port.name!r} contains NaN or infinity; clean the data first")
+        if np.issubdtype(array.dtype, np.floating):
+            array = filled(port, array)
+            if not np.all(np.isfinite(array)):
+                raise DataError(
+                    f"input {port.name!r} contains NaN or infinity, which cannot be encrypted; clean the data, or impute it "
+                    "by the first steps of the pipeline, before"
+                )
         checked.append(array.astype(want, copy=False))
     if len(arrays) != len(ports):
         checked = list(arrays)

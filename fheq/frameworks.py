@@ -29,7 +29,6 @@ OPSET = 18
 DISTANCES = {
     "decomposition": ("KernelPCA",),
     "gaussian_process": ("GaussianProcessClassifier", "GaussianProcessRegressor"),
-    "impute": ("KNNImputer",),
     "neighbors": (
         *("KNeighborsClassifier", "KNeighborsRegressor", "KNeighborsTransformer", "LocalOutlierFactor", "NearestNeighbors"),
         *("RadiusNeighborsClassifier", "RadiusNeighborsRegressor"),
@@ -61,6 +60,11 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
         UnsupportedError: skl2onnx does not convert the estimator.
     """
     skl2onnx = _extra("skl2onnx", "sklearn")
+    if any(type(part).__name__ == "KNNImputer" for part in _parts(estimator)):
+        raise UnsupportedError(
+            "KNNImputer finds missing values by which others are there, and NaN cannot be encrypted: impute by its "
+            "transform before encryption, and give from_sklearn the steps after it (SimpleImputer may stay)"
+        )
     opsets = {"": OPSET, "ai.onnx.ml": 3, "com.microsoft": 1}
     if _in_columns(estimator, example):
         types = [(str(name), _column_type(np.asarray(example[name]))) for name in example.columns]
@@ -73,12 +77,16 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
     return _read(_exported("skl2onnx", estimator, call))
 
 
+def _parts(estimator: Any) -> list[Any]:
+    """An estimator and those inside it, among its other parameters."""
+    return [estimator, *(estimator.get_params() if hasattr(estimator, "get_params") else {}).values()]
+
+
 def _in_columns(estimator: Any, example: Any) -> bool:
     """Whether the columns of a DataFrame are to be inputs of their own."""
     if not hasattr(example, "columns"):
         return False
-    parts = [estimator, *(estimator.get_params() if hasattr(estimator, "get_params") else {}).values()]
-    chosen = [columns for part in parts for _, _, columns in getattr(part, "transformers", ())]
+    chosen = [columns for part in _parts(estimator) for _, _, columns in getattr(part, "transformers", ())]
     named = any(isinstance(c, str) or (np.size(c) and isinstance(np.ravel(c)[0], str)) for c in chosen)
     return named or any(np.asarray(example[name]).dtype.kind not in "biuf" for name in example.columns)
 

@@ -41,13 +41,14 @@ class Port:
     `type.shape` is the shape inside the graph. `batch_axis` is the axis along which the samples of a batch are joined: for
     an input its size there is 1; for an output it may be larger (a reshape that folds the batch into another axis). None
     means that the graph has no such axis, and batches get a new leading one. `labels`: for strings, those that its integers
-    stand for, sorted.
+    stand for, sorted. `missing`: of an input, flat, what stands for NaN; None where NaN may not be.
     """
 
     name: str
     type: TensorType
     batch_axis: int | None = 0
     labels: tuple[str, ...] | None = None
+    missing: tuple[float | None, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

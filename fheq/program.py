@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.batching import numbered
+from fheq.batching import filled, numbered
 from fheq.evaluate import evaluate
 from fheq.graph import Graph, Port
 
@@ -210,7 +210,7 @@ class IntProgram:
 
     def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Real inputs, in the model's layout, to the integers of every entry."""
-        real = {port.name: numbered(port, np.asarray(x)) for port, x in zip(self.given, inputs)}
+        real = {port.name: filled(port, numbered(port, np.asarray(x))) for port, x in zip(self.given, inputs)}
         entries = [(entry.affine, entry.encodes or entry.name) for entry in self.inputs]
         return tuple(affine.quantize(real[name]) for affine, name in entries if name in real)
 

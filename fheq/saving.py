@@ -27,9 +27,9 @@ def affine_as_dict(affine: Affine) -> dict[str, Any]:
 def _entry(entry: Entry) -> dict[str, Any]:
     port = entry.port
     shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
-    texts = {} if port.labels is None else {"labels": port.labels}
+    stated = {name: getattr(port, name) for name in ("labels", "missing") if getattr(port, name) is not None}
     encodes = {"encodes": entry.encodes} if entry.encodes else {}
-    return {"name": entry.name, **encodes, **shape, **texts, "quantizer": affine_as_dict(entry.affine)}
+    return {"name": entry.name, **encodes, **shape, **stated, "quantizer": affine_as_dict(entry.affine)}
 
 
 def graph_as_dict(graph: Graph) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fheq.errors import FheqError, ModelError, describe
 from fheq.graph import Graph, Node, TensorType
+from fheq.imputation import state_missing
 from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
 from fheq.onnx.parse import Parsed, Report, parse
@@ -86,7 +87,7 @@ def _finished(parsed: Parsed, dims: Mapping[str, int] | None, found: list[FheqEr
     labels = dict.fromkeys(numbered.holders, numbered.strings)
     ends = (tuple(replace(port, labels=labels.get(port.name)) for port in ports) for ports in (graph.inputs, graph.outputs))
     graph = graph.replace(**dict(zip(("inputs", "outputs"), ends)))
-    return reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph)
+    return state_missing(reduce(lambda g, rewrite: rewrite(g), DEFAULT_REWRITES, graph))
 
 
 def _typed(parsed: Parsed, dims: Mapping[str, int] | None, report: Report | None, reported: list[FheqError]) -> Graph | None:

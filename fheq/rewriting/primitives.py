@@ -9,7 +9,8 @@ from itertools import accumulate, combinations
 import numpy as np
 
 from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.graph import Graph, Node
+from fheq.ops.table import Kind, lookup
 from fheq.rewriting.edit import CODES, VERSION, Draft
 
 LARGEST_PRODUCT = 64
@@ -149,10 +150,10 @@ def _determinant(draft: Draft, node: Node) -> bool:
 
 
 def _imputer(draft: Draft, node: Node) -> bool:
-    """Imputer: the identity for missing values marked as NaN, which encrypted inputs cannot be; else a choice."""
+    """Imputer: the identity for NaN, for which the client puts the values in (see `fheq.imputation`); else a choice."""
     x, out, kind = node.inputs[0], node.outputs[0], draft.types[node.inputs[0]].dtype
     values, replaced = imputed(node)
-    if np.isnan(replaced) and x in {port.name for port in draft.graph.inputs}:
+    if np.isnan(replaced) and _is_moved_input(draft.graph, x):
         draft.apply(node, "Identity", x, out=out)
         return True
     missing = (
@@ -164,6 +165,16 @@ def _imputer(draft: Draft, node: Node) -> bool:
     # Not as a product, which the rule for Where makes of it: a missing value times 0 is missing still.
     draft.nodes.append(replace(node, op="Where", inputs=(missing, chosen, x), attrs={}, domain="", version=VERSION))
     return True
+
+
+def _is_moved_input(graph: Graph, name: str) -> bool:
+    """Whether a tensor holds nothing but elements of inputs and known ones."""
+    if name in {port.name for port in graph.inputs} or name in graph.constants:
+        return True
+    node = graph.producers().get(name)
+    if node is None or lookup(node).kind is not Kind.MOVEMENT:
+        return False
+    return all(_is_moved_input(graph, source) for source in node.inputs if source)
 
 
 def imputed(node: Node) -> tuple[np.ndarray, float]:
