@@ -50,7 +50,7 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec | None 
     missing = [name for name in observed(layout) if name not in stats]
     if missing:
         raise QuantizationError(f"the statistics lack tensor {missing[0]!r}: calibrate this graph")
-    _check_overrides(layout, spec)
+    _check_overrides(graph, layout, spec)
     tensors = fit_tensors(layout, stats, spec)
     qparams = QParams(tensors, {}, {})
     check_alignment(layout, qparams)
@@ -62,13 +62,19 @@ def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec | None 
     return fit_accumulators(layout, stats, spec, qparams)
 
 
-def _check_overrides(layout: Plan, spec: Spec) -> None:
+def _check_overrides(graph: Graph, layout: Plan, spec: Spec) -> None:
     steps = {name for s in layout.steps for name in (s.out, s.node.name, getattr(s, "weight_name", ""))}
     producers = layout.graph.producers()
     known = steps | set(layout.inputs) | set(layout.points) | {producers[p].name for p in layout.points if p in producers}
     for name in spec.overrides:
         if name not in known:
             near = ", ".join(sorted(known - {""})[:8])
+            merged = {n for node in graph.nodes for n in (node.name, *node.inputs, *node.outputs)}
+            if name in merged:
+                raise QuantizationError(
+                    f"override {name!r} names a part of the model that has no integers of its own: it was composed with the "
+                    f"next layer, or is inside of a table; override what it became (there are {near}, ...)"
+                )
             raise QuantizationError(f"override {name!r} names no quantized tensor, weight or node (there are {near}, ...)")
 
 
