@@ -42,7 +42,7 @@ def test_columns_that_are_not_whole_keep_their_bits() -> None:
     mixed = np.where([True, False, True], CATEGORIES, REAL)
     quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], 8, x=mixed).tensors["x"]
     back = quantizer.dequantize(quantizer.quantize(mixed))
-    np.testing.assert_allclose(back[:, [0, 2]], mixed[:, [0, 2]], rtol=1e-12)
+    np.testing.assert_allclose(back[:, [0, 2]], mixed[:, [0, 2]], rtol=2.0**-24)  # scales are float32
     assert quantizer.scale[1] < 0.1 and quantizer.qmax[1] > 200
 
 
