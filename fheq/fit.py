@@ -60,7 +60,7 @@ def fit_each(graph: Graph, stats: Stats, specs: Iterable[int | Mapping[str, int]
         raise QuantizationError(f"the statistics lack tensor {missing[0]!r}: calibrate this graph")
     groups: list[tuple[Spec, list[int]]] = []
     for i, spec in enumerate(wanted):
-        _check_overrides(layout, spec)
+        _check_overrides(graph, layout, spec)
         alike = _of_tensors(spec)
         group = next((members for shared, members in groups if shared == alike), None)
         if group is None:
@@ -131,11 +131,17 @@ def _fit_product(
             qparams.accumulators[step.out] = accumulator
 
 
-def _check_overrides(layout: Plan, spec: Spec) -> None:
+def _check_overrides(graph: Graph, layout: Plan, spec: Spec) -> None:
     steps = {name for s in layout.steps for name in (s.out, s.node.name, getattr(s, "weight_name", ""))}
     producers = layout.graph.producers()
     known = steps | set(layout.inputs) | set(layout.points) | {producers[p].name for p in layout.points if p in producers}
     for name in spec.overrides:
         if name not in known:
             near = ", ".join(sorted(known - {""})[:8])
+            merged = {n for node in graph.nodes for n in (node.name, *node.inputs, *node.outputs)}
+            if name in merged:
+                raise QuantizationError(
+                    f"override {name!r} names a part of the model that has no integers of its own: it was composed with the "
+                    f"next layer, or is inside of a table; override what it became (there are {near}, ...)"
+                )
             raise QuantizationError(f"override {name!r} names no quantized tensor, weight or node (there are {near}, ...)")

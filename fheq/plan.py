@@ -101,8 +101,11 @@ def plan(graph: Graph) -> Plan:
     """Plans a graph.
 
     Raises:
-        UnsupportedError: a node that cannot run on encrypted data, named.
+        UnsupportedError: a node that cannot run on encrypted data, named, or an output without elements.
     """
+    for port in graph.outputs:
+        if 0 in port.type.shape:
+            raise UnsupportedError(f"output {port.name!r} has no elements (shape {port.type.shape}): drop it from the model")
     server, client = split(graph)
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced

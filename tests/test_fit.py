@@ -308,3 +308,13 @@ def test_a_weight_of_zeros_lowers() -> None:
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 5))
     (real,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
     np.testing.assert_allclose(real, 1.0, atol=0.1)  # r is (1, 0): on 31 steps, and weights of 1 are exact to 1/15
+
+
+@pytest.mark.parametrize("name", ["make_h", "w", "h"])
+def test_an_override_of_a_layer_that_was_composed_says_so(name: str) -> None:
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Gemm", ["h", "v"], ["y"])]
+    known = {"w": np.eye(4, 3, dtype=np.float32), "v": np.eye(3, 2, dtype=np.float32)}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], known))
+    stats = fheq.calibrate(graph, np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32))
+    with pytest.raises(QuantizationError, match=f"{name}.*composed.*override what it became.*v/composed"):
+        fheq.fit(graph, stats, Spec(6, overrides={name: Override(n_bits=3)}))

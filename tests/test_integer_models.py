@@ -421,3 +421,38 @@ def test_a_scale_per_block_of_channels_is_one_per_channel():
     scale, zero = np.repeat(known["s"], 2, axis=1), np.repeat(known["z"], 2, axis=1)
     want = scale * (np.clip(np.round(x / scale) + zero, -128, 127) - zero)
     np.testing.assert_allclose(answers(program, x), want, atol=2e-3)
+
+
+def recurrent_or_attention(op: str) -> onnx.ModelProto:
+    """x (N, 3, 4) through an LSTM or an attention of two heads to y."""
+    if op == "LSTM":
+        nodes = [
+            node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+            node("LSTM", ["t", "w", "r", "b"], ["", "h"], hidden_size=3),
+            node("Squeeze", ["h", "axis"], ["y"]),
+        ]
+        known = {"w": tensor(1, 12, 4), "r": tensor(1, 12, 3), "b": tensor(1, 24), "axis": np.array([0])}
+    else:
+        nodes = [node("Attention", ["x", "w", "b"], ["y"], domain="com.microsoft", num_heads=2)]
+        known = {"w": tensor(4, 12), "b": tensor(12)}
+    return model(nodes, {"x": ["N", 3, 4]}, ["y"], known, domains={"com.microsoft": 1})
+
+
+@pytest.mark.parametrize(("op", "per_channel"), [("LSTM", False), ("LSTM", True), ("Attention", False)])
+def test_recurrence_and_attention_that_onnxruntime_quantized(tmp_path, op, per_channel):
+    """Against onnxruntime on the float model: weights are off by half of one step in 255, activations by as much."""
+    proto = recurrent_or_attention(op)
+    onnx.save(proto, tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "out.onnx", weight_type=QuantType.QUInt8, per_channel=per_channel)
+    graph = fheq.import_onnx(tmp_path / "out.onnx")
+    x = tensor(40, 3, 4)
+    (want,) = session(proto).run(None, {"x": x})
+    assert np.abs(np.asarray(fheq.evaluate(graph, x)) - want).max() <= 0.03 * np.ptp(want)
+    assert any(name in graph.pinned for name in graph.constants)
+    assert fheq.check(graph) == []
+
+
+def test_what_has_no_parts_is_refused_with_what_to_do():
+    made = node("QLinearConvTranspose", ["x"], ["y"], domain="com.microsoft")
+    with pytest.raises(UnsupportedError, match=r"'make_y'.*QDQ"):
+        fheq.import_onnx(model([made], {"x": ["N", 3]}, ["y"], domains={"com.microsoft": 1}))

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from build_models import model, node, reference
+from build_models import model, node, reference, tensor
 from jax.experimental import enable_x64
 from onnx import TensorProto
 
 import fheq
 from benchmarks.op_cases import onnx_cases, with_known_inputs
+from fheq.errors import UnsupportedError
 from fheq.evaluate import evaluate_sample
 from fheq.rewrites import decompose
 
@@ -237,3 +238,20 @@ def test_the_place_of_a_maximum_holds_for_samples_beyond_calibration(classes: in
     assert not any(a.can_wrap for name, a in program.accumulators.items() if name != "h")
     (got,) = program.dequantize(fheq.simulate(program, *program.quantize(3 * x)))
     np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, 3 * x), atol=1e-5)
+
+
+def test_indices_that_nobody_reads_are_no_part_of_a_pool():
+    made = node("MaxPool", ["x"], ["y", "places"], kernel_shape=[2, 2])
+    proto = model([made], {"x": ["N", 1, 4, 4]}, ["y"])
+    x = tensor(60, 1, 4, 4)
+    np.testing.assert_allclose(fheq.evaluate(fheq.import_onnx(proto), x), reference(proto, x)[0])
+
+
+@pytest.mark.parametrize("others", [[], ["m"]])
+def test_an_output_without_elements_is_refused_by_name(others):
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Slice", ["m", "one", "one", "one"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y", *others], {"w": tensor(4, 3), "one": np.array([1])}))
+    (found,) = fheq.check(graph)
+    assert "output 'y' has no elements" in found.cause
+    with pytest.raises(UnsupportedError, match=r"output 'y' has no elements.*drop it"):
+        fheq.calibrate(graph, tensor(60, 4))

@@ -258,7 +258,7 @@ def _live(
     kept = []
     for node, proto in reversed(pairs):
         if any(name in wanted for name in node.outputs if name):
-            if node.op in WITH_SUBGRAPHS:
+            if node.op in (*WITH_SUBGRAPHS, "MaxPool"):  # without its indices
                 node = replace(node, outputs=tuple(name if name in wanted else "" for name in node.outputs))
             wanted.update(_reads(node, proto))
             kept.append((node, proto))

@@ -41,6 +41,15 @@ class _Body:
         self.nodes.append(Node(f"{self.node.name or base}/{op}", op, inputs, (out,), merged, domain, version))
         return out
 
+    def copy(self, op: str, inputs: tuple[str, ...]) -> None:
+        """Adds an operator of ai.onnx with the outputs and attributes of the node."""
+        schema: Any = schema_of(op, VERSION, "")
+        while inputs and not inputs[-1]:
+            inputs = inputs[:-1]
+        known = {k: v for k, v in self.node.attrs.items() if k in schema.attributes}
+        attrs = MappingProxyType({**defaults_of(schema), **known})
+        self.nodes.append(Node(self.node.name, op, inputs, self.node.outputs, attrs, "", VERSION))
+
     def constant(self, value: Any) -> str:
         """Adds a known tensor."""
         return self.write("Constant", value=value)
@@ -186,6 +195,68 @@ def _dynamic(body: _Body) -> None:
         body.write("Constant", out=zero, value=np.uint8(0))
 
 
+def _dynamic_lstm(body: _Body) -> None:
+    """DynamicQuantizeLSTM: an LSTM whose weights are stored transposed, with a scale per direction or per column.
+
+    Raises:
+        UnsupportedError: scales per column of two directions.
+    """
+    weights = []
+    for at, scales in ((1, 8), (2, 10)):
+        q, scale, zero = body.inputs[at], *body.inputs[scales : scales + 2]
+        shape, axis = body.types[scale].shape, 0
+        if len(shape) > 1 and shape[0] > 1:
+            raise UnsupportedError(
+                f"{describe(body.node)}: scales per column of two directions; quantize them with one scale each "
+                "(per_channel=False)"
+            )
+        if len(shape) > 1:
+            flat, axis = body.constant(np.array([-1], np.int64)), 2
+            scale, zero = (body.write("Reshape", name, flat) if name else "" for name in (scale, zero))
+        weights.append(body.write("Transpose", body.decode(q, scale, zero, axis), perm=(0, 2, 1)))
+    x, bias, lengths, h, c, p = (body.inputs[at] for at in (0, 3, 4, 5, 6, 7))
+    body.copy("LSTM", (x, *weights, bias, lengths, h, c, p))
+
+
+def _attention(body: _Body) -> None:
+    """QAttention: queries, keys and values by one product, softmax of the scaled products per head, no mask.
+
+    Raises:
+        UnsupportedError: a mask, earlier keys and values, or rotary embeddings.
+    """
+    node = body.node
+    x, w, bias, x_scale, w_scale, mask, x_zero, w_zero, past = body.inputs[:9]
+    other = [name for name in ("unidirectional", "do_rotary", "past_present_share_buffer") if node.attrs.get(name, 0)]
+    other += [what for what, name in (("mask_index", mask), ("past", past), ("present", "".join(node.outputs[1:]))) if name]
+    if other:
+        raise UnsupportedError(f"{describe(node)}: {', '.join(other)} are not supported; export it as plain operators")
+    (batch, length, _), width = body.types[x].shape, body.types[w].shape[1] // 3
+    heads = int(node.attrs["num_heads"])
+    known = lambda *values: body.constant(np.array(values, np.int64))
+    product = body.write("MatMul", body.decode(x, x_scale, x_zero), body.decode(w, w_scale, w_zero, 1))
+    every = body.write("Add", product, bias)
+    parts = []
+    for part in range(3):
+        taken = body.write("Slice", every, known(part * width), known((part + 1) * width), known(2))
+        apart = body.write("Reshape", taken, known(batch, length, heads, width // heads))
+        parts.append(body.write("Transpose", apart, perm=(0, 2, 3, 1) if part == 1 else (0, 2, 1, 3)))
+    scale = node.attrs.get("scale") or 1 / np.sqrt(width / heads)
+    scores = body.write("Mul", body.write("MatMul", parts[0], parts[1]), body.constant(np.float32(scale)))
+    mixed = body.write("MatMul", body.write("Softmax", scores, axis=-1), parts[2])
+    joined = body.write("Transpose", mixed, perm=(0, 2, 1, 3))
+    body.write("Reshape", joined, known(batch, length, width), out=node.outputs[0])
+
+
+def _refused(advice: str) -> Callable[[_Body], None]:
+    def rule(body: _Body) -> None:
+        raise UnsupportedError(f"{describe(body.node)}: this operator on integers is not supported; {advice}")
+
+    return rule
+
+
+_AS_QDQ = "quantize with quant_format=QuantFormat.QDQ, whose operators are the float ones"
+
+
 def _same(op: str) -> Callable[[_Body], None]:
     """An operator of ai.onnx under another domain."""
 
@@ -204,12 +275,16 @@ ONNX_RULES: dict[str, Callable[[_Body], None]] = {
 }
 _MICROSOFT: dict[str, Callable[[_Body], None]] = {
     "DequantizeLinear": _same("DequantizeLinear"),
+    "DynamicQuantizeLSTM": _dynamic_lstm,
     "DynamicQuantizeMatMul": _dynamic_matmul,
     "MatMulIntegerToFloat": _to_float,
+    "QAttention": _attention,
+    "QEmbedLayerNormalization": _refused(_AS_QDQ),
     "QGemm": _gemm,
     "QLinearAdd": _pairwise("Add"),
     "QLinearAveragePool": _univariate("AveragePool"),
     "QLinearConcat": _concat,
+    "QLinearConvTranspose": _refused(_AS_QDQ),
     "QLinearConv": _conv,
     "QLinearGlobalAveragePool": _univariate("GlobalAveragePool"),
     "QLinearLeakyRelu": _univariate("LeakyRelu"),
