@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial, reduce
+from math import isfinite
 from typing import Any
 
 import jax
@@ -92,6 +93,7 @@ def calibrate(
     return total
 
 
+@lru_cache(maxsize=32)
 def tile(layout: Plan) -> int:
     """The samples that are evaluated together: a power of two, fewer the larger the model's tensors are.
 
@@ -261,11 +263,12 @@ def _pad(part: np.ndarray, width: int) -> np.ndarray:
 
 def _warn(layout: Plan, stats: Stats, count: int) -> None:
     for name, found in stats.items():
-        if not np.all(np.isfinite(found.minimum)) or not np.all(np.isfinite(found.maximum)):
+        low, high = float(np.min(found.minimum)), float(np.max(found.maximum))
+        if not isfinite(low) or not isfinite(high):
             raise DataError(f"tensor {name!r} becomes NaN or infinite on the calibration data; check the model's inputs")
-        if np.min(found.minimum) == np.max(found.maximum) and count > 1:
+        if low == high and count > 1:
             warnings.warn(
-                f"tensor {name!r} is constant ({float(np.min(found.minimum)):.6g}) on the calibration data: its "
+                f"tensor {name!r} is constant ({low:.6g}) on the calibration data: its "
                 "range cannot be known; calibrate on data that exercise it",
                 CalibrationWarning,
                 stacklevel=3,

@@ -256,7 +256,8 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading 
     flat = ratio == 0  # a channel that does not vary contributes its constant alone
     share = xp.where(flat, 0, offset / xp.where(flat, 1, ratio))
     constant = _sum_inputs(step, q * a.scale * along_inputs(step, share))
-    constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, offset, 0)))
+    if xp is jnp or np.any(flat):
+        constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, offset, 0)))
     if np.ndim(constant) > 1:
         constant = constant[..., None, :] if step.form == "matmul" else constant[..., :, None]
     else:

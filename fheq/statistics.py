@@ -26,6 +26,7 @@ A = ParamSpec("A")
 LOW, HIGH, _PARTS = -40, 24, 16
 _SIDE = (HIGH - LOW) * _PARTS
 BINS = 2 * _SIDE + 1
+ROW = 4096  # values that are added at once
 MOMENTS, HISTOGRAM, FRACTION = "moments", "histogram", "fraction"
 PARTS = (MOMENTS, HISTOGRAM)  # what may be collected beside counts and extremes; fractions are those of inputs alone
 
@@ -122,6 +123,7 @@ def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
 
     def add(found: tuple[Array, ...], sample: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
         value, kept = sample
+        kept = kept[:, None, None]
         low, high = (jnp.where(kept, value, end) for end in (jnp.inf, -jnp.inf))
         extremes = jnp.minimum(found[0], low), jnp.maximum(found[1], high)
         if not moments:
@@ -129,20 +131,30 @@ def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
         seen = jnp.where(kept, value, 0).astype(found[2].dtype)
         return (*extremes, found[2] + seen, found[3] + seen * seen), None
 
-    full = jnp.full(values.shape[1:], jnp.inf, values.dtype)
-    zeros = (jnp.zeros(values.shape[1:], stats.total.dtype),) * 2 if moments else ()
-    # Sample by sample: operations on whole rows become vector instructions, XLA's reductions of leading axes do not.
-    low, high, *sums = jax.lax.scan(add, (full, -full, *zeros), (values, keep))[0]
-    total, squares = (jnp.sum(leaf, axis=1) for leaf in sums) if moments else (0, 0)
+    # Some samples at a time: operations on whole rows become vector instructions, XLA's reductions of leading axes do not.
+    size = _together(*values.shape)
+    rows, kept = values.reshape(-1, size, *values.shape[1:]), keep.reshape(-1, size)
+    full = jnp.full(rows.shape[1:], jnp.inf, values.dtype)
+    zeros = (jnp.zeros(rows.shape[1:], stats.total.dtype),) * 2 if moments else ()
+    low, high, *sums = jax.lax.scan(add, (full, -full, *zeros), (rows, kept))[0]
+    total, squares = (jnp.sum(leaf, axis=(0, 2)) for leaf in sums) if moments else (0, 0)
     return TensorStats(
         stats.count + jnp.sum(keep) * values.shape[2],
-        jnp.minimum(stats.minimum, jnp.min(low, axis=1)),
-        jnp.maximum(stats.maximum, jnp.max(high, axis=1)),
+        jnp.minimum(stats.minimum, jnp.min(low, axis=(0, 2))),
+        jnp.maximum(stats.maximum, jnp.max(high, axis=(0, 2))),
         stats.total + total if moments else None,
         stats.squares + squares if moments else None,
         None if stats.histogram is None else _counted(stats.histogram, values, keep[:, None, None]),
         None if stats.fraction is None else jnp.maximum(stats.fraction, _fraction(values, keep[:, None, None])),
     )
+
+
+def _together(samples: int, channels: int, size: int) -> int:
+    """How many samples are added at once: a power of two that divides their number, few enough for the first cache."""
+    count = 1
+    while samples % (2 * count) == 0 and 2 * count * channels * size <= ROW:
+        count *= 2
+    return count
 
 
 def _fraction(values: Array, mask: Array) -> Array:
