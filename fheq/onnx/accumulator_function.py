@@ -11,12 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from fheq.accumulators import first_of_channel, whole_shift
 from fheq.granularity import channel_axis
 from fheq.integers import accumulator_decoder
+from fheq.onnx.writer import OPSET
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.stated_accumulators import DOMAIN, INPUTS, NAME, STILL
 from fheq.steps import Step
-
-OPSET = 21
 
 
 def accumulator_call(
