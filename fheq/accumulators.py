@@ -1,7 +1,6 @@
-"""Ranges and rounding of accumulators: what enters a table, and how many bits of it.
+"""Quantizers of accumulators: how they are rounded, and how many bits enter a table.
 
-Two ranges are known of every accumulator: the worst case, from integer weights and input ranges, and the observed one, from
-calibration, with a margin. An offset brings the chosen range to [0, 2^width), centred so that the slack is on both sides.
+An offset brings the range of an accumulator to [0, 2^width), centred so that the slack is on both sides.
 """
 
 from __future__ import annotations
@@ -11,193 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fheq.accumulator_ranges import chosen_bounds
 from fheq.affine import Affine
-from fheq.clipping import tails
+from fheq.bounds import Bounds, channel_bounds, worst_case
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
-from fheq.integers import (
-    Reading,
-    Weights,
-    accumulator_decoder,
-    add_multipliers,
-    apply_form,
-    array_namespace,
-    operand_decoder,
-    quantize_weight,
-)
+from fheq.integers import Reading, Weights, accumulator_decoder, array_namespace, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams, unsigned
-from fheq.regions import is_boolean
-from fheq.spec import MAX_TABLE_BITS, AccumulatorRange, Rounding, Spec
+from fheq.spec import MAX_TABLE_BITS, Rounding, Spec
 from fheq.stated_accumulators import fits
 from fheq.stated_weights import stated_weight
-from fheq.statistics import Stats, TensorStats, of_statistics
-from fheq.steps import Add, Join, Linear, Maximum, Product, Step, Sum, counts_decisions
+from fheq.statistics import Stats
+from fheq.steps import Linear, Step, makes_accumulator
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
-OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
 WORST_CASE_BITS = 6  # low bits that are given up so that an accumulator too wide for tables can never overflow
-
-
-class Bounds(NamedTuple):
-    """Smallest and largest integer of an accumulator; arrays of the step's shape, or per channel."""
-
-    low: np.ndarray
-    high: np.ndarray
-
-
-def makes_accumulator(step: Step) -> bool:
-    """Whether a step makes an accumulator (the others pass quantized values on)."""
-    return not isinstance(step, (Maximum, Join))
-
-
-def worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | None = None) -> Bounds:
-    """Bounds that hold for every input in range, of the step's shape, in float64 (exact integers).
-
-    Args:
-        weights: what `quantize_weight` gives for a linear step, where it is known.
-    """
-    return Bounds(*(np.round(v) for v in _worst_case(layout, qparams, step, weights)))
-
-
-def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> tuple[np.ndarray, ...]:
-    if isinstance(step, Linear):
-        weights = weights or quantize_weight(layout, qparams, step)
-        x, w = weights.reading.x, weights.integers
-        if "exclusive" in step.options:
-            return _exclusive_bounds(step, x.low, x.high, w)
-        middle = apply_form(step, (x.low + x.high) / 2, w)
-        reach = apply_form(step, (x.high - x.low) / 2, np.abs(w))
-        return middle - reach, middle + reach
-    if isinstance(step, Sum):
-        x = operand_decoder(layout, qparams, step.x)
-        valid = (step.x.elements >= 0).reshape(step.x.shape)
-        return tuple(np.sum(np.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
-    a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
-    if isinstance(step, Add):
-        m, n, _ = add_multipliers(a, b)
-        n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
-        low, high = m * a.low + n_low, m * a.high + n_high
-        extreme = from_its_extreme(layout, step)
-        return (low, np.minimum(high, 0)) if extreme > 0 else (np.maximum(low, 0), high) if extreme < 0 else (low, high)
-    assert isinstance(step, Product)
-    p, r = (np.round(d.offset / d.scale) for d in (a, b))
-    corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
-    low, high = np.min(np.stack(corners), axis=0), np.max(np.stack(corners), axis=0)
-    return (np.sum(low, -1), np.sum(high, -1)) if step.contract else (low, high)
-
-
-def from_its_extreme(layout: Plan, step: Add) -> int:
-    """1 for differences of elements from a maximum that they take part in (never above 0), -1 from a minimum, else 0."""
-    made = next((s for s in layout.steps if s.out == step.b.key), None)
-    if step.sign > 0 or not isinstance(made, Maximum) or any(x.key != step.a.key for x in made.xs):
-        return 0
-    if step.a.slope is not None or step.b.slope is not None or np.any(step.b.elements < 0):
-        return 0
-    windows = np.concatenate([x.elements.reshape(-1, x.shape[-1]) for x in made.xs], axis=1)[step.b.elements]
-    return made.sign if np.all(np.any(windows == step.a.elements[:, None], axis=1)) else 0
-
-
-def decides(layout: Plan, step: Step) -> bool:
-    """Whether nothing but decisions is made of a difference: one that wraps around would turn them."""
-    points = [point for point, source in layout.points.items() if source == step.out]
-    return isinstance(step, Add) and bool(points) and all(is_boolean(layout.graph, point) for point in points)
-
-
-def _exclusive_bounds(step: Linear, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of a product with bits of which at most one per group is 1."""
-    group = np.unique(step.options["exclusive"], return_inverse=True)[1]
-    ends = []
-    for smaller in (np.minimum, np.maximum):
-        terms = smaller(low[..., None] * weight, high[..., None] * weight)
-        total = np.zeros((*terms.shape[:-2], group.max() + 1, terms.shape[-1]))
-        smaller.at(np.moveaxis(total, -2, 0), group, np.moveaxis(terms, -2, 0))
-        ends.append(total.sum(axis=-2).reshape(step.shape))
-    return ends[0], ends[1]
-
-
-def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
-    """Bounds of the step's shape to bounds per channel `(C,)`, or `(1,)`."""
-    ndim = bounds.low.ndim
-    if axis is None or ndim == 0:
-        return Bounds(bounds.low.min().reshape(1), bounds.high.max().reshape(1))
-    others = tuple(i for i in range(ndim) if i != axis % ndim)
-    return Bounds(bounds.low.min(axis=others), bounds.high.max(axis=others))
-
-
-def observed_bounds(
-    layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float, weights: Weights | None = None
-) -> Bounds:
-    """Integer range seen in calibration, widened at both ends by the margin, per channel."""
-    axis = channel_axis(layout, step.out)
-    scale, offset = accumulator_decoder(layout, qparams, step, weights)
-    unit = np.where(scale == 0, 1, scale)
-    ends = []
-    for real in _widened(stats[step.out], margin):
-        view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
-        ends.append((view - offset) / unit)
-    low, high = np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))
-    return channel_bounds(Bounds(*(np.broadcast_to(end, step.shape) for end in (low, high))), axis)
-
-
-@of_statistics
-def _widened(stats: TensorStats, margin: float) -> tuple[np.ndarray, np.ndarray]:
-    """The observed extremes, and how far unseen values are to be expected beyond."""
-    low, high = np.asarray(stats.minimum, np.float64), np.asarray(stats.maximum, np.float64)
-    more = [unseen_reach(tail.excess, stats.count, high - low, margin) for tail in tails(stats)]
-    return low - more[0], high + more[1]
-
-
-def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin: float) -> np.ndarray:
-    """How far beyond an extreme of `count` values a range must go to miss only a share `OUTSIDE` of unseen ones, `(C,)`.
-
-    Beyond the extreme of n values an exponential tail of mean `excess` holds 1/n of the unseen ones. At least `margin` of
-    the observed span is taken, where a thousand values were seen, and at most half of it.
-    """
-    missed = np.maximum(np.log(1 / (np.maximum(count, 1) * OUTSIDE)), 0)
-    least = margin * missed / np.log(1 / (1000 * OUTSIDE)) * span
-    return np.clip(excess * missed, least, np.maximum(span / 2, least))
-
-
-def chosen_bounds(
-    layout: Plan,
-    qparams: QParams,
-    stats: Stats,
-    step: Step,
-    spec: Spec,
-    worst: Bounds,
-    weights: Weights | None = None,
-) -> Bounds:
-    """The range that sizes an accumulator: never wider than the worst case, and all of it for comparisons and for counts,
-    which are narrow and where a value that calibration never met (a class without samples) is none the less as likely as
-    any."""
-    counted = decides(layout, step) or counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
-    if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
-        return worst
-    seen = observed_bounds(layout, qparams, stats, step, spec.margin, weights)
-    low = np.clip(seen.low, worst.low, worst.high)
-    return Bounds(low, np.clip(seen.high, low, worst.high))
-
-
-def bit_length(span: float) -> int:
-    """Bits of an unsigned integer up to `span`."""
-    return max(1, int(span).bit_length())
-
-
-def aligned(bounds: Bounds, lsbs: int) -> tuple[np.ndarray, int]:
-    """Offsets, multiples of the cell 2^lsbs, that bring each channel to start at 0, and the width that then holds the
-    largest value, rounded up by half a cell."""
-    cell = 1 << lsbs
-    offset = -np.floor(bounds.low / cell) * cell
-    return offset, bit_length(float(np.max(bounds.high + offset)) + (cell >> 1))
-
-
-def removable(bounds: Bounds, bits: int) -> int:
-    """The fewest low bits whose removal leaves `bits`."""
-    lsbs = max(0, bit_length(float(np.max(bounds.high - bounds.low))) - bits)  # whatever the offsets
-    while aligned(bounds, lsbs)[1] - lsbs > bits:
-        lsbs += 1
-    return lsbs
 
 
 def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -> QParams:
@@ -211,23 +39,6 @@ def fit_accumulators(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -
         step.out: fit_accumulator(layout, stats, spec, encrypted, step) for step in layout.steps if makes_accumulator(step)
     }
     return replace(qparams, accumulators=accumulators)
-
-
-def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
-    """How the accumulator of a step is rounded; not at all when what reads it needs every integer.
-
-    Raises:
-        QuantizationError: exact rounding of an accumulator that is decrypted, which would take tables and save none.
-    """
-    if isinstance(step, Linear) and step.options.get("exact"):
-        return None
-    own = spec.override(step.out, step.node.name).rounding
-    if step.out in layout.points.values():
-        return own or spec.rounding
-    found = own or spec.output_rounding
-    if found is not None and not found.approximate:
-        raise QuantizationError(f"the accumulator {step.out!r} is decrypted: its rounding must be approximate")
-    return found
 
 
 class Weighed(NamedTuple):
@@ -279,6 +90,23 @@ def fit_accumulator(
     return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact", weights)
 
 
+def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
+    """How the accumulator of a step is rounded; not at all when what reads it needs every integer.
+
+    Raises:
+        QuantizationError: exact rounding of an accumulator that is decrypted, which would take tables and save none.
+    """
+    if isinstance(step, Linear) and step.options.get("exact"):
+        return None
+    own = spec.override(step.out, step.node.name).rounding
+    if step.out in layout.points.values():
+        return own or spec.rounding
+    found = own or spec.output_rounding
+    if found is not None and not found.approximate:
+        raise QuantizationError(f"the accumulator {step.out!r} is decrypted: its rounding must be approximate")
+    return found
+
+
 def _stated(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> Affine | None:
     """The accumulator that the model states for a step; None where it states none, or one in other steps than the step's."""
     found = layout.accumulators.get(step.out)
@@ -320,6 +148,27 @@ def accumulator_affine(
         scale, zero_point = scale[0], zero_point[0]
     whole = lambda v: np.full_like(scale, v)
     return Affine(scale, zero_point, whole(0.0), whole(2.0**width - 1), np.asarray(float(lsbs)), axis, rounding=mode)
+
+
+def removable(bounds: Bounds, bits: int) -> int:
+    """The fewest low bits whose removal leaves `bits`."""
+    lsbs = max(0, bit_length(float(np.max(bounds.high - bounds.low))) - bits)  # whatever the offsets
+    while aligned(bounds, lsbs)[1] - lsbs > bits:
+        lsbs += 1
+    return lsbs
+
+
+def aligned(bounds: Bounds, lsbs: int) -> tuple[np.ndarray, int]:
+    """Offsets, multiples of the cell 2^lsbs, that bring each channel to start at 0, and the width that then holds the
+    largest value, rounded up by half a cell."""
+    cell = 1 << lsbs
+    offset = -np.floor(bounds.low / cell) * cell
+    return offset, bit_length(float(np.max(bounds.high + offset)) + (cell >> 1))
+
+
+def bit_length(span: float) -> int:
+    """Bits of an unsigned integer up to `span`."""
+    return max(1, int(span).bit_length())
 
 
 def same_range(layout: Plan, qparams: QParams) -> QParams:

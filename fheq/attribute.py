@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import scores as score_functions
-from fheq.accumulators import makes_accumulator
 from fheq.affine import Affine
 from fheq.console import number, shorten, text_table
 from fheq.evaluate import unwrap
@@ -25,7 +24,7 @@ from fheq.noise import DEFAULT_P_ERROR
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
-from fheq.steps import Linear
+from fheq.steps import Linear, makes_accumulator
 from fheq.sweep import BATCH, CHUNK, sweep
 from fheq.table_noise import TableNoise, table_noise, tabulated
 

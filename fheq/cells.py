@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulators import Bounds, Weighed, channel_bounds, chosen_bounds, removable, rounding_of
+from fheq.accumulator_ranges import chosen_bounds
+from fheq.accumulators import Weighed, removable, rounding_of
 from fheq.affine import Affine, as_float32
+from fheq.bounds import Bounds, channel_bounds
 from fheq.granularity import channel_axis
 from fheq.integers import Reading
 from fheq.plan import Plan

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import affine
-from fheq.accumulators import makes_accumulator
 from fheq.batching import join, over_samples
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
@@ -25,7 +24,7 @@ from fheq.integers import (
 from fheq.interpret import run_node
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
 
 Array = Any
 

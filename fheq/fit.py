@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulators import fit_accumulator, makes_accumulator, weighed
+from fheq.accumulators import fit_accumulator, weighed
 from fheq.affine import Affine
 from fheq.alignment import check_alignment
 from fheq.calibrate import observed
@@ -20,7 +20,7 @@ from fheq.qparams import QParams, unsigned
 from fheq.spec import AccumulatorRange, Spec, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats
-from fheq.steps import Linear
+from fheq.steps import Linear, makes_accumulator
 from fheq.tensor_quantizers import fit_tensors
 from fheq.weight_quantizers import fit_weight
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulators import channel_bounds, makes_accumulator, whole_shift, worst_case
+from fheq.accumulators import whole_shift
 from fheq.affine import Affine, validate
 from fheq.alignment import check_alignment
+from fheq.bounds import channel_bounds, worst_case
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
@@ -27,7 +28,7 @@ from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
-from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
 from fheq.tables import tabulate
 
 

@@ -172,6 +172,11 @@ class Join(Step):
         return self.pieces
 
 
+def makes_accumulator(step: Step) -> bool:
+    """Whether a step makes an accumulator (the others pass quantized values on)."""
+    return not isinstance(step, (Maximum, Join))
+
+
 def counts_decisions(step: Step) -> bool:
     """Whether a step counts or weighs decisions: its worst case is tight, and any input may reach it."""
     return isinstance(step, Linear) and ("exact" in step.options or "exclusive" in step.options)

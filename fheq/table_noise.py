@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fheq.accumulators import makes_accumulator
 from fheq.graph import Graph
 from fheq.integers import accumulator_decoder
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.steps import Step
+from fheq.steps import Step, makes_accumulator
 
 Array = Any
 

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from fheq.accumulators import makes_accumulator
 from fheq.encodings import is_encoding
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node
@@ -17,7 +16,7 @@ from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.steps import Linear, Step
+from fheq.steps import Linear, Step, makes_accumulator
 
 
 def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:

@@ -1,0 +1,78 @@
+"""Ranges of accumulators: the observed one, with a margin for what calibration did not meet, and the one that is used."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fheq.bounds import Bounds, channel_bounds
+from fheq.clipping import tails
+from fheq.granularity import channel_axis
+from fheq.integers import Weights, accumulator_decoder
+from fheq.plan import Plan
+from fheq.qparams import QParams
+from fheq.regions import is_boolean
+from fheq.spec import AccumulatorRange, Spec
+from fheq.statistics import Stats, TensorStats, of_statistics
+from fheq.steps import Add, Step, counts_decisions
+
+OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
+
+
+def observed_bounds(
+    layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float, weights: Weights | None = None
+) -> Bounds:
+    """Integer range seen in calibration, widened at both ends by the margin, per channel."""
+    axis = channel_axis(layout, step.out)
+    scale, offset = accumulator_decoder(layout, qparams, step, weights)
+    unit = np.where(scale == 0, 1, scale)
+    ends = []
+    for real in _widened(stats[step.out], margin):
+        view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
+        ends.append((view - offset) / unit)
+    low, high = np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))
+    return channel_bounds(Bounds(*(np.broadcast_to(end, step.shape) for end in (low, high))), axis)
+
+
+@of_statistics
+def _widened(stats: TensorStats, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """The observed extremes, and how far unseen values are to be expected beyond."""
+    low, high = np.asarray(stats.minimum, np.float64), np.asarray(stats.maximum, np.float64)
+    more = [unseen_reach(tail.excess, stats.count, high - low, margin) for tail in tails(stats)]
+    return low - more[0], high + more[1]
+
+
+def unseen_reach(excess: np.ndarray, count: np.ndarray, span: np.ndarray, margin: float) -> np.ndarray:
+    """How far beyond an extreme of `count` values a range must go to miss only a share `OUTSIDE` of unseen ones, `(C,)`.
+
+    Beyond the extreme of n values an exponential tail of mean `excess` holds 1/n of the unseen ones. At least `margin` of
+    the observed span is taken, where a thousand values were seen, and at most half of it.
+    """
+    missed = np.maximum(np.log(1 / (np.maximum(count, 1) * OUTSIDE)), 0)
+    least = margin * missed / np.log(1 / (1000 * OUTSIDE)) * span
+    return np.clip(excess * missed, least, np.maximum(span / 2, least))
+
+
+def chosen_bounds(
+    layout: Plan,
+    qparams: QParams,
+    stats: Stats,
+    step: Step,
+    spec: Spec,
+    worst: Bounds,
+    weights: Weights | None = None,
+) -> Bounds:
+    """The range that sizes an accumulator: never wider than the worst case, and all of it for comparisons and for counts,
+    which are narrow and where a value that calibration never met (a class without samples) is none the less as likely as
+    any."""
+    counted = decides(layout, step) or counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
+    if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
+        return worst
+    seen = observed_bounds(layout, qparams, stats, step, spec.margin, weights)
+    low = np.clip(seen.low, worst.low, worst.high)
+    return Bounds(low, np.clip(seen.high, low, worst.high))
+
+
+def decides(layout: Plan, step: Step) -> bool:
+    """Whether nothing but decisions is made of a difference: one that wraps around would turn them."""
+    points = [point for point, source in layout.points.items() if source == step.out]
+    return isinstance(step, Add) and bool(points) and all(is_boolean(layout.graph, point) for point in points)
