@@ -18,7 +18,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.ops.table import Kind, lookup
-from fheq.rewriting.fold import prune
+from fheq.rewriting.prune import prune
 from fheq.stated_accumulators import states_accumulator
 
 ENDS = ("ArgMax", "ArgMin", "Hardmax", "LogSoftmax", "Normalizer", "Softmax", "TopK")

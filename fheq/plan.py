@@ -28,7 +28,7 @@ from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement
 from fheq.rewriting.edit import bypassed
-from fheq.rewriting.fold import is_float_cast
+from fheq.rewriting.pins import is_float_cast
 from fheq.stated_accumulators import take_accumulators
 from fheq.steps import Join, Operand, Step
 

@@ -19,9 +19,10 @@ from fheq.rewriting.batchnorm import fold_batch_norms
 from fheq.rewriting.compose import compose as compose
 from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
-from fheq.rewriting.fold import fold, prune
+from fheq.rewriting.fold import fold
 from fheq.rewriting.monotone import activate_before_maximum as activate_before_maximum
 from fheq.rewriting.monotone import quantize_before_movement as quantize_before_movement
+from fheq.rewriting.prune import prune
 from fheq.rewriting.softmax import recognise_softmax
 
 Rewrite = Callable[[Graph], Graph]

@@ -10,7 +10,7 @@ from onnx import TensorProto
 import fheq
 from fheq.ops import Kind, lookup
 from fheq.rewrites import decompose, remove_identities, untie_constants
-from fheq.rewriting.fold import prune
+from fheq.rewriting.prune import prune
 
 
 def check(proto, *inputs, atol=1e-5):

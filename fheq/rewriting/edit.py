@@ -11,7 +11,8 @@ import numpy as np
 
 from fheq.graph import Graph, Node, TensorType
 from fheq.ops.arguments import DTYPES
-from fheq.rewriting.fold import evaluated, output_types, prune, type_of
+from fheq.rewriting.evaluation import evaluated, output_types, type_of
+from fheq.rewriting.prune import prune
 
 VERSION = 18
 """Opset of the nodes that rewrites make."""

@@ -6,27 +6,21 @@ outputs get a type by abstract evaluation.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import enable_x64
 
-from fheq.affine import LEAVES, Affine
-from fheq.errors import FheqError, ShapeError, UnsupportedError, describe
+from fheq.affine import Affine
+from fheq.errors import FheqError, UnsupportedError, describe
 from fheq.graph import Graph, Node, TensorType
-from fheq.interpret import run_node
-from fheq.ops.arguments import dtype_of
 from fheq.ops.table import Kind, Op, find, lookup
-from fheq.rewriting.channels import channel_axis, channel_numbers
+from fheq.rewriting.evaluation import evaluated, guarded, output_types, type_of
+from fheq.rewriting.pins import passed_on
+from fheq.rewriting.prune import prune
 
-MAX_ELEMENTS = 2**28
 HOLDERS = ("SequenceConstruct", "Optional")
 """What is noted instead of computed: the elements of a sequence, and that an optional is absent."""
 
@@ -125,42 +119,6 @@ def fold(graph: Graph, quantizer: Quantizer | None = None) -> Graph:
     return prune(graph.replace(nodes=found.nodes, constants=found.constants, types=found.types, pinned=found.pinned))
 
 
-def prune(graph: Graph) -> Graph:
-    """Drops what no output depends on, and adds the types of tensors that have none yet."""
-    nodes = live(graph.nodes, [port.name for port in graph.outputs])
-    inputs = [port.name for port in graph.inputs]
-    read = {name for node in nodes for name in node.inputs if name} | {port.name for port in graph.outputs}
-    constants = {name: value for name, value in graph.constants.items() if name in read}
-    types = {name: graph.types[name] for name in inputs} | {name: type_of(value) for name, value in constants.items()}
-    for node in nodes:
-        old = {name: graph.types[name] for name in node.outputs if name in graph.types}
-        types.update(old if len(old) == sum(map(bool, node.outputs)) else output_types(node, constants, types))
-    pinned = {name: affine for name, affine in graph.pinned.items() if name in types}
-    return graph.replace(nodes=nodes, constants=constants, types=types, pinned=pinned)
-
-
-def live(nodes: Iterable[Node], outputs: Iterable[str]) -> tuple[Node, ...]:
-    """The nodes that the outputs depend on."""
-    wanted, kept = set(outputs), []
-    for node in reversed(tuple(nodes)):
-        if any(name in wanted for name in node.outputs if name):
-            wanted.update(name for name in node.inputs if name)
-            kept.append(node)
-    return tuple(reversed(kept))
-
-
-def is_float_cast(node: Node, types: Mapping[str, TensorType]) -> bool:
-    """Whether a node changes the precision of real values alone, which integers on a grid do not notice."""
-    if node.op != "Cast" or node.domain or not jnp.issubdtype(types[node.inputs[0]].dtype, jnp.floating):
-        return False
-    return jnp.issubdtype(dtype_of(node, node.attrs["to"]), jnp.floating)
-
-
-def type_of(value: np.ndarray) -> TensorType:
-    """The type of a known tensor."""
-    return TensorType(tuple(value.shape), value.dtype)
-
-
 def _fits_row(node: Node, known: Mapping[str, np.ndarray]) -> bool:
     """Whether the node has a row, and the inputs that it wants known are."""
     op = find(node)
@@ -221,132 +179,12 @@ def _known_outputs(
         if old:
             pins.update({name: reuse.pinned[name] for name in old if name in reuse.pinned})
             return old
-    special = _guarded(node, lambda: quantizer(node, known)) if quantizer is not None else None
+    special = guarded(node, lambda: quantizer(node, known)) if quantizer is not None else None
     if special is not None:
         value, affine = special
         if affine is not None:
             pins[node.outputs[0]] = affine
         return {node.outputs[0]: value}
     values = evaluated(node, known, types)
-    if names and names[0] in pins and is_float_cast(node, {names[0]: type_of(known[names[0]])}):
-        pins[node.outputs[0]] = pins[names[0]]
-    if op.kind is Kind.MOVEMENT and names[0] in pins:
-        pins.update(_moved_pins(node, known, pins[names[0]]))
-    if node.op in ("Mul", "Div") and not node.domain:
-        pins.update(_scaled_pins(node, known, pins, values))
+    pins.update(passed_on(node, known, pins, values))
     return values
-
-
-def evaluated(node: Node, known: Mapping[str, np.ndarray], types: Mapping[str, TensorType]) -> dict[str, np.ndarray]:
-    """Values of a node whose result depends on known tensors and shapes alone."""
-    _guard_announced(node, known)
-    if node.op != "Constant":
-        output_types(node, known, types)
-
-    def read(name: str) -> Any:
-        if name in known:
-            return jnp.asarray(known[name])
-        return np.broadcast_to(np.zeros((), types[name].dtype), types[name].shape)
-
-    results = _guarded(node, lambda: run_node(node, read, known))
-    return {name: np.asarray(value) for name, value in zip(node.outputs, results) if name}
-
-
-def output_types(node: Node, known: Mapping[str, np.ndarray], types: Mapping[str, TensorType]) -> dict[str, TensorType]:
-    """Types of the outputs of one node, by abstract evaluation.
-
-    Raises:
-        ShapeError: the node does not fit its inputs, or an output has more than 2**28 elements.
-    """
-    op = lookup(node)
-    data = list(dict.fromkeys(n for i, n in enumerate(node.inputs) if n and not op.is_static(i)))
-
-    def run(*values: Any) -> tuple[Any, ...]:
-        return run_node(node, dict(zip(data, values)).__getitem__, known)
-
-    _guard_announced(node, known)
-    shapes = [jax.ShapeDtypeStruct(types[name].shape, types[name].dtype) for name in data]
-    results = _guarded(node, lambda: jax.eval_shape(run, *shapes))
-    found = {name: TensorType(tuple(r.shape), np.dtype(r.dtype)) for name, r in zip(node.outputs, results) if name}
-    for kind in found.values():
-        _guard_size(node, math.prod(kind.shape), kind.shape)
-    return found
-
-
-def _guarded(node: Node, call: Callable[[], Any]) -> Any:
-    try:
-        with enable_x64(), np.errstate(all="ignore"):
-            return call()
-    except FheqError:
-        raise
-    except Exception as error:
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ShapeError(f"{describe(node)}: cannot be evaluated on these inputs: {cause}") from error
-
-
-def _guard_announced(node: Node, known: Mapping[str, np.ndarray]) -> None:
-    """Refuses huge results of the ops that say their size in known tensors."""
-    values = [known.get(name) for name in node.inputs]
-    if node.op == "ConstantOfShape" and values and values[0] is not None:
-        dims = [int(d) for d in values[0].ravel()]
-        _guard_size(node, math.prod(dims), dims)
-    if node.op == "Range" and len(values) == 3 and all(v is not None and v.size == 1 for v in values):
-        start, limit, delta = (float(v.item()) for v in values if v is not None)
-        count = (limit - start) / delta if delta else math.inf
-        _guard_size(node, count if math.isfinite(count) else math.inf, (start, limit, delta))
-
-
-def _guard_size(node: Node, count: float, shape: Any) -> None:
-    if count > MAX_ELEMENTS:
-        raise ShapeError(f"{describe(node)}: its result would have more than {MAX_ELEMENTS} elements ({tuple(shape)})")
-
-
-def _moved_pins(node: Node, known: Mapping[str, np.ndarray], affine: Affine) -> dict[str, Affine]:
-    """The quantizer of a pinned constant after a movement; none where its channels no longer lie along one axis."""
-    if affine.axis is None and all(np.ndim(getattr(affine, leaf)) == 0 for leaf in LEAVES):
-        return {name: affine for name in node.outputs if name}
-    source = next(name for name in node.inputs if name)
-    shape = known[source].shape
-    if affine.axis is None:  # leaves that vary along several axes move as the tensor does
-        leaves = {leaf: np.broadcast_to(getattr(affine, leaf), shape) for leaf in LEAVES}
-        moved_leaves: dict[str, Any] = {leaf: _moved(node, known, source, value) for leaf, value in leaves.items()}
-        fillers = any(np.any(v <= 0) for v in moved_leaves["scale"])
-        rows = {} if fillers else {n: {leaf: v[i] for leaf, v in moved_leaves.items()} for i, n in enumerate(node.outputs)}
-        return {name: replace(affine, **leaves) for name, leaves in rows.items() if name}
-    moved = {}
-    for name, result in zip(node.outputs, _moved(node, known, source, channel_numbers(shape, affine.axis))):
-        place = channel_axis(result)
-        if name and place is not None:
-            axis, order = place
-            taken: dict[str, Any] = {leaf: _taken(getattr(affine, leaf), order) for leaf in LEAVES}
-            moved[name] = replace(affine, axis=axis - np.ndim(result), **taken)
-    return moved
-
-
-def _moved(node: Node, known: Mapping[str, np.ndarray], source: str, values: np.ndarray) -> list[np.ndarray]:
-    """What a movement makes of other values in place of its data."""
-    results = _guarded(node, lambda: run_node(node, lambda n: values if n == source else jnp.asarray(known[n]), known))
-    return [np.asarray(result) for result in results]
-
-
-def _scaled_pins(
-    node: Node, known: Mapping[str, np.ndarray], pins: Mapping[str, Affine], values: Mapping[str, np.ndarray]
-) -> dict[str, Affine]:
-    """The quantizer of a pinned constant times (or by) a positive one: the same integers in other steps."""
-    positions = [i for i, name in enumerate(node.inputs) if name in pins]
-    if len(positions) != 1 or (node.op == "Div" and positions == [1]):
-        return {}
-    (name, value), source = next(iter(values.items())), node.inputs[positions[0]]
-    factor = known[node.inputs[1 - positions[0]]].astype(np.float64)
-    if value.shape != known[source].shape or not np.all(factor > 0):
-        return {}
-    affine = pins[source].expanded(value.ndim)
-    factor = np.reciprocal(factor) if node.op == "Div" else factor
-    leaves = {leaf: np.broadcast_to(getattr(affine, leaf), value.shape) for leaf in LEAVES}
-    leaves["scale"] = np.asarray(affine.scale) * factor
-    scaled: dict[str, Any] = {k: np.broadcast_to(v, value.shape) for k, v in leaves.items()}
-    return {name: replace(affine, **scaled, axis=None)}
-
-
-def _taken(leaf: Any, order: np.ndarray) -> Any:
-    return np.asarray(leaf)[order] if np.ndim(leaf) == 1 else leaf

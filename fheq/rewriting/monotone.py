@@ -12,7 +12,7 @@ from fheq.affine import Affine
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, find
 from fheq.rewriting.edit import Draft
-from fheq.rewriting.fold import evaluated
+from fheq.rewriting.evaluation import evaluated
 
 _ALWAYS = (
     *("Atan", "Asinh", "Ceil", "Clip", "Erf", "Exp", "Floor", "Identity", "Relu", "Round"),

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from fheq.graph import Graph, Node
 from fheq.rewriting.edit import VERSION, Draft
-from fheq.rewriting.fold import prune
+from fheq.rewriting.prune import prune
 
 _KEEPS_ORDER = ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity")
 
