@@ -10,7 +10,8 @@ import numpy as np
 from fheq.affine import LEAVES, varying
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
-from fheq.ops.recurrent import GATES, Stated, Values, sizes_of, unroll
+from fheq.ops.recurrent import Values, sizes_of, unroll
+from fheq.ops.recurrent_cells import GATES, Stated
 from fheq.rewriting.edit import Draft
 
 
