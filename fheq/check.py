@@ -13,7 +13,8 @@ import numpy as np
 from fheq.client import split
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError, describe
 from fheq.graph import Graph, Node, Port
-from fheq.plan import Plan, Planner, plan
+from fheq.plan import Plan, plan
+from fheq.planner import Planner
 from fheq.prediction import largest_sum, predicted_tables
 from fheq.rewrites import decompose
 

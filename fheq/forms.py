@@ -16,7 +16,7 @@ from fheq.regions import broadcast_elements, in_float64
 from fheq.steps import Add, Linear, Maximum, Operand, Product, Step, Sum, varies_only_along
 
 if TYPE_CHECKING:
-    from fheq.plan import Planner
+    from fheq.planner import Planner
 
 
 def build_linear(planner: Planner, node: Node) -> Step:
