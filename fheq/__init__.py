@@ -21,6 +21,8 @@ from fheq.check import Problem as Problem
 from fheq.check import check as check
 from fheq.circuit import Circuit as Circuit
 from fheq.circuit import compile as compile
+from fheq.configurations import grid as grid
+from fheq.configurations import stack as stack
 from fheq.cost import Report as Report
 from fheq.cost import cost as cost
 from fheq.edits import chain as chain
@@ -66,10 +68,8 @@ from fheq.spec import Override as Override
 from fheq.spec import Rounding as Rounding
 from fheq.spec import Spec as Spec
 from fheq.spec import Symmetry as Symmetry
-from fheq.sweep import Results as Results
-from fheq.sweep import grid as grid
-from fheq.sweep import stack as stack
 from fheq.sweep import sweep as sweep
+from fheq.sweep_results import Results as Results
 from fheq.table_noise import TableNoise as TableNoise
 from fheq.table_noise import table_noise as table_noise
 

@@ -15,12 +15,11 @@ from fheq.affine import Affine
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.plan import plan
-from fheq.qparams import QParams
+from fheq.qparams import PARTS, QParams
 from fheq.steps import Linear
 
 T = TypeVar("T")
 Edit = Callable[[Affine], Affine]
-PARTS = ("tensors", "weights", "accumulators")
 
 
 def chain(*transforms: Callable[[T], T]) -> Callable[[T], T]:

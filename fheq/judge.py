@@ -12,6 +12,7 @@ import numpy as np
 
 from fheq.batching import check_arrays, join, split
 from fheq.calibrate import Stats
+from fheq.configurations import stack
 from fheq.cost import cost
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import as_tuple, evaluate, numbered, unwrap
@@ -25,7 +26,7 @@ from fheq.scores import Score
 from fheq.simulate import simulate
 from fheq.space import Space
 from fheq.spec import Spec
-from fheq.sweep import stack, sweep
+from fheq.sweep import sweep
 from fheq.table_noise import table_noise
 
 

@@ -9,6 +9,9 @@ import numpy as np
 
 from fheq.affine import Affine
 
+PARTS = ("tensors", "weights", "accumulators")
+"""The fields of `QParams`."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

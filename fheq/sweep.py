@@ -1,15 +1,14 @@
 """Sweeps: many quantizations of one graph, evaluated together.
 
-A configuration is a `QParams`; many are one `QParams` with a leading axis on every leaf. `stack` puts fitted ones together,
-`jax.vmap` of any edit makes them, and `sweep` scores them all with one compiled function.
+A configuration is a `QParams`; many are one `QParams` with a leading axis on every leaf (see `fheq.configurations`). `stack`
+puts fitted ones together, `jax.vmap` of any edit makes them, and `sweep` scores them all with one compiled function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from fheq import affine
 from fheq.batching import check_arrays
-from fheq.console import number, text_table
+from fheq.configurations import configurations
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.fake_quant import output_values, prepare, results, tensor_values
@@ -31,107 +30,12 @@ from fheq.progress import track
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
 from fheq.sharding import DATA, configuration_axes, gather, local_mesh, size
-from fheq.spec import Spec
+from fheq.sweep_results import Results
 from fheq.table_noise import TableNoise, missed
 
 Array = Any
 CHUNK = 32  # configurations whose weights are quantized together
 BATCH = 512  # samples evaluated together
-
-
-def grid(spec: Spec | None = None, **axes: Iterable[Any]) -> list[Spec]:
-    """The specs of a grid: every combination of the values given for fields of `Spec`, the last varying fastest.
-
-    Args:
-        spec: where the other fields come from.
-        axes: by field of `Spec`, its values.
-
-    Raises:
-        QuantizationError: a name that is no field of `Spec`.
-    """
-    known = [f.name for f in fields(Spec)]
-    for name in axes:
-        if name not in known:
-            raise QuantizationError(f"{name!r} is no field of Spec; it has {known}")
-    spec = spec or Spec()
-    return [replace(spec, **dict(zip(axes, values))) for values in product(*axes.values())]
-
-
-def stack(configurations: Iterable[QParams]) -> QParams:
-    """Quantizers of one graph as one `QParams` with a leading axis on every leaf.
-
-    Exact and approximate rounding are one to fake quantization: where the mode differs it becomes "mixed", which `lower`
-    refuses.
-
-    Raises:
-        QuantizationError: none is given, or they differ in more than values (graphs, granularities); the message says where.
-    """
-    given = list(configurations)
-    if not given:
-        raise QuantizationError("stack needs at least one QParams")
-    parts = [{name: _stack_affines(name, part, given) for name in getattr(given[0], part)} for part in PARTS]
-    return QParams(*parts)
-
-
-PARTS = ("tensors", "weights", "accumulators")
-
-
-def _stack_affines(name: str, part: str, given: Sequence[QParams]) -> affine.Affine:
-    found = [getattr(q, part).get(name) for q in given]
-    for i, other in enumerate(found):
-        if other is None or len(getattr(given[i], part)) != len(getattr(given[0], part)):
-            raise QuantizationError(f"configurations 0 and {i} are not of one graph: their {part} differ ({name!r})")
-        if other.axis != found[0].axis or other.signed != found[0].signed:
-            raise QuantizationError(
-                f"configurations 0 and {i} differ in the granularity or sign of {name!r}: sweep them separately"
-            )
-    modes = {a.rounding for a in found}
-    leaves = {n: np.stack(np.broadcast_arrays(*(np.asarray(getattr(a, n)) for a in found))) for n in affine.LEAVES}
-    return replace(found[0], **leaves, rounding=modes.pop() if len(modes) == 1 else "mixed")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Results:
-    """What a sweep found, a pytree.
-
-    Args:
-        scores: by name; every leaf has the configurations as its leading axis.
-    """
-
-    scores: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(jax.tree.leaves(self.scores)[0])
-
-    def rows(self, **columns: Sequence[Any]) -> list[dict[str, Any]]:
-        """A row per configuration: its number, the given columns (as long as the sweep), then its scores."""
-        for name, values in columns.items():
-            if len(values) != len(self):
-                raise DataError(f"column {name!r} has {len(values)} values for {len(self)} configurations")
-        leaves: dict[str, Any] = {
-            _title(path): np.asarray(v) for path, v in jax.tree_util.tree_flatten_with_path(self.scores)[0]
-        }
-        known: dict[str, Any] = {"configuration": range(len(self)), **columns, **leaves}
-        return [{name: values[i] for name, values in known.items()} for i in range(len(self))]
-
-    def table(self, **columns: Sequence[Any]) -> str:
-        """The rows as text."""
-        rows = self.rows(**columns)
-        return text_table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
-
-    def __str__(self) -> str:
-        return self.table()
-
-
-def _title(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, (float, np.floating)):
-        return number(float(value))
-    return " ".join(str(value).split())
 
 
 def sweep(
@@ -191,22 +95,6 @@ def sweep(
     n = sum(int(part[1]) for part in totals)
     means = jax.tree.unflatten(jax.tree.structure(sums), [np.sum(v, axis=0) / n for v in zip(*(p[0] for p in totals))])
     return Results({name: _finish(score, means[name]) for name, score in measures.items()})
-
-
-def configurations(**trees: Any) -> int:
-    """The number of configurations that the leading axes of some pytrees hold."""
-    sizes: dict[int, str] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
-        where = path[0].key + jax.tree_util.keystr(path[1:])
-        if np.ndim(leaf) == 0 or len(leaf) == 0:
-            raise QuantizationError(
-                f"{where} lacks the leading axis of configurations: build qparams with stack or jax.vmap"
-            )
-        sizes.setdefault(len(leaf), where)
-    if len(sizes) != 1:
-        told = ", ".join(f"{where}: {n}" for n, where in sizes.items())
-        raise QuantizationError(f"leaves hold different numbers of configurations ({told})")
-    return next(iter(sizes))
 
 
 def _uniform(qparams: QParams) -> QParams:
