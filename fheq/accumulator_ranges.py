@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from fheq.accumulator_decoders import accumulator_decoder
 from fheq.bounds import Bounds, channel_bounds
 from fheq.clipping import tails
 from fheq.granularity import channel_axis
-from fheq.integers import Weights, accumulator_decoder
+from fheq.integer_weights import Weights
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fheq.accumulator_decoders import accumulator_decoder
 from fheq.accumulator_ranges import chosen_bounds
 from fheq.affine import Affine
 from fheq.bounds import Bounds, channel_bounds, worst_case
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
-from fheq.integers import Reading, Weights, accumulator_decoder, array_namespace, quantize_weight
+from fheq.integer_weights import Reading, Weights, quantize_weight
+from fheq.namespace import array_namespace
 from fheq.plan import Plan
 from fheq.qparams import QParams, unsigned
 from fheq.spec import MAX_TABLE_BITS, Rounding, Spec

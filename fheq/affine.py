@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.errors import QuantizationError
+from fheq.namespace import array_namespace
 
 Array = Any
 
@@ -66,7 +67,7 @@ class Affine:
         if np.ndim(leaf) != 1 or self.axis is None:
             return leaf
         axis = self.axis % ndim
-        xp = jnp if isinstance(leaf, jax.Array) else np
+        xp = array_namespace(leaf)
         return xp.reshape(leaf, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
 
     def expanded(self, ndim: int) -> Affine:
@@ -99,24 +100,20 @@ def as_float32(scale: Array) -> Array:
     return np.asarray(scale, np.float32).astype(np.float64)
 
 
-def _namespace(x: Array) -> Any:
-    return jnp if isinstance(x, jax.Array) else np
-
-
 # The rounding modes of QONNX and Brevitas.
 ROUNDINGS: dict[str, Callable[[Array], Array]] = {
-    "ROUND": lambda x: _namespace(x).round(x),
-    "HALF_EVEN": lambda x: _namespace(x).round(x),
-    "CEIL": lambda x: _namespace(x).ceil(x),
-    "FLOOR": lambda x: _namespace(x).floor(x),
-    "ROUND_TO_ZERO": lambda x: _namespace(x).trunc(x),
-    "DOWN": lambda x: _namespace(x).trunc(x),
-    "UP": lambda x: _namespace(x).sign(x) * _namespace(x).ceil(abs(x)),
-    "HALF_UP": lambda x: _namespace(x).sign(x) * _namespace(x).floor(abs(x) + 0.5),
-    "HALF_DOWN": lambda x: _namespace(x).sign(x) * _namespace(x).ceil(abs(x) - 0.5),
+    "ROUND": lambda x: array_namespace(x).round(x),
+    "HALF_EVEN": lambda x: array_namespace(x).round(x),
+    "CEIL": lambda x: array_namespace(x).ceil(x),
+    "FLOOR": lambda x: array_namespace(x).floor(x),
+    "ROUND_TO_ZERO": lambda x: array_namespace(x).trunc(x),
+    "DOWN": lambda x: array_namespace(x).trunc(x),
+    "UP": lambda x: array_namespace(x).sign(x) * array_namespace(x).ceil(abs(x)),
+    "HALF_UP": lambda x: array_namespace(x).sign(x) * array_namespace(x).floor(abs(x) + 0.5),
+    "HALF_DOWN": lambda x: array_namespace(x).sign(x) * array_namespace(x).ceil(abs(x) - 0.5),
 }
 # SIGN is BipolarQuant: -1 or 1. ROUND rounds before the zero point is added, all others after.
-MODES: dict[str, Callable[[Array], Array]] = {**ROUNDINGS, "SIGN": lambda x: _namespace(x).where(x >= 0, 1.0, -1.0)}
+MODES: dict[str, Callable[[Array], Array]] = {**ROUNDINGS, "SIGN": lambda x: array_namespace(x).where(x >= 0, 1.0, -1.0)}
 _DIRECTED = ("CEIL", "FLOOR", "ROUND_TO_ZERO", "DOWN", "UP")
 _SNAP = 2.0**-22  # relative error of float32 scales and quotients
 
@@ -130,7 +127,7 @@ def integers_of(mode: str, steps: Array, zero_point: Array) -> Array:
         return MODES[mode](steps) + zero_point
     if mode in _DIRECTED:
         nearest = MODES["ROUND"](steps)
-        steps = _namespace(steps).where(abs(steps - nearest) <= _SNAP * abs(nearest), nearest, steps)
+        steps = array_namespace(steps).where(abs(steps - nearest) <= _SNAP * abs(nearest), nearest, steps)
     return MODES[mode](steps + zero_point)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fheq.decoders import Decoder, operand_axis, operand_decoder
 from fheq.errors import QuantizationError, describe
-from fheq.integers import Decoder, operand_axis, operand_decoder
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Linear, Maximum, Product, Step, Sum

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import scores as score_functions
+from fheq.accumulator_decoders import accumulator_decoder
 from fheq.affine import Affine
 from fheq.console import number, shorten, text_table
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
-from fheq.integers import accumulator_decoder
 from fheq.noise import DEFAULT_P_ERROR
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams

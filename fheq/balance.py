@@ -17,7 +17,7 @@ from fheq.client import rejoined
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.graph import Graph
-from fheq.integers import along_inputs, along_outputs
+from fheq.integer_weights import along_inputs, along_outputs
 from fheq.plan import Plan, plan
 from fheq.regions import in_float64
 from fheq.rewriting.weights import replaceable, with_weights

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fheq.errors import DataError
 from fheq.graph import Port
+from fheq.namespace import array_namespace
 
 Array = Any
 
@@ -36,7 +36,7 @@ def split(port: Port, array: Array, what: str = "input") -> Array:
     if len(got) != len(shape) or (*got[:axis], 1, *got[axis + 1 :]) != shape:
         expected = tuple("N" if i == axis else d for i, d in enumerate(shape))
         raise DataError(f"{what} {port.name!r} has shape {got}; expected {_show(expected)}")
-    moved = jnp.moveaxis(array, axis, 0) if isinstance(array, jax.Array) else np.moveaxis(array, axis, 0)
+    moved = array_namespace(array).moveaxis(array, axis, 0)
     return moved.reshape(got[axis], *shape)
 
 
@@ -45,7 +45,7 @@ def join(port: Port, values: Array) -> Array:
     axis = port.batch_axis
     if axis is None:
         return values
-    xp = jnp if isinstance(values, jax.Array) else np
+    xp = array_namespace(values)
     shape = port.type.shape
     moved = xp.moveaxis(values, 0, axis)
     return moved.reshape(*shape[:axis], values.shape[0] * shape[axis], *shape[axis + 1 :])
@@ -100,8 +100,7 @@ def split_all(ports: Sequence[Port], arrays: Sequence[Array], what: str = "input
 
 
 def _repeated(part: Array, count: int) -> Array:
-    xp = jnp if isinstance(part, jax.Array) else np
-    return xp.broadcast_to(part, (count, *part.shape[1:]))
+    return array_namespace(part).broadcast_to(part, (count, *part.shape[1:]))
 
 
 def numbered(port: Port, values: Array) -> Array:

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fheq.integers import Weights, add_multipliers, apply_form, operand_decoder, quantize_weight
+from fheq.accumulator_decoders import add_multipliers
+from fheq.decoders import operand_decoder
+from fheq.integer_weights import Weights, apply_form, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Linear, Maximum, Product, Step, Sum

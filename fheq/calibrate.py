@@ -20,7 +20,7 @@ from fheq.errors import DataError
 from fheq.fake_quant import operand_values
 from fheq.granularity import channel_axis
 from fheq.graph import Graph
-from fheq.integers import apply_form
+from fheq.integer_weights import apply_form
 from fheq.interpret import run_node
 from fheq.observers import Observer, parts_read
 from fheq.plan import Plan, plan

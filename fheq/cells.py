@@ -16,7 +16,7 @@ from fheq.accumulators import Weighed, removable, rounding_of
 from fheq.affine import Affine, as_float32
 from fheq.bounds import Bounds, channel_bounds
 from fheq.granularity import channel_axis
-from fheq.integers import Reading
+from fheq.integer_weights import Reading
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fheq.namespace import array_namespace
+
 Array = Any
 PLACES = 128  # kernels with more places are left to XLA: each place is a slice in the program
 
@@ -27,7 +29,7 @@ def convolve(x: Array, weight: Array, strides: Sequence[int], dilations: Sequenc
     Returns:
         `(N, O, *R)`, `R = (S - (K - 1) * dilation - 1) // stride + 1` along each axis.
     """
-    xp: Any = jnp if isinstance(x, jax.Array) or isinstance(weight, jax.Array) else np
+    xp = array_namespace(x, weight)
     kernel = weight.shape[2:]
     if xp is jnp and np.prod(kernel) > PLACES:
         return _by_xla(x, weight, strides, dilations, groups)

@@ -11,16 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import affine
+from fheq.accumulator_decoders import accumulator_decoder
 from fheq.batching import join, over_samples
+from fheq.decoders import join_pieces
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
-from fheq.integers import (
-    accumulator_decoder,
-    along_inputs,
-    apply_form,
-    join_pieces,
-    quantize_weight,
-)
+from fheq.integer_weights import along_inputs, apply_form, quantize_weight
 from fheq.interpret import run_node
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams

@@ -14,7 +14,7 @@ from fheq.calibrate import observed
 from fheq.cells import fill_cells
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
-from fheq.integers import reading
+from fheq.integer_weights import reading
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams, unsigned
 from fheq.spec import AccumulatorRange, Spec, as_spec

@@ -6,22 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from fheq.accumulator_decoders import accumulator_decoder, add_multipliers
 from fheq.accumulators import whole_shift
 from fheq.affine import Affine, validate
 from fheq.alignment import check_alignment
 from fheq.bounds import channel_bounds, worst_case
+from fheq.decoders import key_decoder, operand_axis, operand_decoder
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.graph import Graph
-from fheq.integers import (
-    accumulator_decoder,
-    add_multipliers,
-    key_decoder,
-    operand_axis,
-    operand_decoder,
-    quantize_weight,
-)
+from fheq.integer_weights import quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import simplify
 from fheq.plan import Plan, plan

@@ -21,7 +21,7 @@ from fheq.channel_groups import Group, read_by_linear
 from fheq.client import rejoined
 from fheq.errors import DataError
 from fheq.graph import Graph, Node
-from fheq.integers import apply_form
+from fheq.integer_weights import apply_form
 from fheq.interpret import run_node
 from fheq.plan import Plan, plan
 from fheq.rewriting.weights import with_weights

@@ -25,8 +25,9 @@ from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
-from fheq.integers import along_inputs, quantize_weight
+from fheq.integer_weights import along_inputs, quantize_weight
 from fheq.interpret import interpret
+from fheq.namespace import array_namespace
 from fheq.plan import Plan, plan
 from fheq.progress import track
 from fheq.qparams import QParams
@@ -165,7 +166,7 @@ def applied(layout: Plan, qparams: QParams, learned: Learned) -> tuple[Plan, QPa
         replace(s, weight=weights[s.out], bias=s.bias + biases[s.out]) if isinstance(s, Linear) and s.out in weights else s
         for s in layout.steps
     )
-    xp = jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(learned)) else np
+    xp = array_namespace(*jax.tree.leaves(learned))
     tensors = {
         name: replace(a, scale=a.scale * xp.exp(learned.scales[name])) if name in learned.scales else a
         for name, a in qparams.tensors.items()

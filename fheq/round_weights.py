@@ -15,7 +15,7 @@ from fheq.batching import check_arrays
 from fheq.client import rejoined
 from fheq.fake_quant import prepare, tensor_values
 from fheq.graph import Graph
-from fheq.integers import quantize_weight
+from fheq.integer_weights import quantize_weight
 from fheq.interpret import interpret
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fheq.affine import LEAVES, Affine, as_float32
+from fheq.decoders import operand_axis, operand_decoder
 from fheq.forms import used_weight
-from fheq.integers import along_inputs, input_channels, operand_axis, operand_decoder
+from fheq.integer_weights import along_inputs, input_channels
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Linear

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fheq.accumulator_decoders import accumulator_decoder
 from fheq.graph import Graph
-from fheq.integers import accumulator_decoder
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.steps import Step, makes_accumulator

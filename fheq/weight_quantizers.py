@@ -6,7 +6,7 @@ import numpy as np
 
 from fheq.affine import Affine, as_float32
 from fheq.errors import describe
-from fheq.integers import Reading
+from fheq.integer_weights import Reading
 from fheq.spec import BitsError, Granularity, Spec, Symmetry
 from fheq.steps import Linear
 

@@ -23,8 +23,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 import fheq
 from fheq import AccumulatorRange, Spec
+from fheq.accumulator_decoders import add_multipliers
+from fheq.decoders import operand_decoder, step_of
 from fheq.graph import Graph
-from fheq.integers import add_multipliers, operand_decoder, step_of
 from fheq.plan import plan
 from fheq.post_training import PostTrainingQATImporter
 from fheq.qparams import QParams

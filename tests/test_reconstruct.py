@@ -10,7 +10,7 @@ import pytest
 
 import fheq
 from fheq.digits import load
-from fheq.integers import quantize_weight
+from fheq.integer_weights import quantize_weight
 from fheq.plan import plan
 from fheq.steps import Linear
 

@@ -15,7 +15,7 @@ from test_encrypted import assert_encrypted_is_simulated
 
 import fheq
 from fheq.errors import FheqError, UnsupportedError
-from fheq.integers import quantize_weight
+from fheq.integer_weights import quantize_weight
 from fheq.plan import plan
 from fheq.rewrites import decompose
 from fheq.steps import Linear

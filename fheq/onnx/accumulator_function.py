@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fheq.accumulator_decoders import accumulator_decoder
 from fheq.accumulators import first_of_channel, whole_shift
 from fheq.granularity import channel_axis
-from fheq.integers import accumulator_decoder
 from fheq.onnx.writer import OPSET
 from fheq.plan import Plan
 from fheq.qparams import QParams
