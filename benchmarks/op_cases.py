@@ -24,9 +24,9 @@ from onnx.backend.test.loader import load_model_tests
 import fheq
 from fheq.errors import FheqError
 from fheq.graph import Node
-from fheq.onnx.parse import CONTROL_FLOW
 from fheq.onnx.qoperators import ONNX_RULES
 from fheq.onnx.sequences import OPS as SEQUENCE_OPS
+from fheq.onnx.subgraphs import CONTROL_FLOW
 from fheq.ops import find
 from fheq.ops.quantizers import QUANT_DOMAINS
 

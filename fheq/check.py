@@ -19,8 +19,8 @@ from fheq.prediction import largest_sum, predicted_tables
 from fheq.rewrites import decompose
 
 if TYPE_CHECKING:
+    from fheq.onnx.declarations import Input
     from fheq.onnx.loading import Source
-    from fheq.onnx.parse import Input
 
 _NODE = re.compile(r"^(node .+? \(.*?, output .*?\)):? (.*)$", re.DOTALL)
 _REMEDIES: dict[type[FheqError], str] = {

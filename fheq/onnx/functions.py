@@ -14,9 +14,10 @@ from fheq.graph import Node, TensorType
 from fheq.onnx.attributes import schema_of
 from fheq.onnx.control import unrolled
 from fheq.onnx.loading import reading
-from fheq.onnx.parse import CONTROL_FLOW, inline
+from fheq.onnx.parse import inline
 from fheq.onnx.qoperators import unpacked
 from fheq.onnx.sequences import Elements, without_sequences
+from fheq.onnx.subgraphs import CONTROL_FLOW
 from fheq.ops.table import find
 from fheq.rewriting.fold import HOLDERS
 from fheq.rewriting.gather import with_known_inputs

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fheq.batching import doubled_axis
 from fheq.errors import ShapeError
 from fheq.graph import Port, TensorType
-from fheq.onnx.parse import Input
+from fheq.onnx.declarations import Input
 from fheq.onnx.tensors import MAX_ELEMENTS
 
 Types = Mapping[str, TensorType]

@@ -14,6 +14,8 @@ from onnx import AttributeProto
 from fheq.graph import Node
 
 CONSTANT_VERSION = 13
+CONTROL_FLOW = ("If", "Loop", "Scan")
+WITH_SUBGRAPHS = (*CONTROL_FLOW, "SequenceMap")
 
 
 @dataclass(frozen=True)
