@@ -28,8 +28,8 @@ def read_input(value: onnx.ValueInfoProto) -> Input:
     """An input of a model.
 
     Raises:
-        ModelError: it has no name.
-        UnsupportedError: it is no tensor, or of a type that fheq does not take.
+        ModelError: it has no name, or an element type that ONNX does not have.
+        UnsupportedError: it is no tensor, or holds what fheq does not compute with.
     """
     what = f"input {value.name!r}"
     if not value.name:
