@@ -3,7 +3,8 @@
 The quantized model runs with everything that a circuit does to its values: quantized activations, accumulators rounded to
 the bits that tables read, noise at the tables' inputs. Gradients pass straight through roundings (arXiv 1308.3432), steps of
 activations are learned as in LSQ (arXiv 1902.08153), and rounding is left out at random elements as in QDrop (arXiv
-2203.05740). Targets are the float model's outputs and intermediate results on the calibration inputs: no labels.
+2203.05740). Layers are tuned for the outputs, or in blocks as in BRECQ (arXiv 2102.05426). Targets are the float model's
+outputs and intermediate results on the calibration inputs: no labels.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Training:
         drop: share of accumulators that are not rounded in a step.
         adaptive: whether to learn nothing but which of its two neighbours on the grid each weight is rounded to, as AdaRound
             does (arXiv 2004.10568), and biases. Fewer freedoms fit less to the data given: for many bits and few data.
+        block: linear layers of a block; each block is tuned for its own results alone, given what the quantized blocks
+            before it make (arXiv 2102.05426). 0 tunes all for the outputs.
     """
 
     steps: int = 1000
@@ -61,6 +64,7 @@ class Training:
     hints: float = 1.0
     drop: float = 0.0
     adaptive: bool = False
+    block: int = 0
 
 
 def reconstruct(
@@ -192,6 +196,14 @@ class _Task:
         return cls(layout, training, qparams, targets, p_error, start, between)
 
     @property
+    def blocks(self) -> dict[str, int] | None:
+        """The block of each step, by the tensor that it makes."""
+        if not self.training.block:
+            return None
+        linear = np.cumsum([isinstance(step, Linear) for step in self.layout.steps])
+        return {s.out: max(n - 1, 0) // self.training.block for s, n in zip(self.layout.steps, linear.tolist())}
+
+    @property
     def rounded(self) -> list[Step]:
         """The steps whose accumulators tables read."""
         return [step for step in tabulated(self.layout) if step.out in self.qparams.accumulators]
@@ -215,7 +227,8 @@ class _Task:
         def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
             drop, disturb = jax.random.split(key)
             disturbed = partial(missed, noise, disturb)
-            env = tensor_values(layout, self.dropped(qparams, drop), prepared, *sample, disturbed=disturbed)
+            kept = self.dropped(qparams, drop)
+            env = tensor_values(layout, kept, prepared, *sample, disturbed=disturbed, blocks=self.blocks)
             return self.error(layout, qparams, env, outputs, hints)
 
         return jnp.mean(jax.vmap(one)(jax.random.split(key, len(sample[0])), sample, outputs, hints))
