@@ -14,9 +14,9 @@ from fheq.calibrate import by_channel
 from fheq.fake_quant import prepare, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
+from fheq.learned import Learned, applied, initial, with_learned
 from fheq.plan import plan
 from fheq.qparams import QParams
-from fheq.reconstruct import Learned, applied, initial, with_learned
 
 
 def correct_biases(graph: Graph, qparams: QParams, *inputs: Any) -> tuple[Graph, QParams]:

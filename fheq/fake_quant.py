@@ -97,16 +97,18 @@ def tensor_values(
     prepared: Mapping[str, Prepared],
     *sample: Array,
     disturbed: Callable[[Step, Array], Array] | None = None,
+    blocks: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
     """Every tensor of the decomposed graph for one sample, accumulators rounded.
 
     Args:
         disturbed: what is rounded in place of a step's accumulator, a real value; see `fheq.table_noise`.
+        blocks: the block of each step, by the tensor that it makes: gradients stop where a block reads another one's result.
     """
     env: dict[str, Array] = {}
-    given = dict(zip(layout.inputs, sample))
+    samples = dict(zip(layout.inputs, sample))
     for name in layout.inputs:
-        value = given[layout.encoded.get(name, name)]
+        value = samples[layout.encoded.get(name, name)]
         real = jnp.asarray(value, jnp.result_type(float))
         quantized = affine.fake_quant(qparams.tensors[name], real)
         env[name] = quantized if layout.graph.types[name].dtype.kind == "f" else quantized.astype(value.dtype)
@@ -117,11 +119,19 @@ def tensor_values(
         if node.outputs[0] in layout.encoded:
             continue
         if step:
-            values: tuple[Array, ...] = (run_step(qparams, prepared, step, env, disturbed),)
+            given = env if blocks is None else {**env, **_from_other_blocks(layout, blocks, step, env)}
+            values: tuple[Array, ...] = (run_step(qparams, prepared, step, given, disturbed),)
         else:
             values = run_node(node, read, layout.graph.constants)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
     return env
+
+
+def _from_other_blocks(layout: Plan, blocks: Mapping[str, int], step: Step, env: Mapping[str, Array]) -> dict[str, Array]:
+    """What a step reads of other blocks, as constants to gradients."""
+    keys = {operand.key for operand in step.operands}
+    other = {key for key in keys if blocks.get(layout.points.get(key, key)) != blocks[step.out]}
+    return {key: jax.lax.stop_gradient(env[key]) for key in other}
 
 
 def output_values(layout: Plan, qparams: QParams, env: Mapping[str, Array]) -> tuple[Array, ...]:

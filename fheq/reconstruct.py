@@ -3,7 +3,8 @@
 The quantized model runs with everything that a circuit does to its values: quantized activations, accumulators rounded to
 the bits that tables read, noise at the tables' inputs. Gradients pass straight through roundings (arXiv 1308.3432), steps of
 activations are learned as in LSQ (arXiv 1902.08153), and rounding is left out at random elements as in QDrop (arXiv
-2203.05740). Targets are the float model's outputs and intermediate results on the calibration inputs: no labels.
+2203.05740). Layers are tuned for the outputs, or in blocks as in BRECQ (arXiv 2102.05426). Targets are the float model's
+outputs and intermediate results on the calibration inputs: no labels.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.accumulators import same_range
 from fheq.affine import straight_through
 from fheq.batching import check_arrays
-from fheq.client import rejoined, split
+from fheq.client import split
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
 from fheq.integer_weights import along_inputs, quantize_weight
 from fheq.interpret import interpret
-from fheq.namespace import array_namespace
+from fheq.learned import Learned, applied, initial, with_learned
 from fheq.plan import Plan, plan
 from fheq.progress import track
 from fheq.qparams import QParams
-from fheq.rewriting.weights import replaceable, with_weights
-from fheq.steps import Linear
-from fheq.table_noise import missed, noise_at_tables
+from fheq.steps import Linear, Step
+from fheq.table_noise import missed, noise_at_tables, tabulated
 
 if TYPE_CHECKING:
     from optax import GradientTransformation
@@ -55,6 +54,8 @@ class Training:
         drop: share of accumulators that are not rounded in a step.
         adaptive: whether to learn nothing but which of its two neighbours on the grid each weight is rounded to, as AdaRound
             does (arXiv 2004.10568), and biases. Fewer freedoms fit less to the data given: for many bits and few data.
+        block: linear layers of a block; each block is tuned for its own results alone, given what the quantized blocks
+            before it make (arXiv 2102.05426). 0 tunes all for the outputs.
     """
 
     steps: int = 1000
@@ -63,6 +64,7 @@ class Training:
     hints: float = 1.0
     drop: float = 0.0
     adaptive: bool = False
+    block: int = 0
 
 
 def reconstruct(
@@ -115,64 +117,20 @@ def tune(
     layout = plan(graph)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
-    task = _Task(layout, qparams, _targets(layout, teacher or graph, data), p_error, training)
+    targets = _targets(layout, split(teacher or graph)[0], *data)
+    task = _Task.of(layout, training, qparams, targets, jnp.asarray(p_error, jnp.float32))
     moved = jax.tree.map(jnp.zeros_like, task.initial)
-    import optax
-
-    optimizer = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
-    state = optimizer.init(moved)
-    run = jax.jit(partial(_train, task, optimizer))
+    state = _optimizer(training).init(moved)
     for at in track(range(0, training.steps, BLOCK), "reconstructing", progress):
-        moved, state = run(
-            moved, state, data, jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
-        )
+        keys = jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
+        moved, state = _train(task, moved, state, data, keys)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
 
 
-def with_learned(graph: Graph, qparams: QParams, learned: Learned) -> tuple[Graph, QParams]:
-    """The graph and the quantizers with what `tune` learned for them."""
-    layout = plan(graph)
-    tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
-    changed = {s.out: s for s in tuned.steps if isinstance(s, Linear) and s.out in learned.weights}
-    return rejoined(graph, with_weights(layout.graph, changed)), qparams
+def _optimizer(training: Training) -> GradientTransformation:
+    import optax
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Learned:
-    """What is tuned: weights and biases by the tensor that a step makes, and logarithms of factors of points' scales."""
-
-    weights: dict[str, Array]
-    biases: dict[str, Array]
-    scales: dict[str, Array]
-
-
-def initial(layout: Plan, qparams: QParams) -> Learned:
-    """The model's own weights, no change of biases and scales."""
-    steps = [step for step in layout.steps if isinstance(step, Linear) and replaceable(layout.graph, step)]
-    bias = lambda s: jnp.zeros((s.weight.shape[s.weight_axis], *(1,) * (-s.channel - 1)))
-    free = [name for name in layout.points if name in qparams.tensors and name not in layout.graph.pinned]
-    return Learned(
-        {s.out: jnp.asarray(s.weight, jnp.float32) for s in steps},
-        {s.out: bias(s) for s in steps},
-        {name: jnp.zeros(np.shape(qparams.tensors[name].scale)) for name in free},
-    )
-
-
-def applied(layout: Plan, qparams: QParams, learned: Learned) -> tuple[Plan, QParams]:
-    """The plan and the quantizers with what was learned."""
-    weights, biases = learned.weights, learned.biases
-    steps = tuple(
-        replace(s, weight=weights[s.out], bias=s.bias + biases[s.out]) if isinstance(s, Linear) and s.out in weights else s
-        for s in layout.steps
-    )
-    xp = array_namespace(*jax.tree.leaves(learned))
-    tensors = {
-        name: replace(a, scale=a.scale * xp.exp(learned.scales[name])) if name in learned.scales else a
-        for name, a in qparams.tensors.items()
-    }
-    tuned = replace(layout, steps=steps)
-    return tuned, same_range(tuned, replace(qparams, tensors=tensors))
+    return optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
 
 
 class Targets(NamedTuple):
@@ -184,15 +142,15 @@ class Targets(NamedTuple):
     hint_power: dict[str, Array]
 
 
-def _targets(layout: Plan, teacher: Graph, data: tuple[Array, ...]) -> Targets:
+@partial(jax.jit, static_argnums=(0, 1))
+def _targets(layout: Plan, teacher: Graph, *data: Array) -> Targets:
+    """Of what a teacher gives that ends where encryption does."""
     names = [step.out for step in layout.steps]
 
     def one(*sample: Array) -> tuple[tuple[Array, ...], dict[str, Array]]:
-        return evaluate_sample(split(teacher)[0], *sample), interpret(
-            layout.graph, dict(zip(layout.inputs, sample)), targets=names
-        )
+        return evaluate_sample(teacher, *sample), interpret(layout.graph, dict(zip(layout.inputs, sample)), targets=names)
 
-    outputs, hints = jax.jit(jax.vmap(one))(*data)
+    outputs, hints = jax.vmap(one)(*data)
     power = lambda v: jnp.maximum(jnp.mean(jnp.var(v.astype(jnp.float32), axis=0)), 1e-12)
     return Targets(outputs, hints, jax.tree.map(power, outputs), jax.tree.map(power, hints))
 
@@ -209,21 +167,51 @@ def _neighbours(layout: Plan, qparams: QParams, learned: Learned) -> dict[str, t
     return found
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=("layout", "training"),
+    data_fields=("qparams", "targets", "p_error", "initial", "between"),
+)
+@dataclass(frozen=True, eq=False)
 class _Task:
-    """The loss and what it refers to."""
+    """The loss and what it refers to: compiled once for all quantizers of a graph and all their neighbours.
 
-    def __init__(self, layout: Plan, qparams: QParams, targets: Targets, p_error: float, training: Training):
-        self.layout, self.qparams, self.targets, self.training = layout, qparams, targets, training
-        self.p_error = p_error
-        self.initial = initial(layout, qparams)
-        self.between = _neighbours(layout, qparams, self.initial) if training.adaptive else {}
-        self.sizes = {out: jnp.sqrt(jnp.mean(w**2)) + 1e-12 for out, w in self.initial.weights.items()}
-        tables = set(layout.points.values())
-        self.rounded = [s for s in layout.steps if s.out in tables and s.out in qparams.accumulators]
+    Args:
+        initial: the model's own weights.
+        between: the values on the grid below and above them, where they are to stay.
+    """
+
+    layout: Plan
+    training: Training
+    qparams: QParams
+    targets: Targets
+    p_error: Array
+    initial: Learned
+    between: dict[str, tuple[Array, Array]]
+
+    @classmethod
+    def of(cls, layout: Plan, training: Training, qparams: QParams, targets: Targets, p_error: Array) -> _Task:
+        start = initial(layout, qparams)
+        between = _neighbours(layout, qparams, start) if training.adaptive else {}
+        return cls(layout, training, qparams, targets, p_error, start, between)
+
+    @property
+    def blocks(self) -> dict[str, int] | None:
+        """The block of each step, by the tensor that it makes."""
+        if not self.training.block:
+            return None
+        linear = np.cumsum([isinstance(step, Linear) for step in self.layout.steps])
+        return {s.out: max(n - 1, 0) // self.training.block for s, n in zip(self.layout.steps, linear.tolist())}
+
+    @property
+    def rounded(self) -> list[Step]:
+        """The steps whose accumulators tables read."""
+        return [step for step in tabulated(self.layout) if step.out in self.qparams.accumulators]
 
     def learned(self, moved: Learned) -> Learned:
         """From what the optimizer moves, in units of each tensor's size; pruned weights stay 0."""
-        weights = {o: w + self.sizes[o] * moved.weights[o] * (w != 0) for o, w in self.initial.weights.items()}
+        size = lambda w: jnp.sqrt(jnp.mean(w**2)) + 1e-12
+        weights = {o: w + size(w) * moved.weights[o] * (w != 0) for o, w in self.initial.weights.items()}
         for out, (low, high) in self.between.items():
             weights[out] = straight_through(jnp.clip(weights[out], low, high), weights[out])
         units = {out: jnp.sqrt(self.targets.hint_power[out]) for out in weights}
@@ -239,7 +227,8 @@ class _Task:
         def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
             drop, disturb = jax.random.split(key)
             disturbed = partial(missed, noise, disturb)
-            env = tensor_values(layout, self.dropped(qparams, drop), prepared, *sample, disturbed=disturbed)
+            kept = self.dropped(qparams, drop)
+            env = tensor_values(layout, kept, prepared, *sample, disturbed=disturbed, blocks=self.blocks)
             return self.error(layout, qparams, env, outputs, hints)
 
         return jnp.mean(jax.vmap(one)(jax.random.split(key, len(sample[0])), sample, outputs, hints))
@@ -272,10 +261,10 @@ def _beyond(qparams: QParams, name: str, y: Array) -> Array:
     return jnp.mean((over / edge) ** 2)
 
 
-def _train(
-    task: _Task, optimizer: GradientTransformation, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array
-) -> tuple[Learned, Any]:
+@jax.jit
+def _train(task: _Task, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array) -> tuple[Learned, Any]:
     """An optimizer step for each key."""
+    optimizer = _optimizer(task.training)
 
     def body(carry: tuple[Learned, Any], key: Array) -> tuple[tuple[Learned, Any], None]:
         moved, state = carry

@@ -16,9 +16,10 @@ from fheq.fit import fit, fit_each
 from fheq.front import Front, Point, pareto, spaced, undominated
 from fheq.graph import Graph
 from fheq.judge import Candidate, Judge
+from fheq.learned import Learned, with_learned
 from fheq.progress import track
 from fheq.prune import prune
-from fheq.reconstruct import Learned, Training, tune, with_learned
+from fheq.reconstruct import Training, tune
 from fheq.scores import Measure, Score, as_score, r2_to_float
 from fheq.space import Space, spec_name
 

@@ -72,6 +72,17 @@ def test_second_order_rounding_beats_rounding_to_nearest(fitted, granularity):
     )
 
 
+@pytest.mark.parametrize("block, alike", [(0, False), (1, True), (2, False)])
+def test_a_block_is_tuned_for_its_own_results_alone(fitted, block, alike):
+    graph, qparams, x, _ = fitted
+    first, second, *_ = (step for step in plan(graph).steps if isinstance(step, Linear))
+    later = qparams.weights[second.weight_name]
+    coarse = replace(qparams, weights={**qparams.weights, second.weight_name: replace(later, scale=2 * later.scale)})
+    training = fheq.Training(steps=5, block=block)
+    one, two = (fheq.reconstruct(graph, q, x, key=jax.random.key(0), training=training)[0] for q in (qparams, coarse))
+    assert np.array_equal(one.constants[first.weight_name], two.constants[first.weight_name]) == alike
+
+
 def test_bits_and_roundings_stay(fitted):
     graph, qparams, x, _ = fitted
     _, tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=2))
