@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fheq.batching import check_arrays
+from fheq.compiled import compiled_for
 from fheq.errors import DataError
 from fheq.fake_quant import operand_values
 from fheq.granularity import channel_axis
@@ -125,7 +126,7 @@ def by_channel(layout: Plan, name: str, values: Any) -> Any:
     return moved.reshape(len(moved), -1, moved.shape[-1])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled_for(3)
 def _start(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None) -> dict[str, TensorStats]:
     """The statistics of nothing; of each device along a leading axis where there is a mesh."""
     layout = plan(graph)
@@ -147,7 +148,7 @@ def _on_host(stats: dict[str, TensorStats], mesh: Mesh | None) -> dict[str, Tens
     return {name: reduce(merge, [part[name] for part in parts]) for name in stats}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@compiled_for(2)
 def _observe(graph: Graph, mesh: Mesh | None, *data: Any) -> dict[str, Any]:
     """The values of the observed tensors, `(B, n, C)` in float32: the order in which convolutions make them."""
     layout = plan(graph)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import join, numbered, over_samples, split_all
+from fheq.compiled import compiled_for
 from fheq.errors import DataError
 from fheq.graph import Graph
 from fheq.interpret import interpret
@@ -39,7 +40,7 @@ def evaluate_sample(graph: Graph, *sample: Array) -> tuple[Array, ...]:
     return tuple(values[port.name] for port in graph.outputs)
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled_for(1)
 def _evaluate(graph: Graph, *inputs: Array) -> list[Array]:
     exact = all(np.shape(x) == port.type.shape for port, x in zip(graph.inputs, inputs))
     if exact:  # one sample in the model's own shape: no axis to map over

@@ -13,6 +13,7 @@ import numpy as np
 from fheq import affine
 from fheq.accumulator_decoders import accumulator_decoder
 from fheq.batching import join, over_samples
+from fheq.compiled import compiled_for
 from fheq.decoders import join_pieces
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
@@ -43,7 +44,7 @@ def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[
     return unwrap(_fake_quant(graph, qparams, *inputs))
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled_for(1)
 def _fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> list[Array]:
     layout = plan(graph)
     parts = over_samples(partial(_sample, layout, qparams), graph.inputs, inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import split_all
+from fheq.compiled import compiled_for
 from fheq.console import shorten, text_table
 from fheq.program import IntProgram, Round
 from fheq.simulate import check_integers, sample_values
@@ -76,7 +76,7 @@ def overflow(program: IntProgram, *inputs: Array) -> Overflow:
     return Overflow(tuple(rows), len(split_all([e.port for e in program.inputs], arrays)[0]))
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled_for(1)
 def _counts(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) -> dict[str, tuple[Array, Array]]:
     sources = {i.out: i.args[0] for i in program.instructions if isinstance(i, Round)}
     read: dict[str, set[str]] = {}

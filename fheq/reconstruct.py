@@ -21,6 +21,7 @@ import numpy as np
 from fheq.affine import straight_through
 from fheq.batching import check_arrays
 from fheq.client import split
+from fheq.compiled import compiled_for
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
@@ -114,6 +115,8 @@ def tune(
     training = training or Training()
     if training.steps < 1:
         raise DataError(f"training.steps must be at least 1, got {training.steps}")
+    if training.block < 0:
+        raise DataError(f"training.block must be at least 1, or 0 for no blocks, got {training.block}")
     layout = plan(graph)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
@@ -123,7 +126,7 @@ def tune(
     state = _optimizer(training).init(moved)
     for at in track(range(0, training.steps, BLOCK), "reconstructing", progress):
         keys = jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
-        moved, state = _train(task, moved, state, data, keys)
+        moved, state = _train(layout, training, task.given, moved, state, data, keys)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
 
 
@@ -142,7 +145,7 @@ class Targets(NamedTuple):
     hint_power: dict[str, Array]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@compiled_for(2)
 def _targets(layout: Plan, teacher: Graph, *data: Array) -> Targets:
     """Of what a teacher gives that ends where encryption does."""
     names = [step.out for step in layout.steps]
@@ -167,14 +170,9 @@ def _neighbours(layout: Plan, qparams: QParams, learned: Learned) -> dict[str, t
     return found
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    meta_fields=("layout", "training"),
-    data_fields=("qparams", "targets", "p_error", "initial", "between"),
-)
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """The loss and what it refers to: compiled once for all quantizers of a graph and all their neighbours.
+    """The loss and what it refers to.
 
     Args:
         initial: the model's own weights.
@@ -194,6 +192,11 @@ class _Task:
         start = initial(layout, qparams)
         between = _neighbours(layout, qparams, start) if training.adaptive else {}
         return cls(layout, training, qparams, targets, p_error, start, between)
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """All but what a loss is compiled for: what differs between quantizers of a graph."""
+        return self.qparams, self.targets, self.p_error, self.initial, self.between
 
     @property
     def blocks(self) -> dict[str, int] | None:
@@ -261,15 +264,23 @@ def _beyond(qparams: QParams, name: str, y: Array) -> Array:
     return jnp.mean((over / edge) ** 2)
 
 
-@jax.jit
-def _train(task: _Task, moved: Learned, state: Any, data: tuple[Array, ...], keys: Array) -> tuple[Learned, Any]:
-    """An optimizer step for each key."""
-    optimizer = _optimizer(task.training)
+@compiled_for(2, kept=4)
+def _train(
+    layout: Plan,
+    training: Training,
+    given: tuple[Any, ...],
+    moved: Learned,
+    state: Any,
+    data: tuple[Array, ...],
+    keys: Array,
+) -> tuple[Learned, Any]:
+    """An optimizer step for each key, of the task that has these parts."""
+    task, optimizer = _Task(layout, training, *given), _optimizer(training)
 
     def body(carry: tuple[Learned, Any], key: Array) -> tuple[tuple[Learned, Any], None]:
         moved, state = carry
         draw, noise = jax.random.split(key)
-        at = jax.random.randint(draw, (min(task.training.batch_size, len(data[0])),), 0, len(data[0]))
+        at = jax.random.randint(draw, (min(training.batch_size, len(data[0])),), 0, len(data[0]))
         batch: Callable[[Any], Any] = lambda tree: jax.tree.map(lambda v: v[at], tree)
         gradient = jax.grad(task.loss)(moved, noise, batch(data), batch(task.targets.outputs), batch(task.targets.hints))
         update, state = optimizer.update(gradient, state)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import join, split, split_all
+from fheq.compiled import compiled_for
 from fheq.convolution import convolve
 from fheq.errors import DataError
 from fheq.evaluate import unwrap
@@ -86,7 +87,7 @@ def element_spread(program: IntProgram) -> dict[str, Array]:
         return _element_spread(program, *ones)
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled_for(1)
 def _element_spread(program: IntProgram, *ones: Array) -> dict[str, Array]:
     norms = Norms(program)
     env = sample_values(squared(program), (None,) * len(program.lookups), norms, ones)
@@ -113,7 +114,7 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
     return arrays
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled_for(1)
 def _simulate(
     program: IntProgram,
     tables: tuple[Array, ...],

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from fheq import affine
 from fheq.batching import check_arrays
+from fheq.compiled import compiled_for
 from fheq.configurations import configurations
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
@@ -136,7 +137,7 @@ def _blocks(
     return [take(part) for part in parts], jax.tree.map(take, targets), at.astype(np.uint32), at < n
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@compiled_for(4)
 def _sums(
     graph: Graph,
     measures: tuple[tuple[str, Measure], ...],
