@@ -26,11 +26,12 @@ from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
-from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement
+from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement, settle_decisions
 from fheq.rewriting.edit import bypassed
 from fheq.rewriting.fold import is_float_cast
 from fheq.stated_accumulators import take_accumulators
 from fheq.steps import Join, Operand, Step
+from fheq.weighed_decisions import weighed_decision
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ def plan(graph: Graph) -> Plan:
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         exact = bypassed(server, lambda node: is_float_cast(node, server.types))
-        simple = decompose(quantize_before_movement(exact))
+        simple = settle_decisions(decompose(quantize_before_movement(exact)))
         return Planner(separate_encodings(compose(activate_before_maximum(simple)))).finish(client, stated)
 
 
@@ -119,6 +120,7 @@ class Planner:
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.producers, self.consumers = graph.producers(), graph.consumers()
         self.steps: list[Step] = []
         self.regions: dict[str, Region] = {}
         self.points: dict[str, str] = {}
@@ -314,6 +316,9 @@ class Planner:
                     intercept, one = (self.constant_values(tensor, value) for value in (0.0, 1.0))
                     fill = np.where(region.elements == FILLER, intercept, 0.0)
                     return Operand(tensor, region.source, shape, region.elements, fill, one - intercept, intercept)
+        weighed = weighed_decision(self, tensor, absorbs) if absorbs else None
+        if weighed is not None:
+            return weighed
         self.points[region.root] = region.source
         return Operand(tensor, region.root, shape, region.moved, region.fill)
 
