@@ -121,6 +121,7 @@ def table() -> tuple[Case, ...]:
         "KNeighborsClassifier": neighbors.KNeighborsClassifier(3),
         "KNeighborsClassifier, manhattan": neighbors.KNeighborsClassifier(3, p=1),
         "KNeighborsClassifier, cosine": neighbors.KNeighborsClassifier(3, metric="cosine"),
+        "RadiusNeighborsClassifier": neighbors.RadiusNeighborsClassifier(1.0),
         "GridSearchCV": model_selection.GridSearchCV(logistic, {"C": [0.1, 1]}, cv=2),
         "RFE before LogisticRegression": make_pipeline(
             feature_selection.RFE(logistic, n_features_to_select=2), linear_model.LogisticRegression()
@@ -180,6 +181,7 @@ def table() -> tuple[Case, ...]:
         "StackingRegressor": ensemble.StackingRegressor([("a", linear_model.Ridge()), ("b", shallow)], cv=2),
         "MLPRegressor": neural_network.MLPRegressor(hidden_layer_sizes=(10,), max_iter=500, **SEED),
         "PLSRegression": cross_decomposition.PLSRegression(n_components=2),
+        "RadiusNeighborsRegressor": neighbors.RadiusNeighborsRegressor(3.0),
         "GaussianProcessRegressor": gaussian_process.GaussianProcessRegressor(radial, alpha=1.0, optimizer=None),
     }
     sizes = {
