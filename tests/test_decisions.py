@@ -89,6 +89,14 @@ CASES = {
             node("ReduceSum", ["t", "axes"], ["y"], keepdims=1),
         ]
     ),
+    "an index beside something encrypted": Case(
+        [
+            DECISION,
+            node("Where", ["d", "numbers", "last"], ["i"]),
+            node("Gather", ["table", "i"], ["t"]),
+            node("Mul", ["t", "x"], ["y"]),
+        ]
+    ),
     "a matrix of functions": Case(
         [
             DECISION,

@@ -61,7 +61,11 @@ class Decided:
 
 
 def settle_decisions(graph: Graph) -> Graph:
-    """The graph with functions of one decision written as affine ones where that saves tables and costs none."""
+    """The graph with functions of one decision written as affine ones where that saves tables and costs none.
+
+    Elsewhere a product whose results are functions of one decision each (a looked-up number beside an encrypted one) becomes
+    a choice between two known tensors, which is elementwise.
+    """
     found = decided(graph)
     derived = {name: f for name, f in found.items() if name != f.decision}
     if all(f.plain and not f.summed for f in derived.values()):
@@ -72,6 +76,9 @@ def settle_decisions(graph: Graph) -> Graph:
     for node in graph.nodes:
         mine = found.get(node.outputs[0])
         if mine is not None and mine.decision in settled and node.outputs[0] != mine.decision:
+            continue
+        if mine is not None and _is_weighed(graph, node) and _fewer(graph, found, node):
+            _chosen(draft, node, mine)
             continue
         inputs = {name: found[name] for name in node.inputs if name in found and found[name].decision in settled}
         written = {name: f for name, f in inputs.items() if name != f.decision}
@@ -220,14 +227,26 @@ def _pays(graph: Graph, node: Node, f: Decided) -> bool:
     return results * max(used, f.elements.size) <= MOST_WEIGHTS and results * used / PRODUCTS_PER_TABLE <= max(saved, used)
 
 
+def _fewer(graph: Graph, found: Mapping[str, Decided], node: Node) -> bool:
+    """Whether no more of a node's results than of what it sums depend on the decision."""
+    varying = lambda name: int(np.sum(found[name].elements != FILLER))
+    return varying(node.outputs[0]) <= max(varying(name) for name in node.inputs if name in found)
+
+
 # Writing
+
+
+def _chosen(draft: Draft, node: Node, f: Decided) -> None:
+    """A function of a decision as a choice between two known tensors."""
+    ends = [draft.constant(f"{node.outputs[0]}/{label}", v) for label, v in (("on", f.on), ("off", f.off))]
+    draft.apply(node, "Where", _moved_to(draft, node, f, f.decision), *ends, out=node.outputs[0])
 
 
 def _affine(draft: Draft, node: Node, f: Decided) -> str:
     """A function of a decision as `off + slope * decision`, for one reader."""
     if f.off.dtype == np.bool_:
-        return draft.cast(node, _bits(draft, node, f, np.dtype(np.float32)), np.bool_)
-    x = _bits(draft, node, f, f.off.dtype)
+        return draft.cast(node, _moved_to(draft, node, f, _numbers(draft, node, f, np.dtype(np.float32))), np.bool_)
+    x = _moved_to(draft, node, f, _numbers(draft, node, f, f.off.dtype))
     for op, values, still in (("Mul", f.slope, 1), ("Add", f.off, 0)):
         if not np.all(values == still):
             known = values.ravel()[0] if np.all(values == values.ravel()[0]) else values
@@ -235,15 +254,14 @@ def _affine(draft: Draft, node: Node, f: Decided) -> str:
     return x
 
 
-def _bits(draft: Draft, node: Node, f: Decided, dtype: np.dtype) -> str:
-    """The elements of the decision, as numbers, in the shape of the function."""
-    bits, flat = _numbers(draft, node, f, dtype), f.elements.ravel()
-    in_order = math.prod(draft.types[bits].shape) == flat.size and np.all((flat == FILLER) | (flat == np.arange(flat.size)))
-    if not in_order:
-        at = draft.constant(f"{f.decision}/elements", np.maximum(f.elements, 0), np.dtype(np.int64))
-        flat_bits = draft.reshape(node, bits, (math.prod(draft.types[bits].shape),))
-        return draft.apply(node, "Gather", flat_bits, at, axis=0)
-    return draft.reshape(node, bits, f.elements.shape)
+def _moved_to(draft: Draft, node: Node, f: Decided, bits: str) -> str:
+    """The elements of the decision, itself or as numbers, in the shape of the function; of known ones any will do."""
+    size, own = math.prod(draft.types[bits].shape), np.arange(f.elements.size)
+    at = np.where(f.elements.ravel() == FILLER, own % size, f.elements.ravel())
+    if size == at.size and np.array_equal(at, own):
+        return draft.reshape(node, bits, f.elements.shape)
+    places = draft.constant(f"{f.decision}/elements", at.reshape(f.elements.shape), np.dtype(np.int64))
+    return draft.apply(node, "Gather", draft.reshape(node, bits, (size,)), places, axis=0)
 
 
 def _numbers(draft: Draft, node: Node, f: Decided, dtype: np.dtype) -> str:
