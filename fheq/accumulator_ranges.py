@@ -65,7 +65,8 @@ def chosen_bounds(
     """The range that sizes an accumulator: never wider than the worst case, and all of it for comparisons and for counts,
     which are narrow and where a value that calibration never met (a class without samples) is none the less as likely as
     any."""
-    counted = decides(layout, step) or counts_decisions(step) or all(is_boolean(layout.graph, o.key) for o in step.operands)
+    counts = all(o.slope is None and is_boolean(layout.graph, o.key) for o in step.operands)
+    counted = decides(layout, step) or counts_decisions(step) or counts
     if spec.accumulators is AccumulatorRange.WORST_CASE or counted:
         return worst
     seen = observed_bounds(layout, qparams, stats, step, spec.margin, weights)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from fheq.decoders import Decoder, operand_axis, operand_decoder
@@ -21,8 +24,9 @@ def check_alignment(layout: Plan, qparams: QParams) -> None:
     Raises:
         QuantizationError: naming the node and the tensors.
     """
+    read = partial(operand_decoder, layout, qparams, found={})
     for step in layout.steps:
-        if not _aligned(layout, qparams, step):
+        if not _aligned(read, step):
             names = " and ".join(repr(operand.tensor) for operand in step.operands)
             raise QuantizationError(
                 f"{describe(step.node)} sums or compares integers of {names} that have different scales there: quantize "
@@ -30,23 +34,23 @@ def check_alignment(layout: Plan, qparams: QParams) -> None:
             )
 
 
-def _aligned(layout: Plan, qparams: QParams, step: Step) -> bool:
+def _aligned(read: Callable[..., Decoder], step: Step) -> bool:
     if isinstance(step, Linear):
         axis = operand_axis(step)
         assert axis is not None
-        x = operand_decoder(layout, qparams, step.x, axis)
+        x = read(step.x, axis)
         rows = lambda v: np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1)
         return _equal(rows(x.scale)) and _equal(rows(x.offset), rows(x.scale))
     if isinstance(step, Sum):
-        scale = operand_decoder(layout, qparams, step.x).scale
+        scale = read(step.x).scale
         valid = (step.x.elements >= 0).reshape(step.x.shape)
         at = np.argmax(valid, axis=-1)[..., None]
         return _equal(np.where(valid, scale, np.take_along_axis(scale, at, -1)))
     if isinstance(step, Product) and step.contract:
-        a, b = (operand_decoder(layout, qparams, o).scale for o in step.operands)
+        a, b = (read(o).scale for o in step.operands)
         return _equal(a * b)
     if isinstance(step, Maximum):
-        parts = [operand_decoder(layout, qparams, x) for x in step.xs]
+        parts = [read(x) for x in step.xs]
         whole = Decoder(*(np.concatenate(column, axis=-1) for column in zip(*parts)))
         return _equal(whole.scale) and _equal(whole.offset, whole.scale)
     return True

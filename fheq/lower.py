@@ -11,7 +11,7 @@ from fheq.accumulators import whole_shift
 from fheq.affine import Affine, validate
 from fheq.alignment import check_alignment
 from fheq.bounds import channel_bounds, worst_case
-from fheq.decoders import key_decoder, operand_axis, operand_decoder
+from fheq.decoders import Decoder, key_decoder, operand_axis, operand_decoder
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
@@ -73,6 +73,7 @@ class _Lowering:
         self.accs: dict[str, str] = {}  # accumulators, offset included
         self.decoders: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # flat scale, offset of `accs` and quantized sources
         self.accumulators: dict[str, Accumulator] = {}
+        self.known: dict[str, Decoder] = {}  # of quantized tensors, as they are found
 
     def program(self, graph: Graph) -> IntProgram:
         inputs = []
@@ -93,7 +94,7 @@ class _Lowering:
         """Registers a quantized source (an input, a join or a maximum)."""
         self.held[key] = value
         if key not in self.layout.points:
-            d = key_decoder(self.layout, self.qparams, key)
+            d = key_decoder(self.layout, self.qparams, key, self.known)
             self.decoders[key] = (d.scale.ravel(), d.offset.ravel())
 
     # Reading
@@ -104,11 +105,13 @@ class _Lowering:
             self.held[key] = self.table(key)
         return self.held[key]
 
+    def decoder(self, operand: Operand, axis: int | None = None) -> Decoder:
+        return operand_decoder(self.layout, self.qparams, operand, axis, self.known)
+
     def read(self, operand: Operand, axis: int | None = None) -> str:
         """The program value of an operand."""
         value = self.quantized(operand.key)
-        fill = operand_decoder(self.layout, self.qparams, operand, axis).low
-        fill = np.where(operand.elements < 0, np.round(fill.ravel()), 0).astype(np.int64)
+        fill = np.where(operand.elements < 0, np.round(self.decoder(operand, axis).low.ravel()), 0).astype(np.int64)
         return self.emit.gather((value,), operand.elements, fill, operand.shape)
 
     def table(self, point: str) -> str:
@@ -195,7 +198,7 @@ class _Lowering:
         return product
 
     def add(self, step: Add) -> str:
-        a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
+        a, b = map(self.decoder, step.operands)
         m, n, _ = add_multipliers(a, b)
         left = self.emit.scale(self.read(step.a), m.astype(np.int64))
         right = self.emit.scale(self.read(step.b), n.astype(np.int64))
@@ -206,7 +209,7 @@ class _Lowering:
 
         A product with a bit takes one table as wide, on the other number and the bit above it.
         """
-        a, b = (operand_decoder(self.layout, self.qparams, o) for o in step.operands)
+        a, b = map(self.decoder, step.operands)
         p, r = (np.round(d.offset / d.scale).astype(np.int64) for d in (a, b))
         x, y = self.read(step.a), self.read(step.b)
         name = step.node.name or step.out
@@ -225,12 +228,8 @@ class _Lowering:
     def maximum(self, step: Maximum) -> str:
         """A tree of `max(a, b) = relu(a - b) + b`: one table per comparison."""
         parts = [(self.read(x), x.shape[-1]) for x in step.xs]
-        value = parts[0][0]
-        if len(parts) > 1:
-            value = self.emit.stack_last([v for v, _ in parts], step.shape)
-        width = sum(k for _, k in parts)
-        name = step.node.name or step.out
-        return self.emit.tree(value, step.shape, width, step.sign, name)
+        value = parts[0][0] if len(parts) == 1 else self.emit.stack_last([v for v, _ in parts], step.shape)
+        return self.emit.tree(value, step.shape, sum(k for _, k in parts), step.sign, step.node.name or step.out)
 
     def join(self, step: Join) -> str:
         values = tuple(self.read(piece) for piece in step.pieces)
@@ -246,7 +245,7 @@ class _Lowering:
         if port.name not in self.layout.regions:
             raise QuantizationError(f"output {port.name!r} does not depend on the inputs: drop it from the model")
         if operand is not None:
-            d = operand_decoder(self.layout, self.qparams, operand)
+            d = self.decoder(operand)
             return self.entry(port, self.read(operand), d.scale.ravel(), d.offset.ravel())
         region = self.layout.regions[port.name]
         scale, offset = self.decoders[region.source]

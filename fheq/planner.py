@@ -15,6 +15,7 @@ from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
 from fheq.steps import Join, Operand, Step
+from fheq.weighed_decisions import weighed_decision
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Planner:
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.producers, self.consumers = graph.producers(), graph.consumers()
         self.steps: list[Step] = []
         self.regions: dict[str, Region] = {}
         self.points: dict[str, str] = {}
@@ -239,6 +241,9 @@ class Planner:
                     intercept, one = (self.constant_values(tensor, value) for value in (0.0, 1.0))
                     fill = np.where(region.elements == FILLER, intercept, 0.0)
                     return Operand(tensor, region.source, shape, region.elements, fill, one - intercept, intercept)
+        weighed = weighed_decision(self, tensor, absorbs) if absorbs else None
+        if weighed is not None:
+            return weighed
         self.points[region.root] = region.source
         return Operand(tensor, region.root, shape, region.moved, region.fill)
 

@@ -17,6 +17,7 @@ from fheq.ops.table import Kind, lookup
 from fheq.qat import normalise_quantizers
 from fheq.rewriting.batchnorm import fold_batch_norms
 from fheq.rewriting.compose import compose as compose
+from fheq.rewriting.decisions import settle_decisions as settle_decisions
 from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.fold import fold

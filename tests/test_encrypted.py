@@ -8,6 +8,9 @@ One test makes tables fail often, and compares how often with simulated noise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 import onnx
@@ -137,15 +140,26 @@ def test_models_of_each_kind(kind) -> None:
     assert_encrypted_is_simulated(program, circuit, X[:1])
 
 
-def test_trees_and_labels() -> None:
-    """A forest, and the string labels that the client names after decryption: 11 tables for a sample."""
-    forest = pytest.importorskip("sklearn.ensemble").RandomForestClassifier
+def forest() -> Any:
+    """11 tables for a sample."""
+    return pytest.importorskip("sklearn.ensemble").RandomForestClassifier(2, max_depth=2, random_state=0)
+
+
+def radial_svc() -> Any:
+    """Exponentials of the squared distances to the 5 support vectors of 20 rows: 8 tables."""
+    return pytest.importorskip("sklearn.svm").SVC(kernel="rbf", C=10, gamma=0.5)
+
+
+@pytest.mark.parametrize(("make", "rows"), [(forest, 80), (radial_svc, 20)], ids=["forest", "radial_svc"])
+def test_estimators_with_tables(make: Callable[[], Any], rows: int) -> None:
+    """And the string labels that the client names after decryption."""
+    estimator = make()
     pytest.importorskip("skl2onnx")
     names = np.where(X[:, 0] + X[:, 1] > 0, "above", "below")
-    model = forest(2, max_depth=2, random_state=0).fit(X, names)
-    graph = fheq.from_sklearn(model, X)
+    graph = fheq.from_sklearn(estimator.fit(X[:rows], names[:rows]), X)
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), SMALL | {"op_weights": 3}))
     circuit = fheq.compile(program, p_error=P_ERROR)
+    assert 0 < circuit.bootstraps < 100
     assert_encrypted_is_simulated(program, circuit, X[:3])
     labels, _ = circuit(X[:3], progress=False)
     assert set(labels) <= {"above", "below"}
