@@ -13,11 +13,14 @@ import numpy as np
 
 from fheq.errors import DataError
 
-RESULTS = "results.json"
+RESULTS = "results.jsonl"
 
 
 class Memory:
     """What was computed already, by name; without a folder it keeps nothing.
+
+    Values are lines of a file that is only ever added to, arrays files of their own: whenever a run stops, what is there is
+    whole, but perhaps for the last line, which is then dropped.
 
     Args:
         folder: made if need be.
@@ -29,23 +32,28 @@ class Memory:
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str):
         self.folder = None if folder is None else Path(folder)
-        self.values: dict[str, Any] = {"fingerprint": fingerprint}
+        self.values: dict[str, Any] = {}
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / RESULTS).exists():
-            self.values = json.loads((self.folder / RESULTS).read_text())
-            if self.values.get("fingerprint") != fingerprint:
-                raise DataError(f"{str(self.folder)!r} holds results of another model, other data or other options")
+        path = self.folder / RESULTS
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        for line in whole.splitlines():
+            self.values.update(json.loads(line))
+        if self.values.setdefault("fingerprint", fingerprint) != fingerprint:
+            raise DataError(f"{str(self.folder)!r} holds results of another model, other data or other options")
+        if whole:
+            os.truncate(path, len(whole) + 1)
+        else:
+            path.write_text(_line("fingerprint", fingerprint))
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
         """A value that JSON can hold."""
         if name not in self.values:
             self.values[name] = compute()
             if self.folder is not None:
-                written = self.folder / (RESULTS + ".new")
-                written.write_text(json.dumps(self.values))
-                written.replace(self.folder / RESULTS)  # whole or not at all
+                with (self.folder / RESULTS).open("a") as file:
+                    file.write(_line(name, self.values[name]))
         return self.values[name]
 
     def arrays(self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
@@ -58,6 +66,10 @@ class Memory:
             path.with_suffix(".new.npz").replace(path)
         with np.load(path) as found:
             return dict(found)
+
+
+def _line(name: str, value: Any) -> str:
+    return json.dumps({name: value}) + "\n"
 
 
 def fingerprint(*parts: Any) -> str:

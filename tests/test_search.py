@@ -112,7 +112,13 @@ def test_results_are_whole_or_absent(tmp_path):
     with pytest.raises(ZeroDivisionError):
         kept.value("x", lambda: 1 / 0)
     assert kept.value("y", lambda: 2) == 2
-    assert memory.Memory(tmp_path, "a").values == {"fingerprint": "a", "y": 2}
+    kept.value("z", lambda: 3)
+    path = tmp_path / memory.RESULTS
+    path.write_bytes(path.read_bytes()[:-2])  # stopped while it was written
+    resumed = memory.Memory(tmp_path, "a")
+    assert resumed.values == {"fingerprint": "a", "y": 2}
+    assert resumed.value("z", lambda: 4) == 4
+    assert memory.Memory(tmp_path, "a").values == {"fingerprint": "a", "y": 2, "z": 4}
 
 
 def test_allocations_are_the_best_sets_for_their_cost():
