@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import lru_cache, partial, wraps
+from pathlib import Path
 from typing import Any
 
 import jax
 
 KEPT = 32
+MAPS = Path("/proc/self/maps")  # where there is none, there is no such limit
+MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process by default; one function may take some thousands
+_caches: list[Any] = []
 
 
 def compiled_for(count: int, kept: int = KEPT) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`jax.jit` with the first arguments static, which lets go of what it compiled for the least recent of them.
 
-    `jax.jit` itself keeps all of it, and every compiled function takes some hundreds of the 65,530 memory maps that Linux
-    gives a process by default: a search, which tries hundreds of programs, would come to the end of them.
+    `jax.jit` itself keeps all of it, and a search, which tries hundreds of programs, would come to the end of the process's
+    memory maps. Where few functions take many maps, all are let go of.
 
     Args:
         count: how many arguments are static; they are hashable.
@@ -28,6 +33,7 @@ def compiled_for(count: int, kept: int = KEPT) -> Callable[[Callable[..., Any]],
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @lru_cache(maxsize=kept)
         def compiled(*static: Any) -> Callable[..., Any]:
+            _make_room()
             return jax.jit(partial(function, *static))
 
         @wraps(function)
@@ -35,6 +41,14 @@ def compiled_for(count: int, kept: int = KEPT) -> Callable[[Callable[..., Any]],
             return compiled(*args[:count])(*args[count:])
 
         call.compiled = compiled  # type: ignore[attr-defined]
+        _caches.append(compiled)
         return call
 
     return decorate
+
+
+def _make_room() -> None:
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        for cache in _caches:
+            cache.cache_clear()
+        gc.collect()
