@@ -84,9 +84,9 @@ def matches(rows: list[Row], others: list[Row]) -> list[tuple[Row, Row, bool]]:
 def compile_points(rows: list[Row]) -> None:
     """Sets what concrete says of the operations of these points."""
     rows = list({id(row): row for row in rows}.values())
-    chances = {i: row["p_error"] for i, row in enumerate(rows)}
-    for row, result in zip(rows, fheq.compile_many([row["point"].program for row in rows], p_error=chances)):
-        row["compiled"] = result.complexity
+    points = fheq.Front(tuple(row["point"] for row in rows), np.nan).compiled().points
+    for row, point in zip(rows, points, strict=True):
+        row["compiled"] = point.compiled
 
 
 def compared(matched: list[tuple[Row, Row, bool]]) -> list[list[str]]:
@@ -96,19 +96,14 @@ def compared(matched: list[tuple[Row, Row, bool]]) -> list[list[str]]:
     for other, own, as_good in matched:
         setting = f"n_bits {other['n_bits']}, rounding {other['rounding']}, p_error {other['p_error']}"
         cells = [other["name"], setting, f"{other['score']:.4f}", f"{other['complexity'] / 1e9:,.1f}"]
-        operations = own["compiled"] or own["complexity"]
-        ratio = operations / other["complexity"]
+        predicted, compiled = own["complexity"], own["compiled"]
+        ratio = (compiled or predicted) / other["complexity"]
         fair = str(other["rounding"]).endswith("A") and other["p_error"] != "default"
         for found in list(ratios.values())[: 1 + fair] if as_good else ():
             found.append(ratio)
         score = f"{'' if as_good else 'best '}{own['score']:.4f}"
-        predicted, compiled = own["complexity"] / 1e9, own["compiled"]
-        cells += [
-            score,
-            f"{predicted:,.2f}",
-            f"{compiled / 1e9:,.2f}" if compiled else "-",
-            f"{ratio:.3f}" if as_good else "-",
-        ]
+        billions = [f"{v / 1e9:,.2f}" if v else "-" for v in (predicted, compiled)]
+        cells += [score, *billions, f"{ratio:.3f}" if as_good else "-"]
         table.append(cells)
     for which, found in ratios.items():
         mean = f"{np.exp(np.mean(np.log(found))):.3f}" if found else "-"

@@ -11,9 +11,14 @@ from typing import Any
 import jax
 
 KEPT = 32
-MAPS = Path("/proc/self/maps")  # where there is none, there is no such limit
 MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process by default; one function may take some thousands
 _caches: list[Any] = []
+
+
+def memory_maps() -> int:
+    """How many memory maps this process has; 0 where the system keeps no such list, nor such a limit."""
+    listed = Path("/proc/self/maps")
+    return listed.read_bytes().count(b"\n") if listed.exists() else 0
 
 
 def compiled_for(count: int, kept: int = KEPT) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -48,7 +53,7 @@ def compiled_for(count: int, kept: int = KEPT) -> Callable[[Callable[..., Any]],
 
 
 def _make_room() -> None:
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+    if memory_maps() > MANY_MAPS:
         for cache in _caches:
             cache.cache_clear()
         gc.collect()
