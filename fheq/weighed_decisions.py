@@ -14,7 +14,7 @@ import numpy as np
 
 from fheq.ops.table import Kind, lookup
 from fheq.regions import FILLER, Elements, broadcast_elements, in_float64, is_boolean
-from fheq.rewriting.decisions import PADDED
+from fheq.rewriting.decisions import function_labels
 from fheq.steps import Operand
 
 if TYPE_CHECKING:
@@ -36,12 +36,10 @@ def weighed_decision(planner: Planner, tensor: str, absorbs: Callable[[np.ndarra
     value = lambda bit: elements.evaluate(tensor, np.arange(size), lambda _, need: np.full((len(need), 1), bit))
     off, on = (in_float64(partial(value, bit)).astype(np.float64).ravel() for bit in (0.0, 1.0))
     (reader,) = planner.consumers[tensor]
-    if reader.op in PADDED and not np.all((off == 0) | (on == 0)):
-        return None
-    labels = np.unique(np.stack([off, on], axis=1), axis=0, return_inverse=True)[1].reshape(shape)
+    labels = function_labels(reader.op, off, on)
     region = planner.regions[decision]
     moved = region.moved[at]
-    if np.any(moved == FILLER) or not absorbs(labels):
+    if labels is None or np.any(moved == FILLER) or not absorbs(labels.reshape(shape)):
         return None
     planner.points[region.root] = region.source
     return Operand(tensor, region.root, shape, moved, np.zeros(size), on - off, off)

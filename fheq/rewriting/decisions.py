@@ -198,11 +198,18 @@ def _is_weighed(graph: Graph, node: Node) -> bool:
     return row is not None and row.kind is Kind.LINEAR and len(computed) == 1
 
 
+def function_labels(reader: str, off: np.ndarray, on: np.ndarray) -> np.ndarray | None:
+    """A number for each element's function of its decision, alike for equal ones; None where the reader pads with others."""
+    if reader in PADDED and not np.all((off == 0) | (on == 0)):
+        return None
+    pairs = np.stack([off.ravel(), on.ravel()], axis=1)
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(off.shape)
+
+
 def _is_absorbed(graph: Graph, node: Node, name: str, f: Decided) -> bool:
     """Whether the weights of a linear node can take in the affine functions, element by element, of what it reads."""
-    pairs = np.stack([f.off.ravel(), f.on.ravel()], axis=1)
-    labels = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(f.off.shape)
-    if node.op in PADDED and not np.all((f.off == 0) | (f.on == 0)):
+    labels = function_labels(node.op, f.off, f.on)
+    if labels is None:
         return False
     if len(np.unique(labels)) == 1:
         return True
