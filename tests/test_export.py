@@ -45,7 +45,26 @@ def joined() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["y"], {"w": tensor(4, 3), "v": tensor(7, 2)}, opset=11)
 
 
-MODELS = {"mlp": (mlp(), (4,)), "cnn": (cnn(), (1, 6, 6)), "residual": (residual(), (1, 4, 4)), "joined": (joined(), (4,))}
+def looked_up() -> onnx.ModelProto:
+    """Encrypted indices of rows of a table."""
+    nodes = [
+        node("Gather", ["table", "x"], ["e"]),
+        node("Flatten", ["e"], ["f"]),
+        node("MatMul", ["f", "w"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("MatMul", ["r", "v"], ["y"]),
+    ]
+    known = {"table": tensor(5, 3), "w": tensor(6, 4), "v": tensor(4, 2)}
+    return model(nodes, {"x": ["N", 2]}, ["y"], known, kinds={"x": onnx.TensorProto.INT64})
+
+
+MODELS = {
+    "mlp": (mlp(), (4,)),
+    "cnn": (cnn(), (1, 6, 6)),
+    "residual": (residual(), (1, 4, 4)),
+    "joined": (joined(), (4,)),
+    "looked up": (looked_up(), (2,)),
+}
 
 
 def differences(a: fheq.IntProgram, b: fheq.IntProgram) -> list[str]:
@@ -91,6 +110,7 @@ CASES = [
     ("residual", "3 bits, worst case"),
     ("residual", "8 bits"),
     ("joined", "6 bits, rounded approximately"),
+    ("looked up", "4 bits, per tensor"),
 ]
 
 
@@ -98,7 +118,8 @@ CASES = [
 def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, how):
     proto, shape = MODELS[name]
     graph = fheq.import_onnx(proto)
-    x = RNG.normal(size=(60, *shape)).astype(np.float32)
+    whole = graph.inputs[0].type.dtype.kind == "i"
+    x = RNG.integers(0, 5, (60, *shape)) if whole else RNG.normal(size=(60, *shape)).astype(np.float32)
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPECS[how])
     exported = fheq.export_qdq(graph, qparams)
     onnx.checker.check_model(exported, full_check=True)

@@ -87,6 +87,7 @@ def _isinf(node: Node, x: Array) -> Array:
 def _converted(x: Array, dtype: np.dtype) -> Array:
     """`x` as another type; integers wrap around."""
     narrow = jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # 64 bits where they are enabled
     return x.astype(np.int8).astype(dtype) if narrow else x.astype(dtype)
 
 

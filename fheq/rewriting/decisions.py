@@ -69,6 +69,7 @@ def settle_decisions(graph: Graph) -> Graph:
     reads = {d: _reads(graph, found, d) for d in dict.fromkeys(f.decision for f in derived.values())}
     settled = {d for d, names in reads.items() if _worthwhile(graph, found, names)}
     draft = Draft(graph)
+    numbers: Numbers = {}
     for node in graph.nodes:
         mine = found.get(node.outputs[0])
         if mine is not None and mine.decision in settled and node.outputs[0] != mine.decision:
@@ -80,8 +81,8 @@ def settle_decisions(graph: Graph) -> Graph:
         written = {name: f for name, f in inputs.items() if name != f.decision}
         if not written:
             draft.write(node)
-        elif not _collapsed(draft, graph, node, written):
-            named = {name: _affine(draft, node, f) for name, f in written.items()}
+        elif not _collapsed(draft, graph, node, written, numbers):
+            named = {name: _affine(draft, node, f, numbers) for name, f in written.items()}
             draft.write(replace(node, inputs=tuple(named.get(name, name) for name in node.inputs)))
     return draft.finish()
 
@@ -245,11 +246,14 @@ def _chosen(draft: Draft, node: Node, f: Decided) -> None:
     draft.apply(node, "Where", _moved_to(draft, node, f, f.decision), *ends, out=node.outputs[0])
 
 
-def _affine(draft: Draft, node: Node, f: Decided) -> str:
+Numbers = dict[tuple[str, np.dtype], str]  # decisions as numbers of a type: one tensor for all their readers
+
+
+def _affine(draft: Draft, node: Node, f: Decided, numbers: Numbers) -> str:
     """A function of a decision as `off + slope * decision`, for one reader."""
     if f.off.dtype == np.bool_:
-        return draft.cast(node, _moved_to(draft, node, f, _numbers(draft, node, f, np.dtype(np.float32))), np.bool_)
-    x = _moved_to(draft, node, f, _numbers(draft, node, f, f.off.dtype))
+        return draft.cast(node, _moved_to(draft, node, f, _numbers(draft, node, f, np.dtype(np.float32), numbers)), np.bool_)
+    x = _moved_to(draft, node, f, _numbers(draft, node, f, f.off.dtype, numbers))
     for op, values, still in (("Mul", f.slope, 1), ("Add", f.off, 0)):
         if not np.all(values == still):
             known = values.ravel()[0] if np.all(values == values.ravel()[0]) else values
@@ -267,15 +271,15 @@ def _moved_to(draft: Draft, node: Node, f: Decided, bits: str) -> str:
     return draft.apply(node, "Gather", draft.reshape(node, bits, (size,)), places, axis=0)
 
 
-def _numbers(draft: Draft, node: Node, f: Decided, dtype: np.dtype) -> str:
-    """The decision as numbers: one tensor for all its readers."""
-    name = f"{f.decision}/{np.dtype(dtype).name}"
-    if name not in draft.types:
-        draft.apply(node, "Cast", f.decision, out=name, to=CODES[np.dtype(dtype)])
-    return name
+def _numbers(draft: Draft, node: Node, f: Decided, dtype: np.dtype, numbers: Numbers) -> str:
+    key = f.decision, np.dtype(dtype)
+    if key not in numbers:
+        name = draft.fresh(f"{f.decision}/{key[1].name}")
+        numbers[key] = draft.apply(node, "Cast", f.decision, out=name, to=CODES[key[1]])
+    return numbers[key]
 
 
-def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Decided]) -> bool:
+def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Decided], numbers: Numbers) -> bool:
     """Writes a linear node whose weights cannot take in the functions that it reads as a product with the decision."""
     (name, f), *more = written.items()
     if more or f.plain or not _is_weighed(graph, node) or _is_absorbed(graph, node, name, f):
@@ -288,7 +292,7 @@ def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Dec
     used, which = np.unique(f.elements.ravel()[varying], return_inverse=True)
     weight = np.zeros((len(used), len(matrix)))
     np.add.at(weight, which, (matrix * f.slope.ravel())[:, varying].T)
-    bits = _numbers(draft, node, f, kind)
+    bits = _numbers(draft, node, f, kind, numbers)
     bits = draft.reshape(node, bits, (1, math.prod(draft.types[bits].shape)))
     if len(used) < draft.types[bits].shape[1]:
         bits = draft.apply(node, "Gather", bits, draft.constant(f"{out}/used", used, np.dtype(np.int64)), axis=1)
