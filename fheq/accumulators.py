@@ -1,6 +1,6 @@
 """Quantizers of accumulators: how they are rounded, and how many bits enter a table.
 
-An offset brings the range of an accumulator to [0, 2^width), centred so that the slack is on both sides.
+An offset brings the range of an accumulator to [0, 2^width). The slack is on both sides, as far as anything can come there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from fheq.plan import Plan
 from fheq.qparams import QParams, unsigned
 from fheq.spec import MAX_TABLE_BITS, Rounding, Spec
 from fheq.stated_accumulators import fits
-from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats
 from fheq.steps import Linear, Step, makes_accumulator
 
@@ -80,16 +79,13 @@ def fit_accumulator(
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
-        return accumulator_affine(layout, qparams, step, bounds, removable(bounds, rounding.n_bits), mode, weights)
-    if step.out not in layout.points.values():
-        return accumulator_affine(layout, qparams, step, bounds, 0, "exact", weights)
+        return accumulator_affine(layout, qparams, step, bounds, worst, removable(bounds, rounding.n_bits), mode, weights)
     limit = table_bits(len(worst.low))
-    # Too wide for any table: resolution is spent on what can never overflow, unless the model's own integers would be lost.
-    kept = isinstance(step, Linear) and stated_weight(layout, qparams, step) is not None
-    if aligned(worst, 0)[1] <= limit or (kept and aligned(bounds, 0)[1] <= limit):
-        return accumulator_affine(layout, qparams, step, bounds, 0, "exact", weights)
+    if step.out not in layout.points.values() or aligned(bounds, 0)[1] <= limit:
+        return accumulator_affine(layout, qparams, step, bounds, worst, 0, "exact", weights)
+    # Too wide for any table: resolution is spent on what can never overflow.
     widest = worst if aligned(worst, 0)[1] <= limit + WORST_CASE_BITS else bounds
-    return accumulator_affine(layout, qparams, step, widest, removable(widest, limit), "exact", weights)
+    return accumulator_affine(layout, qparams, step, widest, worst, removable(widest, limit), "exact", weights)
 
 
 def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
@@ -132,16 +128,22 @@ def accumulator_affine(
     qparams: QParams,
     step: Step,
     bounds: Bounds,
+    worst: Bounds,
     lsbs: int,
     mode: str,
     weights: Weights | None = None,
 ) -> Affine:
-    """The quantizer of an accumulator for a range per channel."""
+    """The quantizer of an accumulator for a range per channel.
+
+    Args:
+        worst: the range that nothing leaves.
+    """
     axis = channel_axis(layout, step.out)
     offset, width = aligned(bounds, lsbs)
     cell = 1 << lsbs
     slack = 2.0**width - 1 - (cell >> 1) - (bounds.high + offset)
-    offset = offset + np.floor(slack / 2 / cell) * cell
+    below = _share_below(slack, bounds.low - worst.low, worst.high - bounds.high)
+    offset = offset + np.floor(below / cell) * cell
     decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights)]
     scale, constant = (np.ravel(first_of_channel(v, axis)) for v in decoded)
     scale = np.maximum(np.abs(scale), 1e-300)
@@ -150,6 +152,17 @@ def accumulator_affine(
         scale, zero_point = scale[0], zero_point[0]
     whole = lambda v: np.full_like(scale, v)
     return Affine(scale, zero_point, whole(0.0), whole(2.0**width - 1), np.asarray(float(lsbs)), axis, rounding=mode)
+
+
+def _share_below(slack: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """How much of the slack goes below the range: half of it, but to neither side more than it can use.
+
+    Args:
+        below, above: how far values can come beyond the range.
+    """
+    below, above = np.maximum(below, 0), np.maximum(above, 0)
+    spare = slack - below - above
+    return np.where(spare >= 0, below + spare / 2, np.minimum(np.maximum(slack / 2, slack - above), below))
 
 
 def removable(bounds: Bounds, bits: int) -> int:

@@ -1,8 +1,11 @@
-"""Weights scaled so that accumulators fill the cells that rounding leaves.
+"""Weights scaled so that accumulators fill the cells that rounding leaves, or the widest table.
 
 Rounding to P bits cuts an accumulator's range into 2^P cells whose width is a power of two. A channel whose range is just
 above such a width uses little more than half of them. Coarser weights bring it under: a little weight noise for up to twice
 the resolution. The trade is made per layer, by the expected error of both.
+
+Without rounding concrete evaluates tables of up to 16 bits, and none of so many bits beside a rounding or a wider value. A
+program with an accumulator that is a little wider compiles with coarser weights alone.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulator_ranges import chosen_bounds
-from fheq.accumulators import Weighed, removable, rounding_of
+from fheq.accumulators import Weighed, aligned, removable, rounding_of, table_bits, weighed
 from fheq.affine import Affine, as_float32
 from fheq.bounds import Bounds, channel_bounds
 from fheq.granularity import channel_axis
@@ -24,12 +27,14 @@ from fheq.statistics import Stats
 from fheq.steps import Linear, counts_decisions
 
 DEPTH = 3  # how many bits fewer are tried
+ATTEMPTS = 3
+COARSEST = 4.0  # how many times the scale of weights may grow for the sake of a table that exists
 
 
 def fill_cells(
     layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear, affine: Affine, known: Weighed
 ) -> Affine:
-    """The weight quantizer of a step whose accumulator is rounded, its scales enlarged where that lowers the error.
+    """The weight quantizer of a step, its scales enlarged where that lowers the error of rounding or makes a table possible.
 
     Args:
         qparams: has the quantizer of the step's input.
@@ -38,7 +43,9 @@ def fill_cells(
     """
     rounding = rounding_of(layout, spec, step)
     axis = channel_axis(layout, step.out)
-    if rounding is None or affine.axis is None or axis is None or counts_decisions(step):
+    if rounding is None:
+        return _within_table(layout, stats, spec, qparams, step, affine, known)
+    if affine.axis is None or axis is None or counts_decisions(step):
         return affine
     if stats[step.out].squares is None:  # the trade needs variances
         return affine
@@ -59,6 +66,31 @@ def fill_cells(
         key=lambda found: found[0],
     )
     return affine if np.all(best[1] == 1) else replace(affine, scale=as_float32(affine.scale * best[1]))
+
+
+def _within_table(
+    layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear, affine: Affine, known: Weighed
+) -> Affine:
+    """Scales with which the accumulator never leaves 16 bits, or else does not on calibration data; as they are, if neither
+    can be had for two bits of the weight."""
+    seen = lambda known: chosen_bounds(layout, qparams, stats, step, spec, known.worst, known.weights)
+    limit = table_bits(len(known.worst.low))
+    if not layout.points or counts_decisions(step) or aligned(seen(known), 0)[1] <= limit:
+        return affine
+    each = affine.axis is not None and channel_axis(layout, step.out) is not None
+    for bounds_of in (lambda known: known.worst, seen):
+        fitted, found = affine, known
+        for _ in range(ATTEMPTS):  # other weights have another worst case, which limits what was seen too
+            bounds = bounds_of(found)
+            if aligned(bounds, 0)[1] <= limit:
+                return fitted
+            factor = np.maximum(1.0, (bounds.high - bounds.low) / (2.0**limit - 8))  # ends are rounded outwards
+            scale = as_float32(fitted.scale * (factor if each else np.max(factor)))
+            if np.max(scale / affine.scale) > COARSEST:
+                break
+            fitted = replace(affine, scale=scale)
+            found = weighed(layout, replace(qparams, weights={step.weight_name: fitted}), step, known.weights.reading)
+    return affine
 
 
 def candidate(

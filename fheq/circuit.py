@@ -16,6 +16,7 @@ from fheq.decryption import centred, decrypted_bits, removed_bits
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import as_tuple, unwrap
 from fheq.noise import failure_probabilities
+from fheq.optimizer.solve import solve
 from fheq.program import IntProgram
 from fheq.progress import track
 from fheq.signals import broken_pipes_raise
@@ -180,9 +181,7 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         from concrete import fhe
 
     _set_up_thread()
-    tracing = Tracing(program, clear)
     statuses = {f"x{i}": "clear" if e.name in clear else "encrypted" for i, e in enumerate(program.inputs)}
-    compiler = fhe.Compiler(tracing.function(), statuses)
     configuration = fhe.Configuration(
         p_error=p_error,
         global_p_error=global_p_error,
@@ -194,6 +193,11 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         additional_post_processors=[bare_outputs()],
     )
     sample = tuple(np.zeros(entry.port.type.shape, np.int64) for entry in program.inputs)
+
+    # What concrete resorts to where no native parameters exist.
+    on_residues = bool(program.lookups) and solve(program, p_error, global_p_error).solution.point is None
+    tracing = Tracing(program, clear, multiplied=on_residues)
+    compiler = fhe.Compiler(tracing.function(), statuses)
     try:
         graph = compiler.trace([sample], configuration)
         measure = graph.measure_bounds

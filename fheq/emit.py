@@ -132,11 +132,13 @@ class Emitter:
         amount, most = np.asarray(amount, np.int64), (1 << bits) - 1
         if narrowed:
             amount = amount % (2 << bits)
-        elif amount.min() < 0 or amount.max() > PARTS * most:
+        half = 1 << bits >> 1
+        low, high = (-half, half - 1) if amount.min() < 0 else (0, most)
+        if np.any(np.clip(amount, PARTS * low, PARTS * high) != amount):
             return self.shift(x, amount, most)
-        shifted = self.shift(x, np.minimum(amount, most), most)
-        while np.any(amount := np.maximum(amount - most, 0)):
-            shifted = self.shift(shifted, np.minimum(amount, most), most)
+        shifted, amount = self.shift(x, part := np.clip(amount, low, high), most), amount - part
+        while np.any(amount):
+            shifted, amount = self.shift(shifted, part := np.clip(amount, low, high), most), amount - part
         return shifted
 
     def scale(self, x: str, factor: np.ndarray) -> str:

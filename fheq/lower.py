@@ -169,11 +169,8 @@ class _Lowering:
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
-        amount = shift.astype(np.int64)
-        if self.decoded(step.out):
-            shifted = self.emit.shift(value, amount, (1 << bits) - 1)
-        else:
-            shifted = self.emit.offset(value, amount, bits, lsbs > 0 or bits <= WIDEST_CAST)
+        narrowed = not self.decoded(step.out) and (lsbs > 0 or bits <= WIDEST_CAST)
+        shifted = self.emit.offset(value, shift.astype(np.int64), bits, narrowed)
         shifted = self.emit.gather((shifted,), np.arange(int(np.prod(step.shape))), None, step.shape)
         self.accs[step.out] = shifted
         self.decoders[step.out] = (scale.ravel(), (offset - scale * shift).ravel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -28,26 +29,35 @@ class Tracing:
     concrete sizes every node from bounds that it measures on an inputset. `bounds` replaces them by what lowering knows, so
     that neither an unlucky nor an extreme sample decides a width. What a linear op makes before its offset wraps around
     harmlessly, so it is given the range of what follows and does not widen it.
+
+    Args:
+        clear: names of inputs that are not encrypted.
+        multiplied: whether elements are picked by products with 0 and 1. concrete indexes for nothing, but cannot by arrays
+            where it evaluates tables on residues.
     """
 
-    def __init__(self, program: IntProgram, clear: frozenset[str]):
+    def __init__(self, program: IntProgram, clear: frozenset[str], multiplied: bool = False):
         self.program = program
         self.clear = clear
+        self.multiplied = multiplied
         self.ranges: dict[Any, tuple[int, int]] = {}
         self.sizes = {name: (value.low, value.high) for name, value in program.values.items()}
+        readers = Counter(name for instruction in program.instructions for name in set(instruction.args))
+        outputs = {entry.value for entry in (*program.inputs, *program.outputs)}
+        self.shared = outputs | {name for name, count in readers.items() if count > 1}
         for instruction in reversed(program.instructions):
             self._widen_nothing(instruction)
 
     def _widen_nothing(self, instruction: Instruction) -> None:
-        """Gives the arguments of leveled arithmetic the range of its result where theirs is negative."""
-        if isinstance(instruction, (Shift, Scale, Plus)):
+        """Gives the arguments of leveled arithmetic the range of its result, where theirs is negative or wider and nothing
+        else reads them."""
+        if isinstance(instruction, (Shift, Scale, Plus, Gather, SumLast)):
+            low, high = self.sizes[instruction.out]
+            moved = isinstance(instruction, (Gather, SumLast))
             for arg in instruction.args:
-                if self.sizes[arg][0] < 0:
-                    self.sizes[arg] = (0, max(self.sizes[instruction.out][1], 1))
-        elif isinstance(instruction, (Gather, SumLast)):
-            for arg in instruction.args:
-                if self.sizes[arg][0] < 0:
-                    self.sizes[arg] = self.sizes[instruction.out]
+                wider = arg not in self.shared and self.sizes[arg][1].bit_length() > max(high, 1).bit_length()
+                if self.sizes[arg][0] < 0 or wider:
+                    self.sizes[arg] = (low, high) if moved else (0, max(high, 1))
 
     def function(self) -> Callable[..., Any]:
         """The function to trace; its parameters are x0, x1, ..."""
@@ -142,8 +152,15 @@ class Tracing:
             constant = self._note(instruction.args[0], fhe.zeros((len(fills),)))
             flats.append(self._note(instruction.out, constant + fills) if np.any(fills) else constant)
         flat = flats[0] if len(flats) == 1 else self._note(instruction.out, np.concatenate(tuple(flats)))
-        moved = flat[index.ravel()] if flat.shape != (1,) or index.size != 1 else flat
+        moved = self._pick(instruction.out, flat, index.ravel()) if flat.shape != (1,) or index.size != 1 else flat
         return moved if moved.shape == shape else self._note(instruction.out, moved).reshape(shape)
+
+    def _pick(self, name: str, flat: Any, index: np.ndarray) -> Any:
+        """Elements of a vector, whose range is that of the value `name`."""
+        if not self.multiplied:
+            return flat[index]
+        places = (np.arange(flat.shape[0])[:, None] == index.ravel()).astype(np.int64)
+        return self._note(name, flat @ places).reshape(index.shape)
 
     def _convolution(self, instruction: Convolution, x: Any) -> Any:
         """2-D natively, 1-D with a unit axis, 3-D as a matrix product over patches."""
@@ -180,7 +197,7 @@ class Tracing:
         for g in range(group):
             plane = (np.arange(channels) + g * channels) * area
             index = (plane[None, :, None] + spatial[:, None, :]).reshape(len(starts), -1)
-            patches = self._note(instruction.args[0], flat[index])
+            patches = self._note(instruction.args[0], self._pick(instruction.args[0], flat, index))
             rows = weight[g * len(weight) // group : (g + 1) * len(weight) // group].reshape(-1, channels * len(offsets))
             parts.append(self._note(instruction.out, np.transpose(self._note(instruction.out, patches @ rows.T))))
         joined = parts[0] if group == 1 else self._note(instruction.out, np.concatenate(tuple(parts), axis=0))

@@ -24,7 +24,7 @@ from fheq.optimizer.partition import Constraint, Problem
 
 TOLERANCE = 0.05  # of compiled complexities; nearly all agree to the last digit
 
-KINDS = ("mlp", "deep", "residual", "average", "max", "moved")
+KINDS = ("mlp", "deep", "residual", "average", "max", "moved", "product")
 NARROW = fheq.Rounding(4, approximate=True)
 ROUNDINGS: dict[str, dict[str, fheq.Rounding]] = {
     "none": {},
@@ -50,6 +50,9 @@ def nodes_of(kind: str, rng: np.random.Generator) -> tuple[list, dict[str, np.nd
     known = {"w1": dense(4, 6), "w2": dense(6, 6), "w3": dense(6, 3)}
     if kind == "mlp":
         return [*first, node("Identity", ["r1"], ["h"]), last], {k: known[k] for k in ("w1", "w3")}, (4,)
+    if kind == "product":
+        both = [node("Transpose", ["r1"], ["t"], perm=[0, 2, 1]), node("MatMul", ["r1", "t"], ["p"]), node("Relu", ["p"], ["h"])]
+        return [*first, *both, last], {"w1": dense(4, 3), "w3": dense(2, 2)}, (2, 4)
     if kind == "moved":
         swap = [node("Transpose", ["m1"], ["t"], perm=[0, 2, 1]), node("Sigmoid", ["t"], ["h"]), last]
         return [first[0], *swap], {"w1": dense(4, 6), "w3": dense(3, 2)}, (3, 4)
@@ -124,6 +127,17 @@ def test_compiled_circuits(kind: str, rounding: str, p_error: float):
     assert report.bootstraps == circuit.bootstraps
     assert report.complexity == pytest.approx(circuit.complexity, rel=TOLERANCE)
     assert report.max_bits == circuit.concrete.graph.maximum_integer_bit_width()
+
+
+@pytest.mark.parametrize("kind", ["deep", "residual", "product"])
+def test_8_bits_compile_without_rounding(kind: str):
+    """concrete evaluates tables of up to 16 bits on residues, in programs that round nothing."""
+    built = program(kind, "none", 8)
+    circuit = fheq.compile(built, p_error=1e-5)
+    assert cost(built, p_error=1e-5).complexity == pytest.approx(circuit.complexity, rel=TOLERANCE)
+    x = np.random.default_rng(7).normal(size=(20, *built.inputs[0].port.type.shape[1:])).astype(np.float32)
+    integers = built.quantize(x)
+    np.testing.assert_array_equal(circuit.evaluate(*integers, quantized=True), fheq.simulate(built, *integers))
 
 
 def test_a_compiled_circuit_with_a_global_p_error():
