@@ -16,6 +16,7 @@ from fheq.decryption import centred, decrypted_bits, removed_bits
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import as_tuple, unwrap
 from fheq.noise import failure_probabilities
+from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.optimizer.solve import solve
 from fheq.program import IntProgram
 from fheq.progress import track
@@ -181,6 +182,9 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         from concrete import fhe
 
     _set_up_thread()
+    # What concrete resorts to where no native parameters exist.
+    on_residues = bool(program.lookups) and solve(program, p_error, global_p_error).solution.point is None
+    tracing = Tracing(program, clear, multiplied=on_residues)
     statuses = {f"x{i}": "clear" if e.name in clear else "encrypted" for i, e in enumerate(program.inputs)}
     configuration = fhe.Configuration(
         p_error=p_error,
@@ -190,13 +194,12 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         approximate_rounding_config=fhe.ApproximateRoundingConfig(
             logical_clipping=False, approximate_clipping_start_precision=False
         ),
+        # Tables on residues read all bits of what is connected; native ones are narrowed to their own.
+        optimize_tlu_based_on_original_bit_width=False if on_residues else WIDEST_CAST,
         additional_post_processors=[bare_outputs()],
     )
     sample = tuple(np.zeros(entry.port.type.shape, np.int64) for entry in program.inputs)
 
-    # What concrete resorts to where no native parameters exist.
-    on_residues = bool(program.lookups) and solve(program, p_error, global_p_error).solution.point is None
-    tracing = Tracing(program, clear, multiplied=on_residues)
     compiler = fhe.Compiler(tracing.function(), statuses)
     try:
         graph = compiler.trace([sample], configuration)

@@ -1,9 +1,10 @@
 """Cost of tables wider than concrete's native ones, which it evaluates on several residues ("without padding" bootstraps).
 
-concrete turns to these where no native parameters are precise enough, and only in programs that neither round nor narrow a
-value. Every table then costs what the widest does. The numbers are measured: `circuit.complexity` per table of what concrete
-2.11 made of a table, a multiplication by the 2-norm and another table, for every width; a norm above 16 changed nothing.
-Between the measured norms and error probabilities they are interpolated in the logarithms, beyond them taken as they are.
+concrete turns to these where no native parameters are precise enough, and only in programs that round nothing
+(`fheq.compile` keeps it from narrowing what tables read, which it cannot do there). Every table then costs what the widest
+does. The numbers are measured: `circuit.complexity` per table of what concrete 2.11 made of a table, a multiplication by the
+2-norm and another table, for every width; a norm above 16 changed nothing. Between the measured norms and error
+probabilities they are interpolated in the logarithms, beyond them taken as they are.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ MEASURED: dict[int, dict[float, tuple[float, float, float]]] = {
 
 
 def applies(program: Leveled) -> bool:
-    """Whether concrete could evaluate the program in this way: it has tables, and all read values at their full width."""
-    tables = [node for node in program.nodes if node.kind == "table"]
-    return bool(tables) and all(node.reads == program.nodes[node.args[0]].bits for node in tables)
+    """Whether concrete could evaluate the program in this way: it has tables, and rounds nothing."""
+    return any(node.kind == "table" for node in program.nodes) and not program.rounds
 
 
 def table_cost(bits: int, norm: float, p_error: float) -> float:

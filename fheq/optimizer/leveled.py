@@ -64,6 +64,7 @@ class Leveled:
         roundings: the tables that make a rounded value: one per bit that exact rounding removes, or the identity by which an
             approximately rounded value is read by anything but a table.
         widths: width of every program value once concrete has made connected values equally wide.
+        rounds: whether any value is rounded.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Leveled:
     extras: dict[str, list[int]] = field(default_factory=dict)
     roundings: dict[str, list[int]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    rounds: bool = False
 
     def add(self, node: Node) -> int:
         """Appends a node."""
@@ -89,7 +91,8 @@ class _Builder:
         ranges = Tracing(program, frozenset()).sizes
         self.program = program
         self.own = {name: Value((), *pair).bits for name, pair in ranges.items()}
-        self.made = Leveled(widths=_widths(program, self.own))
+        rounds = any(isinstance(instruction, Round) for instruction in program.instructions)
+        self.made = Leveled(widths=_widths(program, self.own), rounds=rounds)
         self.at: dict[str, int] = {}
         self.rounds: dict[str, Round] = {}
         self.bare: dict[str, tuple[Round, int]] = {}  # approximate roundings, and their nodes before any table
