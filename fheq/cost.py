@@ -200,7 +200,7 @@ def _row(program: IntProgram, solved: Solved, deviations: Noise, lookup: Lookup)
     value = program.values[lookup.args[0]]
     lookups = max(int(np.prod(value.shape)), int(np.prod(program.values[lookup.out].shape)))
     known = program.accumulators.get(lookup.accumulator)
-    rounding = "" if known is None or not known.lsbs else "approximate" if known.approximate else "exact"
+    rounding = "" if not lookup.lsbs else "approximate" if known and known.approximate else "exact"
     return Row(
         lookup.origin,
         lookup.accumulator,

@@ -18,7 +18,7 @@ from fheq.granularity import channel_axis
 from fheq.graph import Graph
 from fheq.integer_weights import quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
-from fheq.passes import simplify
+from fheq.passes import read_in_blocks, simplify
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
@@ -40,7 +40,7 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
     layout = plan(graph)
     check_complete(layout, qparams)
     qparams = unsigned(qparams)
-    return simplify(_Lowering(layout, qparams).program(graph))
+    return read_in_blocks(simplify(_Lowering(layout, qparams).program(graph)))
 
 
 def check_complete(layout: Plan, qparams: QParams) -> None:

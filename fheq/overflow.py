@@ -13,7 +13,7 @@ from jax.experimental import enable_x64
 from fheq.batching import split_all
 from fheq.compiled import compiled_for
 from fheq.console import shorten, text_table
-from fheq.program import IntProgram, Round
+from fheq.program import IntProgram, Lookup, Round, Shift
 from fheq.simulate import check_integers, sample_values
 
 Array = Any
@@ -76,13 +76,21 @@ def overflow(program: IntProgram, *inputs: Array) -> Overflow:
     return Overflow(tuple(rows), len(split_all([e.port for e in program.inputs], arrays)[0]))
 
 
+def _unrounded(program: IntProgram, lookup: Lookup) -> str:
+    """The value of the accumulator that a table reads, before its low bits are removed."""
+    made = {i.out: i for i in program.instructions if isinstance(i, Round | Shift)}
+    name = lookup.args[0]
+    name = made[name].args[0] if lookup.lsbs else name
+    moved_for_blocks = lookup.lsbs and not program.accumulators[lookup.accumulator].lsbs
+    return made[name].args[0] if moved_for_blocks else name
+
+
 @compiled_for(1)
 def _counts(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) -> dict[str, tuple[Array, Array]]:
-    sources = {i.out: i.args[0] for i in program.instructions if isinstance(i, Round)}
     read: dict[str, set[str]] = {}
     for lookup in program.lookups:
         if lookup.accumulator:
-            read.setdefault(lookup.accumulator, set()).add(sources.get(lookup.args[0], lookup.args[0]))
+            read.setdefault(lookup.accumulator, set()).add(_unrounded(program, lookup))
 
     def sample(*values: Array) -> dict[str, tuple[Array, Array]]:
         env = sample_values(program, tables, None, values)

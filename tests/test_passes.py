@@ -16,7 +16,7 @@ import fheq
 from fheq.affine import Affine
 from fheq.emit import Emitter
 from fheq.graph import Port, TensorType
-from fheq.passes import simplify
+from fheq.passes import read_in_blocks, simplify
 from fheq.program import Entry, IntProgram
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -114,6 +114,47 @@ def test_simplified_programs_compute_the_same_integers(seed: int) -> None:
     for x in (low, high, *(rng.integers(low, high + 1) for _ in range(6))):
         for want, got in zip(run_program(program, x), run_program(simple, x), strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def repeating(rng: np.random.Generator, bits: int) -> IntProgram:
+    """Tables whose rows are constant on blocks of their own."""
+    emit, rows = Emitter(), int(rng.integers(1, 4))
+    x = emit.input("x", (1, rows), (1 << bits) - 1)
+    lsbs = rng.integers(4, bits + 1, rows)
+    start = rng.integers(0, 1 << lsbs)
+    cells = (np.arange(1 << bits) + start[:, None]) >> lsbs[:, None]
+    table = np.take_along_axis(rng.integers(0, 8, (rows, cells.max() + 1)), cells, axis=1)
+    y = emit.lookup(x, table, np.arange(rows), 0, bits, "t")
+    port = lambda name: Port(name, TensorType((1, rows), np.dtype(np.float32)))
+    affine = lambda top: Affine(np.ones(()), np.zeros(()), np.zeros(()), np.asarray(float(top)), np.zeros(()))
+    entries = (Entry(port("x"), x, affine((1 << bits) - 1)),), (Entry(port("y"), y, affine(7)),)
+    return IntProgram(*entries, emit.finish([y]), emit.values, {})
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(6, 9))
+def test_tables_that_repeat_in_blocks_read_fewer_bits(seed: int, bits: int) -> None:
+    program = repeating(np.random.default_rng(seed), bits)
+    narrow = read_in_blocks(program)
+    assert fheq.cost(narrow).complexity <= fheq.cost(program).complexity
+    assert bits < 8 or narrow.lookups[0].bits < bits  # a wide table costs more than the removal of 4 bits
+    for x in range(1 << bits):
+        inputs = np.full(program.inputs[0].port.type.shape, x)
+        assert_equal(run_program(narrow, inputs), run_program(program, inputs), f"at {x}")
+
+
+def test_a_comparison_reads_the_bits_that_decide_it() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Greater", ["h", "t"], ["g"]), node("Cast", ["g"], ["y"], to=1)]
+    known = {"w": np.array([[0.4, -1.1], [0.7, 0.2]], np.float32), "t": np.array([0.1, -0.2], np.float32)}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 2]}, ["y"], known))
+    x = np.random.default_rng(1).normal(size=(200, 2)).astype(np.float32)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 6))
+    assert program.accumulators["h"].bits > program.lookups[0].bits
+    q = program.quantize(x[:50])
+    circuit = fheq.compile(program)
+    assert circuit.complexity == pytest.approx(fheq.cost(program).complexity, rel=1e-3)
+    assert_equal(circuit.evaluate(*q, quantized=True), fheq.simulate(program, *q), "clear evaluation")
+    assert all(row.share == 0 for row in fheq.overflow(program, *q).rows)
 
 
 def pruned_mlp() -> onnx.ModelProto:

@@ -1,3 +1,4 @@
-"""Passes over integer programs: what `lower` does last, so that no table is applied for nothing."""
+"""Passes over integer programs: what `lower` does last, so that no table is applied, and no bit read, for nothing."""
 
+from fheq.passes.blocks import read_in_blocks as read_in_blocks
 from fheq.passes.simplify import simplify as simplify
