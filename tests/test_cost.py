@@ -51,8 +51,8 @@ def nodes_of(kind: str, rng: np.random.Generator) -> tuple[list, dict[str, np.nd
     if kind == "mlp":
         return [*first, node("Identity", ["r1"], ["h"]), last], {k: known[k] for k in ("w1", "w3")}, (4,)
     if kind == "product":
-        both = [node("Transpose", ["r1"], ["t"], perm=[0, 2, 1]), node("MatMul", ["r1", "t"], ["p"]), node("Relu", ["p"], ["h"])]
-        return [*first, *both, last], {"w1": dense(4, 3), "w3": dense(2, 2)}, (2, 4)
+        product = [node("Transpose", ["r1"], ["t"], perm=[0, 2, 1]), node("MatMul", ["r1", "t"], ["p"])]
+        return [*first, *product, node("Relu", ["p"], ["h"]), last], {"w1": dense(4, 3), "w3": dense(2, 2)}, (2, 4)
     if kind == "moved":
         swap = [node("Transpose", ["m1"], ["t"], perm=[0, 2, 1]), node("Sigmoid", ["t"], ["h"]), last]
         return [first[0], *swap], {"w1": dense(4, 6), "w3": dense(3, 2)}, (3, 4)

@@ -106,8 +106,7 @@ def test_weights_are_coarser_where_a_table_of_16_bits_needs_it() -> None:
     q = fitted(GEMM, 8)
     assert max(map(levels, q.accumulators.values())) == 2**16
     assert all(np.all(a.lsbs == 0) for a in q.accumulators.values())
-    x, graph = prepared(GEMM).data, prepared(GEMM).graph
-    program = fheq.lower(graph, q)
+    program = fheq.lower(prepared(GEMM).graph, q)
     assert all(not a.can_wrap for a in program.accumulators.values())
 
 
