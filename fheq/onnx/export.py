@@ -116,7 +116,8 @@ class _Export:
         if key not in self.layout.points or self.layout.graph.types[key].dtype.kind != "f":
             return self.raw(tensor)
         if tensor not in self.made:
-            self.made[tensor] = f"{tensor}/quantized"
+            made = (tensor,) if tensor == key else self.producers[tensor].outputs
+            self.made.update({name: f"{name}/quantized" for name in made})
             if tensor == key:
                 shape = self.layout.graph.types[key].shape
                 write_pair(self.writer, self.raw(key), self.qparams.tensors[key], shape, self.made[tensor])
