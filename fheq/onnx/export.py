@@ -53,6 +53,7 @@ class _Export:
         types = {**(layout.client.types if layout.client is not None else {}), **layout.graph.types}
         self.writer = Writer({name: TensorType(kind.shape, _computed_in(kind.dtype)) for name, kind in types.items()})
         self.made: dict[str, str] = {}  # tensor to the name of its quantized form
+        self.sums: dict[str, str] = {}  # tensor to its name before any rounding
         self.given = {port.name for port in layout.graph.inputs}
         self.outputs = {port.name: port.type.dtype for port in outputs}
         self.ports = self.given | {port.name for port in layout.graph.outputs}
@@ -71,7 +72,7 @@ class _Export:
             self.node(node, steps.get(node.outputs[0]))
         for port in layout.graph.outputs:
             operand = layout.outputs.get(port.name)
-            name = self.raw(port.name) if operand is None else self.read(port.name, operand.key)
+            name = self.whole(port.name) if operand is None else self.read(port.name, operand.key)
             self.writer.emit("Identity", [name], self.inner(port.name))
         self.client(graph)
         outputs = [replace(port, name=self.output(port.name)) for port in graph.outputs]
@@ -110,6 +111,17 @@ class _Export:
         if tensor in self.layout.graph.constants:
             return self.writer.constant(tensor, self.layout.graph.constants[tensor])
         return f"{tensor}/raw" if tensor in self.ports else tensor
+
+    def whole(self, tensor: str) -> str:
+        """A tensor that is decrypted, before any rounding; see `Plan.unrounded`."""
+        if tensor not in self.layout.unrounded:
+            return self.raw(tensor)
+        if tensor not in self.sums:
+            node = self.producers[tensor]
+            self.sums.update({name: f"{name}/whole" for name in node.outputs if name})
+            inputs = [self.whole(name) if name else "" for name in node.inputs]
+            self.writer.copy(node, inputs, [self.sums.get(name, "") for name in node.outputs])
+        return self.sums[tensor]
 
     def read(self, tensor: str, key: str) -> str:
         """The quantized form of a tensor that holds the integers of `key`, moved."""
@@ -153,9 +165,12 @@ class _Export:
             call, leaves = accumulator_call(self.layout, self.qparams, step, known, results[0], varying)
             self.writer.nodes.append(call)
             self.writer.constants.update(leaves)
+            self.sums[node.outputs[0]] = results[0]
         if known is not None:
             offset = self.writer.constant(f"{outputs[0]}/known", known.astype(np.float32))
             self.writer.emit("Add", [varying, offset], outputs[0])
+            if node.outputs[0] in self.layout.unrounded:
+                self.sums[node.outputs[0]] = self.writer.emit("Add", [results[0], offset], f"{outputs[0]}/whole")
 
     def own(self, node: Node, inputs: list[str], out: str) -> None:
         """Nodes of fheq's own domain."""
