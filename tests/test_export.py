@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from build_models import cnn, mlp, model, node, tensor
+from models import CASES, as_tuple
 
 import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
@@ -45,7 +46,31 @@ def joined() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["y"], {"w": tensor(4, 3), "v": tensor(7, 2)}, opset=11)
 
 
-MODELS = {"mlp": (mlp(), (4,)), "cnn": (cnn(), (1, 6, 6)), "residual": (residual(), (1, 4, 4)), "joined": (joined(), (4,))}
+def several_forms() -> onnx.ModelProto:
+    """Scales that vary within a channel (of the product), a split read twice, an accumulator that is decrypted and read by a
+    table, pads after a shift."""
+    nodes = [
+        node("Mul", ["x", "x"], ["s"]),
+        node("Mul", ["s", "x"], ["p"]),
+        node("Conv", ["p", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("Split", ["c"], ["a", "b"], axis=1, num_outputs=2),
+        node("Relu", ["a"], ["r"]),
+        node("MatMul", ["r", "v"], ["m"]),
+        node("MatMul", ["b", "v"], ["n"]),
+        node("Concat", ["m", "n", "c"], ["y"], axis=1),
+    ]
+    return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], {"w": tensor(2, 1, 3, 3), "v": tensor(4, 4)}, opset=18)
+
+
+MODELS = {
+    "mlp": (mlp(), (4,)),
+    "cnn": (cnn(), (1, 6, 6)),
+    "residual": (residual(), (1, 4, 4)),
+    "joined": (joined(), (4,)),
+    "several forms": (several_forms(), (1, 4, 4)),
+    "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
+    "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
+}
 
 
 def differences(a: fheq.IntProgram, b: fheq.IntProgram) -> list[str]:
@@ -84,17 +109,20 @@ SPECS = {
 }
 
 
-CASES = [
+TRIED = [
     *(("mlp", how) for how in SPECS),
     ("cnn", "4 bits, per tensor"),
     ("cnn", "8 bits, rounded"),
     ("residual", "3 bits, worst case"),
     ("residual", "8 bits"),
     ("joined", "6 bits, rounded approximately"),
+    ("several forms", "8 bits, rounded"),
+    ("decrypted", "8 bits, rounded"),
+    ("pads", "8 bits, rounded"),
 ]
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
+@pytest.mark.parametrize(("name", "how"), TRIED)
 def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, how):
     proto, shape = MODELS[name]
     graph = fheq.import_onnx(proto)
@@ -102,9 +130,9 @@ def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_prog
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPECS[how])
     exported = fheq.export_qdq(graph, qparams)
     onnx.checker.check_model(exported, full_check=True)
-    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    want = np.asarray(as_tuple(fheq.fake_quant(graph, qparams, x))[0])
     again = fheq.import_onnx(exported)
-    for got in (run(exported, x), run(exported, x, optimised=True), np.asarray(fheq.evaluate(again, x))):
+    for got in (run(exported, x), run(exported, x, optimised=True), np.asarray(as_tuple(fheq.evaluate(again, x))[0])):
         wrong = np.abs(got - want) > 1e-5 * np.abs(want).max()
         assert wrong.mean() <= 0.01  # a value on a rounding tie, which float32 decides
     other = Spec(5, activations=Granularity.PER_TENSOR)  # nothing is left for it to decide
@@ -151,6 +179,22 @@ def test_an_accumulator_stated_in_other_steps_than_its_sums_is_fitted_anew():
     plain = fheq.fit(graph, fheq.calibrate(graph, x), 4).accumulators["h"]
     found = fheq.fit(again, stats, 4).accumulators["h/sum"]
     np.testing.assert_allclose(found.scale, 2 * plain.scale)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_precisions_and_an_output_that_is_an_input(dtype):
+    """They come out in the model's type; the input keeps its name, and the output gets another one."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Tanh", ["m"], ["t"]), node("Softmax", ["t"], ["y"])]
+    kinds = {"x": kind, "y": kind}
+    proto = model(nodes, {"x": ["N", 4]}, ["y", "x"], {"w": tensor(4, 3).astype(dtype)}, kinds=kinds)
+    graph, x = fheq.import_onnx(proto), tensor(60, 4).astype(dtype)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    session = onnxruntime.InferenceSession(fheq.export_qdq(graph, qparams).SerializeToString())
+    assert [o.name for o in session.get_outputs()] == ["y", "x/decrypted"]
+    for got, want in zip(session.run(None, {"x": x[:1]}), fheq.fake_quant(graph, qparams, x[:1]), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, want, atol=2e-3)
 
 
 def test_samples_along_another_axis_of_the_output_stay_there():

@@ -268,11 +268,10 @@ def _moved_to(draft: Draft, node: Node, f: Decided, bits: str) -> str:
 
 
 def _numbers(draft: Draft, node: Node, f: Decided, dtype: np.dtype) -> str:
-    """The decision as numbers: one tensor for all its readers."""
-    name = f"{f.decision}/{np.dtype(dtype).name}"
-    if name not in draft.types:
-        draft.apply(node, "Cast", f.decision, out=name, to=CODES[np.dtype(dtype)])
-    return name
+    """The decision as numbers 0 and 1, one tensor for all that read it."""
+    made = (n.outputs[0] for n in draft.nodes if n.op == "Cast" and n.inputs == (f.decision,))
+    known = next((name for name in made if draft.types[name].dtype == dtype), None)
+    return known or draft.apply(node, "Cast", f.decision, out=draft.fresh(f"{f.decision}/{dtype.name}"), to=CODES[dtype])
 
 
 def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Decided]) -> bool:
