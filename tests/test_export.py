@@ -152,8 +152,11 @@ def test_inputs_that_are_not_rounded_to_the_nearest_stay_so(mode):
     proto = model([first, node("MatMul", ["q", "w"], ["y"])], {"x": ["N", 4]}, ["y"], known, domains={domain: 1})
     graph, x = fheq.import_onnx(proto), tensor(60, 4, low=-2, high=2)
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
-    got = run(fheq.export_qdq(graph, qparams), x)
-    np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, x), atol=1e-5)
+    exported = fheq.export_qdq(graph, qparams)
+    np.testing.assert_allclose(run(exported, x), fheq.fake_quant(graph, qparams, x), atol=1e-5)
+    again = fheq.import_onnx(exported)
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:2]), 3))
+    assert differences(fheq.lower(graph, qparams), program) == []
 
 
 @pytest.mark.parametrize(
@@ -179,6 +182,26 @@ def test_an_accumulator_stated_in_other_steps_than_its_sums_is_fitted_anew():
     plain = fheq.fit(graph, fheq.calibrate(graph, x), 4).accumulators["h"]
     found = fheq.fit(again, stats, 4).accumulators["h/sum"]
     np.testing.assert_allclose(found.scale, 2 * plain.scale)
+
+
+def test_zero_points_far_from_the_range_need_more_than_sixteen_bits():
+    """Gates that hardly vary, as at the end of squeeze and excitation: 0.5 is some 10^6 of their steps."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("HardSigmoid", ["a"], ["g"]),
+        node("Mul", ["x", "g"], ["m"]),
+        node("MatMul", ["m", "v"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], {"w": 1e-4 * tensor(4, 4), "v": tensor(4, 2)}))
+    x = tensor(60, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    assert np.max(np.abs(qparams.tensors["g"].zero_point)) > 2**16
+    exported = fheq.export_qdq(graph, qparams)
+    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    assert np.mean(np.abs(run(exported, x) - want) > 1e-2 * np.abs(want).max()) <= 0.01
+    again = fheq.import_onnx(exported)
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:2]), 3))
+    assert differences(fheq.lower(graph, qparams), program) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

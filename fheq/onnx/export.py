@@ -14,7 +14,7 @@ from fheq.encodings import is_encoding
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.lower import check_complete
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
-from fheq.onnx.quantizers import write_pair, write_quantizer, write_rounded
+from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantizer, write_rounded
 from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.plan import Plan, plan
@@ -80,7 +80,7 @@ class _Export:
             if self.inner(port.name) != stated.name:
                 code = helper.np_dtype_to_tensor_dtype(port.type.dtype)
                 self.writer.emit("Cast", [self.inner(port.name)], stated.name, to=code)
-        return self.writer.model(graph.inputs, outputs, [accumulator_function()])
+        return self.writer.model(graph.inputs, outputs, [accumulator_function(), *quantizer_functions()])
 
     def output(self, name: str) -> str:
         """The name of an output: another one where it is an input, which it holds quantized."""

@@ -42,13 +42,13 @@ class Writer:
     def copy(self, node: Node, inputs: list[str], outputs: list[str]) -> None:
         """Adds a node of a graph in the opset that is written, converted where its operator has changed since its own.
 
-        Operators of another domain keep the opset of the first of them. What fheq notes on a node beside its attributes is
-        left out.
+        Operators of another domain get the latest opset that one of them has. What fheq notes on a node beside its
+        attributes is left out.
 
         Raises:
             UnsupportedError: the opset has no such operator.
         """
-        opset = self.opsets.setdefault(node.domain, node.version)
+        opset = self.opsets[node.domain] = OPSET if not node.domain else max(node.version, self.opsets.get(node.domain, 1))
         then, now = (schema_of(node.op, version, node.domain) for version in (node.version, opset))
         if then is None or now is None or (node.domain and then.since_version != now.since_version):
             where = f"the opset {opset} of {node.domain}" if node.domain else f"ONNX' opset {opset}"
@@ -88,7 +88,7 @@ class Writer:
         """The model between some ports, without what no output depends on.
 
         Args:
-            functions: those that nodes may call, each of a domain of its own.
+            functions: those that nodes may call.
         """
         # Import takes a first axis of 1 for the samples; any other has to be named.
         named = any(p.batch_axis for p in (*inputs, *outputs))
@@ -101,7 +101,7 @@ class Writer:
         used = {name for node in nodes for name in node.input}
         tensors = [numpy_helper.from_array(v, k) for k, v in self.constants.items() if k in used]
         proto = helper.make_graph(nodes, "quantized", [info(p) for p in inputs], [info(p) for p in outputs], tensors)
-        called = [f for f in functions if any(node.domain == f.domain for node in nodes)]
+        called = [f for f in functions if any((node.domain, node.op_type) == (f.domain, f.name) for node in nodes)]
         opsets = {d: v for d, v in self.opsets.items() if not d or any(node.domain == d for node in nodes)}
         imports = [helper.make_opsetid(d, v) for d, v in (opsets | {f.domain: 1 for f in called}).items()]
         return helper.make_model(proto, opset_imports=imports, ir_version=10, functions=called)
