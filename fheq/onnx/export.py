@@ -103,13 +103,17 @@ class _Export:
         for node in self.layout.client.nodes if self.layout.client is not None else ():
             for name in node.inputs:
                 if name in graph.constants:
-                    self.writer.constant(name, graph.constants[name])
+                    self.known(name, graph.constants[name])
             self.writer.copy(node, *([self.inner(name) for name in names] for names in (node.inputs, node.outputs)))
+
+    def known(self, name: str, value: np.ndarray) -> str:
+        """Adds a known tensor of the model, in the precision that it is computed in."""
+        return self.writer.constant(name, value.astype(_computed_in(value.dtype), copy=False))
 
     def raw(self, tensor: str) -> str:
         """The name of a tensor as its own node makes it."""
         if tensor in self.layout.graph.constants:
-            return self.writer.constant(tensor, self.layout.graph.constants[tensor])
+            return self.known(tensor, self.layout.graph.constants[tensor])
         return f"{tensor}/raw" if tensor in self.ports else tensor
 
     def whole(self, tensor: str) -> str:

@@ -135,8 +135,8 @@ def _read(node: Node, proto: onnx.NodeProto, scope: Scope) -> list[Node]:
     """A node with its attributes, or the body of the model's function that it calls."""
     where = describe(node)
     function = scope.functions.get((node.domain, node.op, proto.overload))
-    schema = None if function is not None else schema_of(node.op, node.version, node.domain)
-    if schema is not None and schema.deprecated:
+    schema: Any = None if function is not None else schema_of(node.op, node.version, node.domain)
+    if schema is not None and schema.deprecated and not schema.has_context_dependent_function:  # else its body says it all
         raise ModelError(f"{where}: {node.op} is no operator of opset {node.version} any more; declare an older opset")
 
     def subgraph(graph: onnx.GraphProto) -> Subgraph:

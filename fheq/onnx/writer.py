@@ -35,8 +35,8 @@ class Writer:
         return out
 
     def constant(self, name: str, value: Any) -> str:
-        """Adds a known tensor, in the type that `types` gives it; gives the name."""
-        self.constants[name] = np.asarray(value, self.types[name].dtype if name in self.types else None)
+        """Adds a known tensor; gives its name."""
+        self.constants[name] = np.asarray(value)
         return name
 
     def copy(self, node: Node, inputs: list[str], outputs: list[str]) -> None:
