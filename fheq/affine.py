@@ -114,8 +114,8 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 }
 # SIGN is BipolarQuant: -1 or 1. ROUND rounds before the zero point is added, all others after.
 MODES: dict[str, Callable[[Array], Array]] = {**ROUNDINGS, "SIGN": lambda x: array_namespace(x).where(x >= 0, 1.0, -1.0)}
-_DIRECTED = ("CEIL", "FLOOR", "ROUND_TO_ZERO", "DOWN", "UP")
-_SNAP = 2.0**-22  # relative error of float32 scales and quotients
+DIRECTED = ("CEIL", "FLOOR", "ROUND_TO_ZERO", "DOWN", "UP")
+SNAP = 2.0**-22  # relative error of float32 scales and quotients
 
 
 def integers_of(mode: str, steps: Array, zero_point: Array) -> Array:
@@ -125,9 +125,9 @@ def integers_of(mode: str, steps: Array, zero_point: Array) -> Array:
     """
     if mode == "ROUND":
         return MODES[mode](steps) + zero_point
-    if mode in _DIRECTED:
+    if mode in DIRECTED:
         nearest = MODES["ROUND"](steps)
-        steps = array_namespace(steps).where(abs(steps - nearest) <= _SNAP * abs(nearest), nearest, steps)
+        steps = array_namespace(steps).where(abs(steps - nearest) <= SNAP * abs(nearest), nearest, steps)
     return MODES[mode](steps + zero_point)
 
 

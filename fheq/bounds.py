@@ -8,7 +8,7 @@ import numpy as np
 
 from fheq.accumulator_decoders import add_multipliers
 from fheq.decoders import operand_decoder
-from fheq.integer_weights import Weights, apply_form, quantize_weight
+from fheq.integer_weights import Weights, apply_form, lacking, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Linear, Maximum, Product, Step, Sum
@@ -37,6 +37,7 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | N
         if "exclusive" in step.options:
             return _exclusive_bounds(step, x.low, x.high, w)
         middle = apply_form(step, (x.low + x.high) / 2, w)
+        middle = middle + lacking(step, x, w) if step.form == "conv" else middle
         reach = apply_form(step, (x.high - x.low) / 2, np.abs(w))
         return middle - reach, middle + reach
     if isinstance(step, Sum):

@@ -78,16 +78,24 @@ def step_of(layout: Plan, name: str) -> Step:
 
 
 def representative(operand: Operand, axis: int | None) -> np.ndarray:
-    """For each element, an element of equal scale that is no filler (itself, or one along the other axes than `axis`)."""
+    """For each element, an element of equal scale that is no filler: itself, or one along the other axes than `axis`.
+
+    Without that axis, one along the last axis, which sums and maxima go over, where there is one.
+    """
     flat = operand.elements
     own = np.arange(len(flat))
     if np.all(flat >= 0):
         return own
-    if axis is None or not operand.shape:
+    if not operand.shape:
         return np.where(flat >= 0, own, int(np.argmax(flat >= 0)))
-    rows = np.moveaxis(own.reshape(operand.shape), axis, 0).reshape(operand.shape[axis], -1)
+    if axis is None:
+        rows = own.reshape(-1, operand.shape[-1])
+    else:
+        rows = np.moveaxis(own.reshape(operand.shape), axis, 0).reshape(operand.shape[axis], -1)
     valid = flat[rows] >= 0
     first = rows[np.arange(len(rows)), np.argmax(valid, axis=1)]
+    if axis is None:
+        first = np.where(valid.any(axis=1), first, int(np.argmax(flat >= 0)))
     spread = np.zeros(len(flat), np.int64)
     spread[rows] = first[:, None]
     return np.where(flat >= 0, own, spread)

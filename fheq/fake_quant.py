@@ -100,7 +100,8 @@ def tensor_values(
     disturbed: Callable[[Step, Array], Array] | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
-    """Every tensor of the decomposed graph for one sample, accumulators rounded.
+    """Every tensor of the decomposed graph for one sample, accumulators rounded; those of `Plan.unrounded` also as they are,
+    under the name that `as_decrypted` gives.
 
     Args:
         disturbed: what is rounded in place of a step's accumulator, a real value; see `fheq.table_noise`.
@@ -121,11 +122,23 @@ def tensor_values(
             continue
         if step:
             given = env if blocks is None else {**env, **_from_other_blocks(layout, blocks, step, env)}
-            values: tuple[Array, ...] = (run_step(qparams, prepared, step, given, disturbed),)
-        else:
-            values = run_node(node, read, layout.graph.constants)
+            value, whole = run_step(qparams, prepared, step, given, disturbed)
+            env[step.out] = value
+            if step.out in layout.unrounded:
+                env[as_decrypted(step.out)] = whole
+            continue
+        values = run_node(node, read, layout.graph.constants)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
+        if any(n in layout.unrounded for n in node.outputs):
+            exact = lambda name: env[as_decrypted(name)] if as_decrypted(name) in env else read(name)
+            values = run_node(node, exact, layout.graph.constants)
+            env.update((as_decrypted(n), v) for n, v in zip(node.outputs, values) if n)
     return env
+
+
+def as_decrypted(name: str) -> str:
+    """The name of a tensor of `Plan.unrounded` that lost no low bits."""
+    return f"{name} (decrypted)"
 
 
 def _from_other_blocks(layout: Plan, blocks: Mapping[str, int], step: Step, env: Mapping[str, Array]) -> dict[str, Array]:
@@ -143,7 +156,8 @@ def output_values(layout: Plan, qparams: QParams, env: Mapping[str, Array]) -> t
         if operand is not None:
             found.append(operand_values(qparams, operand, env))
         else:
-            found.append(env[port.name] if port.name in env else jnp.asarray(layout.graph.constants[port.name]))
+            name = as_decrypted(port.name) if port.name in layout.unrounded else port.name
+            found.append(env[name] if name in env else jnp.asarray(layout.graph.constants[name]))
     return tuple(found)
 
 
@@ -169,13 +183,15 @@ def run_step(
     step: Step,
     env: Mapping[str, Array],
     disturbed: Callable[[Step, Array], Array] | None,
-) -> Array:
-    """The real value of a step's result, its accumulator rounded."""
+) -> tuple[Array, Array]:
+    """The real value of a step's result, its accumulator rounded, and as it is."""
     xs = [operand_values(qparams, operand, env) for operand in step.operands]
     if isinstance(step, Maximum):
-        return step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
+        top = step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
+        return top, top
     if isinstance(step, Join):
-        return join_pieces(step, xs, step.fill)
+        joined = join_pieces(step, xs, step.fill)
+        return joined, joined
     known = prepared[step.out]
     y: Array
     if isinstance(step, Linear):
@@ -188,12 +204,13 @@ def run_step(
         assert isinstance(step, Product)
         y = jnp.sum(xs[0] * xs[1], axis=-1) if step.contract else xs[0] * xs[1]
     y = y.reshape(step.shape)
-    return rounded(qparams, step, y if disturbed is None else disturbed(step, y), known.scale, known.offset)
-
-
-def rounded(qparams: QParams, step: Step, y: Array, scale: Array, offset: Array) -> Array:
-    """A real accumulator value with its low bits removed."""
+    y = y if disturbed is None else disturbed(step, y)
     lsbs = qparams.accumulators[step.out].lsbs
+    return rounded(step, y, known.scale, known.offset, lsbs), rounded(step, y, known.scale, known.offset, lsbs * 0)
+
+
+def rounded(step: Step, y: Array, scale: Array, offset: Array, lsbs: Array) -> Array:
+    """A real accumulator value with its low bits removed."""
     acc = (y - offset) / scale
     low = affine.round_accumulator(jnp.round(acc), lsbs)
     # Integers already where nothing is removed. What float noise leaves of a difference of 0 would turn a comparison; large

@@ -115,8 +115,6 @@ def _bias(planner: Planner, node: Node) -> np.ndarray:
 
 def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
     """The known matrix or kernel of a linear node (its input at `position`), moved as its form reads it."""
-    if node.op == "MatMul" and stored.ndim == 1:
-        return stored[:, None] if position == 1 else stored[None, :]
     if node.op == "Gemm" and node.attrs.get(("transA", "transB")[position], 0):
         return stored.T
     if node.op == "ConvTranspose":
@@ -135,10 +133,7 @@ def _matmul(planner: Planner, node: Node) -> Step:
         options = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
         return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1, options)
     weight = used_weight(node, 0, _constant(planner, node, 0))
-    rank = len(planner.graph.types[node.inputs[1]].shape)
-    x = planner.operand(node.inputs[1], along(-2 if rank > 1 else -1))
-    if len(x.shape) == 1:
-        x = x.take(np.arange(len(x.elements)), (x.shape[0], 1))
+    x = planner.operand(node.inputs[1], along(-2))
     return Linear(out, node, shape, x, "left", node.inputs[0], weight, np.zeros(()), -2)
 
 

@@ -58,7 +58,8 @@ class Sharing:
         axis: by quantized tensor (points and inputs): its channel axis, or None for one quantizer.
         group: by quantized tensor: tensors of equal number share their scale.
         exact: groups whose members must have the very same scale (their integers are summed as they are).
-        identical: groups whose members share the whole quantizer (a maximum compares them).
+        identical: groups whose members share the whole quantizer (a maximum compares them, or a product with weights reads
+            them in one channel).
     """
 
     axis: Mapping[str, int | None]
@@ -121,7 +122,10 @@ class _Resolver:
                 changed |= self.leave_weight(step)
                 for operand in step.operands:
                     if not self.absorbs(step, self.labels(operand)):
-                        changed |= self.flatten(self.origins(operand))
+                        origins = self.origins(operand)
+                        changed |= self.flatten(origins)
+                        if isinstance(step, Linear) and len(origins) > 1:  # which takes one offset for each channel
+                            self.full.update(origins)
         for key in self.keys:  # a group is per channel as a whole or not at all
             root = self.find(key)
             if self.axis[key] is None and self.axis[root] is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -67,7 +67,34 @@ def fake_quant_row(node: Node, x: Any, scale: Any, zero_point: Any, qmin: Any, q
     return (scale * (jnp.clip(steps, qmin, qmax) - zero_point)).astype(x.dtype)
 
 
-register(Op("FakeQuant", 1, Kind.ELEMENTWISE, fake_quant_row, domain="fheq"))
+DOMAIN = "fheq"
+register(Op("FakeQuant", 1, Kind.ELEMENTWISE, fake_quant_row, domain=DOMAIN))
+
+STATED = {f"Quantizer{mode}": mode for mode in ("ROUND", "HALF_EVEN", "FLOOR", "CEIL", "SIGN")}
+"""Quantizers that an exported model states by functions of its own, with their rounding modes."""
+
+PARAMETERS = ("scale", "zero_point", "qmin", "qmax")
+"""What they take beside the tensor; these broadcast against it."""
+
+
+def _stated_row(mode: str) -> Callable[..., Any]:
+    return lambda node, x, *leaves: fake_quant_row(replace(node, attrs={"rounding_mode": mode}), x, *leaves)
+
+
+for _op, _mode in STATED.items():
+    register(Op(_op, 1, Kind.ELEMENTWISE, _stated_row(_mode), domain=DOMAIN))
+
+
+def stated_grid(node: Node, known: Mapping[str, np.ndarray], ndim: int) -> Grid:
+    """The grid of a quantizer of `STATED`.
+
+    Raises:
+        UnsupportedError: computed parameters.
+    """
+    mode = STATED[node.op]
+    scale, zero_point, qmin, qmax = np.broadcast_arrays(*(parameter(node, i, known) for i in range(1, 5)))
+    affine = affine_of(node, scale, zero_point, 0, 0, ndim, fractional=mode != "ROUND")
+    return Grid(scale, zero_point, 0, 0, affine, mode).with_range(qmin, qmax)
 
 
 def quant_grid(node: Node, known: Mapping[str, np.ndarray], ndim: int) -> Grid:
@@ -121,11 +148,17 @@ def linear_grid(node: Node, known: Mapping[str, np.ndarray], dtype: np.dtype, sh
     return Grid(scale, zero_point, qmin, qmax, affine_of(node, scale, zero_point, qmin, qmax, len(shape)))
 
 
-def affine_of(node: Node, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int, ndim: int) -> Affine:
-    """A quantizer with leaves of shape () or (C,), or with the tensor's axes where they vary along several of them."""
+def affine_of(
+    node: Node, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int, ndim: int, *, fractional: bool = False
+) -> Affine:
+    """A quantizer with leaves of shape () or (C,), or with the tensor's axes where they vary along several of them.
+
+    Args:
+        fractional: whether the zero point need not be whole.
+    """
     if not np.all(np.isfinite(scale)) or np.any(scale <= 0):
         raise ModelError(f"{describe(node)}: its scale must be positive and finite")
-    if np.any(zero_point != np.round(zero_point)):
+    if not fractional and np.any(zero_point != np.round(zero_point)):
         raise UnsupportedError(f"{describe(node)}: its zero point is not whole; quantize with integer zero points")
     whole = [_with_axes(value.astype(np.float64), ndim) for value in (scale, zero_point)]
     axes = {i - ndim for value in whole for i, d in enumerate(value.shape) if d != 1}

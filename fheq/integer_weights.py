@@ -21,6 +21,8 @@ from fheq.steps import Linear
 
 Array = Any
 
+ON_GRID = 1e-6  # of a step: error of float64 arithmetic, and far below a unit of any product
+
 
 def apply_form(step: Linear, x: Array, weight: Array) -> Array:
     """The linear form itself, without bias, reshaped to the step's shape."""
@@ -99,6 +101,20 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading 
         constant = along_outputs(step, constant)
     scale = along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
     return Weights(q, scale, constant + step.bias, read)
+
+
+def lacking(step: Linear, x: Decoder, integers: np.ndarray) -> np.ndarray:
+    """What a convolution lacks where its pads are no integers of what is padded (pads after a shift): whole units of it.
+
+    Args:
+        x: the decoder of its operand, whose pads are the nearest integers in range.
+    """
+    hole = step.x.elements.reshape(step.x.shape) < 0
+    exact = (step.x.fill.reshape(step.x.shape) - x.offset) / np.where(x.scale == 0, 1, x.scale)
+    rest = np.where(hole, exact - x.low, 0)
+    if np.all(np.abs(rest) < ON_GRID):
+        return np.zeros(())
+    return np.asarray(np.round(apply_form(step, rest, integers.astype(np.float64))))
 
 
 def input_channels(step: Linear, x: Decoder) -> tuple[Array, Array, Array]:

@@ -16,7 +16,7 @@ from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.graph import Graph
-from fheq.integer_weights import quantize_weight
+from fheq.integer_weights import lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import read_in_blocks, simplify
 from fheq.plan import Plan, plan
@@ -25,6 +25,8 @@ from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
 from fheq.tables import tabulate
+
+NOTHING = np.zeros(())
 
 
 def lower(graph: Graph, qparams: QParams) -> IntProgram:
@@ -148,7 +150,7 @@ class _Lowering:
         elif isinstance(step, Maximum):
             self.hold(step.out, self.maximum(step))
         elif isinstance(step, Linear):
-            self.finish(step, self.linear(step))
+            self.finish(step, *self.linear(step))
         elif isinstance(step, Sum):
             x = self.emit.gather((self.quantized(step.x.key),), step.x.elements, None, step.x.shape)  # fillers add nothing
             self.finish(step, self.emit.sum_last(x))
@@ -158,8 +160,8 @@ class _Lowering:
             assert isinstance(step, Product)
             self.finish(step, self.product(step))
 
-    def finish(self, step: Step, value: str) -> None:
-        """Adds the offset that brings an accumulator's range to start at 0."""
+    def finish(self, step: Step, value: str, missing: np.ndarray = NOTHING) -> None:
+        """Adds the offset that brings an accumulator's range to start at 0, and what its integers lack."""
         affine = self.qparams.accumulators[step.out]
         scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(self.layout, self.qparams, step))
         worst = worst_case(self.layout, self.qparams, step)
@@ -170,7 +172,7 @@ class _Lowering:
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
         narrowed = not self.decoded(step.out) and (lsbs > 0 or bits <= WIDEST_CAST)
-        shifted = self.emit.offset(value, shift.astype(np.int64), bits, narrowed)
+        shifted = self.emit.offset(value, (shift + missing).astype(np.int64), bits, narrowed)
         shifted = self.emit.gather((shifted,), np.arange(int(np.prod(step.shape))), None, step.shape)
         self.accs[step.out] = shifted
         self.decoders[step.out] = (scale.ravel(), (offset - scale * shift).ravel())
@@ -184,15 +186,17 @@ class _Lowering:
         plain = [name for name, operand in self.layout.outputs.items() if operand is None]
         return any(self.layout.regions[name].source == source for name in plain)
 
-    def linear(self, step: Linear) -> str:
+    def linear(self, step: Linear) -> tuple[str, np.ndarray]:
+        """The product of a step, and what it lacks (see `lacking`)."""
         x = self.read(step.x, operand_axis(step))
         weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
         if step.form == "conv":
-            return self.emit.convolution(x, weight, step.options)
+            missing = lacking(step, self.decoder(step.x, operand_axis(step)), weight)
+            return self.emit.convolution(x, weight, step.options), missing
         product = self.emit.matmul(x, weight, step.form == "left")
         if "exclusive" in step.options:
             self.emit.bound(product, *worst_case(self.layout, self.qparams, step))
-        return product
+        return product, NOTHING
 
     def add(self, step: Add) -> str:
         a, b = map(self.decoder, step.operands)

@@ -28,7 +28,7 @@ from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_
 from fheq.rewriting.edit import bypassed
 from fheq.rewriting.pins import is_float_cast
 from fheq.stated_accumulators import take_accumulators
-from fheq.steps import Operand, Step
+from fheq.steps import Operand, Step, makes_accumulator
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,21 @@ class Plan:
     def inputs(self) -> tuple[str, ...]:
         """Names of what is encrypted: the graph's inputs, and other encodings of them (`fheq.encodings`)."""
         return (*(port.name for port in self.graph.inputs), *self.encoded)
+
+    @cached_property
+    def unrounded(self) -> frozenset[str]:
+        """Accumulators that tables read and outputs hold, and what leads from them to these outputs: the tables read them
+        rounded, the client decrypts them as they are."""
+        found: set[str] = set()
+        shared = {s.out for s in self.steps if makes_accumulator(s)} & set(self.points.values())
+        for name in (n for n, operand in self.outputs.items() if operand is None and n in self.regions):
+            source, stack = self.regions[name].source, [name]
+            while source in shared and stack:
+                tensor = stack.pop()
+                if tensor in self.regions and self.regions[tensor].source == source and tensor not in found:
+                    found.add(tensor)
+                    stack += [] if tensor == source else self.graph.producers()[tensor].inputs
+        return frozenset(found)
 
 
 @lru_cache(maxsize=32)

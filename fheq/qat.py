@@ -14,7 +14,9 @@ from fheq.affine import Affine, dequantize, integers_of
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Graph, Node
 from fheq.grids import (
+    DOMAIN,
     MAX_BITS,
+    STATED,
     Grid,
     affine_of,
     bit_width,
@@ -24,6 +26,7 @@ from fheq.grids import (
     parameter,
     quant_grid,
     rounding_mode,
+    stated_grid,
     write_fake_quant,
 )
 from fheq.ops.arguments import dtype_of
@@ -53,6 +56,9 @@ def normalise_quantizers(graph: Graph) -> Graph:
             _write_trunc(draft, node)
         elif _is(node, "BipolarQuant"):
             grid = bipolar_grid(node, graph.constants, len(graph.types[node.inputs[0]].shape))
+            write_fake_quant(draft, node, node.inputs[0], grid, node.outputs[0])
+        elif node.domain == DOMAIN and node.op in STATED:
+            grid = stated_grid(node, graph.constants, len(graph.types[node.inputs[0]].shape))
             write_fake_quant(draft, node, node.inputs[0], grid, node.outputs[0])
         elif not twins.write(node):
             draft.write(node)

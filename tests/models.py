@@ -446,6 +446,95 @@ def quotient_of_two() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 3], "z": ["N", 3]}, ["y"])
 
 
+# Forms that exporters and users bring
+
+
+@case(inputs={"x": normal(3, 4)})
+def products_with_vectors() -> onnx.ModelProto:
+    nodes = [
+        node("MatMul", ["x", "v"], ["a"]),
+        node("Relu", ["a"], ["r"]),
+        node("MatMul", ["w", "x"], ["b"]),
+        node("Tanh", ["b"], ["t"]),
+        node("Concat", ["r", "t"], ["c"], axis=1),
+        node("MatMul", ["c", "u"], ["y"]),
+    ]
+    return chain(nodes, (3, 4), {"v": weights(4), "w": weights(3, seed=1), "u": weights(7, 2)})
+
+
+@case(inputs={"x": normal(3, 2)}, r2=0.95)
+def attention_with_a_known_mask() -> onnx.ModelProto:
+    nodes = [
+        node("MatMul", ["x", "wk"], ["k"]),
+        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["x", "kt"], ["s"]),
+        node("Where", ["seen", "s", "never"], ["m"]),
+        node("Softmax", ["m"], ["p"], axis=-1),
+        node("Add", ["s", "far"], ["m2"]),
+        node("Softmax", ["m2"], ["p2"], axis=-1),
+        node("Add", ["p", "p2"], ["pp"]),
+        node("MatMul", ["pp", "w"], ["y"]),
+    ]
+    seen = np.tril(np.ones((3, 3), bool))
+    known = {"wk": weights(2, 2), "seen": seen, "never": np.float32(-np.inf), "w": weights(3, 2)}
+    return chain(nodes, (3, 2), known | {"far": np.where(seen, np.float32(0.5), np.float32(-1e4))})
+
+
+@case(inputs={"x": normal(2, 4)})
+def pads_after_a_shift() -> onnx.ModelProto:
+    before, known = batch_norm("x", "n", 2)
+    nodes = [
+        before,
+        node("Conv", ["n", "w1"], ["c"], pads=[1, 1]),
+        node("Relu", ["c"], ["r"]),
+        node("Conv", ["r", "w2"], ["y"]),
+    ]
+    return chain(nodes, (2, 4), known | {"w1": weights(2, 2, 3), "w2": weights(1, 2, 2)})
+
+
+@case(inputs={"x": normal(4)})
+def rows_of_different_tensors() -> onnx.ModelProto:
+    nodes = [
+        node("Gemm", ["x", "w1"], ["a"]),
+        node("Tanh", ["a"], ["t"]),
+        node("Gemm", ["x", "w2"], ["b"]),
+        node("Sigmoid", ["b"], ["s"]),
+        node("Concat", ["t", "s"], ["c"], axis=1),
+        node("Reshape", ["c", "rows"], ["r"]),
+        node("MatMul", ["r", "w3"], ["y"]),
+    ]
+    known = {"w1": weights(4, 3), "w2": weights(4, 3, seed=1), "rows": np.array([-1, 2, 3]), "w3": weights(3, 2)}
+    return chain(nodes, (4,), known)
+
+
+@case(inputs={"x": normal(2), "z": normal(2, 2)})
+def contraction_with_known_elements() -> onnx.ModelProto:
+    nodes = [
+        node("Mul", ["x", "uneven"], ["u"]),
+        node("Tanh", ["u"], ["t"]),
+        node("Reshape", ["t", "column"], ["c"]),
+        node("Concat", ["c", "known"], ["k"], axis=2),
+        node("Unsqueeze", ["k", "last"], ["b"]),
+        node("Unsqueeze", ["z", "before"], ["a"]),
+        node("MatMul", ["a", "b"], ["y"]),
+    ]
+    known = {"uneven": np.float32([0.2, 2]), "column": np.array([1, 2, 1]), "known": weights(1, 2, 1)}
+    known |= {"last": np.array([3]), "before": np.array([2])}
+    return model(nodes, {"x": [1, 2], "z": [1, 2, 2]}, ["y"], known)
+
+
+@case(inputs={"x": normal(4)})
+def decrypted_and_read_by_a_table() -> onnx.ModelProto:
+    nodes = [
+        node("Gemm", ["x", "w1", "b1"], ["h"]),
+        node("Add", ["h", "shift"], ["code"]),
+        node("Relu", ["code"], ["r"]),
+        node("Gemm", ["r", "w2"], ["y"]),
+    ]
+    known = {"w1": weights(4, 3), "b1": weights(3), "shift": weights(3, seed=1), "w2": weights(3, 2)}
+    return model(nodes, {"x": ["N", 4]}, ["code", "y"], known)
+
+
 class Prepared(NamedTuple):
     """A case, imported and calibrated."""
 

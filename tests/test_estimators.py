@@ -208,3 +208,22 @@ def test_the_circuit_gives_labels() -> None:
     circuit = fheq.compile(found.program)
     for got, want in zip(circuit.evaluate(X[::15]), found.forward(X[::15]), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["tree", "boosting", "network"])
+def test_an_exported_estimator_decides_and_comes_back_as_the_quantized_one(name: str) -> None:
+    """Thresholds lie on the edges of quantizers whose zero points are fractional, labels come of ai.onnx.ml."""
+    graph = fheq.import_onnx(exported(name))
+    qparams = fheq.fit(graph, fheq.calibrate(graph, X), 8)
+    proto = fheq.export_qdq(graph, qparams)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    rows = [session.run(None, {session.get_inputs()[0].name: row[None]}) for row in X[::10]]
+    for got, want in zip(zip(*rows), as_tuple(fheq.fake_quant(graph, qparams, X[::10])), strict=True):
+        np.testing.assert_allclose(np.concatenate(got), want, atol=1e-4)
+    again = fheq.import_onnx(proto)
+    programs = [fheq.lower(graph, qparams), fheq.lower(again, fheq.fit(again, fheq.calibrate(again, X[:5]), 3))]
+    results = [p.dequantize(*as_tuple(fheq.simulate(p, *p.quantize(X)))) for p in programs]
+    names = [port.labels for port in programs[0].results]
+    for a, b, labels in zip(*results, names, strict=True):
+        if labels is None:
+            np.testing.assert_allclose(a, b, atol=1e-6)

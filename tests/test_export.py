@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from build_models import cnn, mlp, model, node, tensor
+from models import CASES, as_tuple
 
 import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
@@ -58,12 +59,31 @@ def looked_up() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 2]}, ["y"], known, kinds={"x": onnx.TensorProto.INT64})
 
 
+def several_forms() -> onnx.ModelProto:
+    """Scales that vary within a channel (of the product), a split read twice, an accumulator that is decrypted and read by a
+    table, pads after a shift."""
+    nodes = [
+        node("Mul", ["x", "x"], ["s"]),
+        node("Mul", ["s", "x"], ["p"]),
+        node("Conv", ["p", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("Split", ["c"], ["a", "b"], axis=1, num_outputs=2),
+        node("Relu", ["a"], ["r"]),
+        node("MatMul", ["r", "v"], ["m"]),
+        node("MatMul", ["b", "v"], ["n"]),
+        node("Concat", ["m", "n", "c"], ["y"], axis=1),
+    ]
+    return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], {"w": tensor(2, 1, 3, 3), "v": tensor(4, 4)}, opset=18)
+
+
 MODELS = {
     "mlp": (mlp(), (4,)),
     "cnn": (cnn(), (1, 6, 6)),
     "residual": (residual(), (1, 4, 4)),
     "joined": (joined(), (4,)),
     "looked up": (looked_up(), (2,)),
+    "several forms": (several_forms(), (1, 4, 4)),
+    "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
+    "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
 }
 
 
@@ -103,7 +123,7 @@ SPECS = {
 }
 
 
-CASES = [
+TRIED = [
     *(("mlp", how) for how in SPECS),
     ("cnn", "4 bits, per tensor"),
     ("cnn", "8 bits, rounded"),
@@ -111,10 +131,13 @@ CASES = [
     ("residual", "8 bits"),
     ("joined", "6 bits, rounded approximately"),
     ("looked up", "4 bits, per tensor"),
+    ("several forms", "8 bits, rounded"),
+    ("decrypted", "8 bits, rounded"),
+    ("pads", "8 bits, rounded"),
 ]
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
+@pytest.mark.parametrize(("name", "how"), TRIED)
 def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, how):
     proto, shape = MODELS[name]
     graph = fheq.import_onnx(proto)
@@ -123,9 +146,9 @@ def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_prog
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPECS[how])
     exported = fheq.export_qdq(graph, qparams)
     onnx.checker.check_model(exported, full_check=True)
-    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    want = np.asarray(as_tuple(fheq.fake_quant(graph, qparams, x))[0])
     again = fheq.import_onnx(exported)
-    for got in (run(exported, x), run(exported, x, optimised=True), np.asarray(fheq.evaluate(again, x))):
+    for got in (run(exported, x), run(exported, x, optimised=True), np.asarray(as_tuple(fheq.evaluate(again, x))[0])):
         wrong = np.abs(got - want) > 1e-5 * np.abs(want).max()
         assert wrong.mean() <= 0.01  # a value on a rounding tie, which float32 decides
     other = Spec(5, activations=Granularity.PER_TENSOR)  # nothing is left for it to decide
@@ -145,8 +168,11 @@ def test_inputs_that_are_not_rounded_to_the_nearest_stay_so(mode):
     proto = model([first, node("MatMul", ["q", "w"], ["y"])], {"x": ["N", 4]}, ["y"], known, domains={domain: 1})
     graph, x = fheq.import_onnx(proto), tensor(60, 4, low=-2, high=2)
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
-    got = run(fheq.export_qdq(graph, qparams), x)
-    np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, x), atol=1e-5)
+    exported = fheq.export_qdq(graph, qparams)
+    np.testing.assert_allclose(run(exported, x), fheq.fake_quant(graph, qparams, x), atol=1e-5)
+    again = fheq.import_onnx(exported)
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:2]), 3))
+    assert differences(fheq.lower(graph, qparams), program) == []
 
 
 @pytest.mark.parametrize(
@@ -172,6 +198,42 @@ def test_an_accumulator_stated_in_other_steps_than_its_sums_is_fitted_anew():
     plain = fheq.fit(graph, fheq.calibrate(graph, x), 4).accumulators["h"]
     found = fheq.fit(again, stats, 4).accumulators["h/sum"]
     np.testing.assert_allclose(found.scale, 2 * plain.scale)
+
+
+def test_zero_points_far_from_the_range_need_more_than_sixteen_bits():
+    """Gates that hardly vary, as at the end of squeeze and excitation: 0.5 is some 10^6 of their steps."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("HardSigmoid", ["a"], ["g"]),
+        node("Mul", ["x", "g"], ["m"]),
+        node("MatMul", ["m", "v"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], {"w": 1e-4 * tensor(4, 4), "v": tensor(4, 2)}))
+    x = tensor(60, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    assert np.max(np.abs(qparams.tensors["g"].zero_point)) > 2**16
+    exported = fheq.export_qdq(graph, qparams)
+    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    assert np.mean(np.abs(run(exported, x) - want) > 1e-2 * np.abs(want).max()) <= 0.01
+    again = fheq.import_onnx(exported)
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:2]), 3))
+    assert differences(fheq.lower(graph, qparams), program) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_precisions_and_an_output_that_is_an_input(dtype):
+    """They come out in the model's type; the input keeps its name, and the output gets another one."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Tanh", ["m"], ["t"]), node("Softmax", ["t"], ["y"])]
+    kinds = {"x": kind, "y": kind}
+    proto = model(nodes, {"x": ["N", 4]}, ["y", "x"], {"w": tensor(4, 3).astype(dtype)}, kinds=kinds)
+    graph, x = fheq.import_onnx(proto), tensor(60, 4).astype(dtype)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    session = onnxruntime.InferenceSession(fheq.export_qdq(graph, qparams).SerializeToString())
+    assert [o.name for o in session.get_outputs()] == ["y", "x/decrypted"]
+    for got, want in zip(session.run(None, {"x": x[:1]}), fheq.fake_quant(graph, qparams, x[:1]), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, want, atol=2e-3)
 
 
 def test_samples_along_another_axis_of_the_output_stay_there():

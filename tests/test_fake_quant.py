@@ -23,6 +23,8 @@ SEVERAL = (
     "max_and_min_of_two",
     "concat_of_different_scales",
     "batch_norm_before_and_after_and_bias_and_clip",
+    "pads_after_a_shift",
+    "decrypted_and_read_by_a_table",
 )
 
 

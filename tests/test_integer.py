@@ -143,7 +143,7 @@ def test_float_model_is_what_the_oracle_says(name: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-BATCH_ONE = ("exported_with_a_batch_of_one", "concat_of_different_scales")
+BATCH_ONE = ("exported_with_a_batch_of_one", "concat_of_different_scales", "contraction_with_known_elements")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -167,7 +167,12 @@ def test_simulation_equals_the_circuit(name: str) -> None:
         assert_equal(simulated, one_by_one(program, inputs), f"{name}: {how}")
 
 
-ROUNDED = ("conv2d_group_stride_dilation_uneven_pad", "batch_norm_before_and_after_and_bias_and_clip", "max_and_min_of_two")
+ROUNDED = (
+    "conv2d_group_stride_dilation_uneven_pad",
+    "batch_norm_before_and_after_and_bias_and_clip",
+    "max_and_min_of_two",
+    "products_with_vectors",
+)
 
 
 @pytest.mark.parametrize("name", ROUNDED)

@@ -30,7 +30,7 @@ def accumulator_call(
     decoded = accumulator_decoder(layout, qparams, step)
     scale, offset = (np.broadcast_to(np.asarray(v, np.float64), step.shape) for v in decoded)
     shift = whole_shift(a, scale, offset, axis)
-    unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
+    unit, constant = (_by_channel(v, axis) for v in (scale, offset))
     unit = np.where(unit == 0, STILL, unit)
     zero_point = shift - (constant - (0.0 if known is None else known)) / unit
     whole = a.expanded(len(step.shape))
@@ -39,6 +39,12 @@ def accumulator_call(
     known_leaves = {f"{out}/{label}": np.asarray(v, np.float64) for label, v in zip(INPUTS[1:], leaves)}
     call = helper.make_node(NAME, [source, *known_leaves], [out], name=out, domain=DOMAIN, rounding=a.rounding)
     return call, known_leaves
+
+
+def _by_channel(values: np.ndarray, axis: int | None) -> np.ndarray:
+    """Values of a tensor's shape, one for each channel where they do not vary otherwise."""
+    first = first_of_channel(values, axis)
+    return first if np.all(values == first) else values
 
 
 def accumulator_function() -> onnx.FunctionProto:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax.numpy as jnp
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from fheq.encodings import is_encoding
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, Port, TensorType
 from fheq.lower import check_complete
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
-from fheq.onnx.quantizers import write_pair, write_quantizer, write_rounded
+from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantizer, write_rounded
 from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.plan import Plan, plan
@@ -26,7 +29,8 @@ def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
     container (8 or 16 bits) has; weights are integers and DequantizeLinear. Scales are written as float32, as `fit` makes
     them. QDQ has no word for accumulators: after each sum stands a function of the model, `fheq.Accumulator`, that rounds it
     as the circuit does, in plain ONNX, and states its range. `import_onnx` reads all of them back, so that `fit` and `lower`
-    give the same program again, whatever their spec is.
+    give the same program again, whatever their spec is. Outputs keep their names; one that is an input itself, NAME, becomes
+    NAME/decrypted. Models of other precisions compute in float32.
 
     Args:
         graph: what `import_onnx` gives.
@@ -38,17 +42,21 @@ def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
     """
     layout = plan(graph)
     check_complete(layout, qparams)
-    return _Export(layout, qparams).model(graph)
+    return _Export(layout, qparams, graph.outputs).model(graph)
 
 
 class _Export:
     """Writes the nodes of a plan. Points have two forms: the raw one and, for steps and outputs, the quantized one."""
 
-    def __init__(self, layout: Plan, qparams: QParams):
+    def __init__(self, layout: Plan, qparams: QParams, outputs: Sequence[Port]):
         self.layout, self.qparams = layout, qparams
-        self.writer = Writer({**(layout.client.types if layout.client is not None else {}), **layout.graph.types})
+        types = {**(layout.client.types if layout.client is not None else {}), **layout.graph.types}
+        self.writer = Writer({name: TensorType(kind.shape, _computed_in(kind.dtype)) for name, kind in types.items()})
         self.made: dict[str, str] = {}  # tensor to the name of its quantized form
-        self.ports = {port.name for port in (*layout.graph.inputs, *layout.graph.outputs)}
+        self.sums: dict[str, str] = {}  # tensor to its name before any rounding
+        self.given = {port.name for port in layout.graph.inputs}
+        self.outputs = {port.name: port.type.dtype for port in outputs}
+        self.ports = self.given | {port.name for port in layout.graph.outputs}
         self.producers = layout.graph.producers()
 
     def model(self, graph: Graph) -> onnx.ModelProto:
@@ -56,7 +64,7 @@ class _Export:
         for port in layout.graph.inputs:
             if port.type.dtype.kind == "f":
                 affine = self.qparams.tensors[port.name]
-                write_quantizer(self.writer, port.name, affine, port.type.shape, self.raw(port.name))
+                write_quantizer(self.writer, self.given_in(port), affine, port.type.shape, self.raw(port.name))
             else:
                 self.writer.emit("Identity", [port.name], self.raw(port.name))
         steps = {step.out: step for step in layout.steps}
@@ -64,33 +72,68 @@ class _Export:
             self.node(node, steps.get(node.outputs[0]))
         for port in layout.graph.outputs:
             operand = layout.outputs.get(port.name)
-            name = self.raw(port.name) if operand is None else self.read(port.name, operand.key)
-            self.writer.emit("Identity", [name], port.name)
+            name = self.whole(port.name) if operand is None else self.read(port.name, operand.key)
+            self.writer.emit("Identity", [name], self.inner(port.name))
         self.client(graph)
-        return self.writer.model(graph.inputs, graph.outputs, [accumulator_function()])
+        outputs = [replace(port, name=self.output(port.name)) for port in graph.outputs]
+        for port, stated in zip(graph.outputs, outputs):
+            if self.inner(port.name) != stated.name:
+                code = helper.np_dtype_to_tensor_dtype(port.type.dtype)
+                self.writer.emit("Cast", [self.inner(port.name)], stated.name, to=code)
+        return self.writer.model(graph.inputs, outputs, [accumulator_function(), *quantizer_functions()])
+
+    def output(self, name: str) -> str:
+        """The name of an output: another one where it is an input, which it holds quantized."""
+        return f"{name}/decrypted" if name in self.given else name
+
+    def inner(self, name: str) -> str:
+        """The name of an output, or of what the client reads, as it is computed."""
+        stated = self.outputs.get(name)
+        return f"{name}/computed" if stated is not None and stated != _computed_in(stated) else self.output(name)
+
+    def given_in(self, port: Port) -> str:
+        """The name of an input in the precision that it is quantized in."""
+        kind = _computed_in(port.type.dtype)
+        if kind == port.type.dtype:
+            return port.name
+        return self.writer.emit("Cast", [port.name], f"{port.name}/given", to=helper.np_dtype_to_tensor_dtype(kind))
 
     def client(self, graph: Graph) -> None:
         """What the client computes, in floating point."""
         for node in self.layout.client.nodes if self.layout.client is not None else ():
-            if node.domain:
-                raise UnsupportedError(f"{describe(node)}: operators of {node.domain} have no place in a QDQ model")
             for name in node.inputs:
                 if name in graph.constants:
-                    self.writer.constant(name, graph.constants[name])
-            self.writer.copy(node, list(node.inputs), list(node.outputs))
+                    self.known(name, graph.constants[name])
+            self.writer.copy(node, *([self.inner(name) for name in names] for names in (node.inputs, node.outputs)))
+
+    def known(self, name: str, value: np.ndarray) -> str:
+        """Adds a known tensor of the model, in the precision that it is computed in."""
+        return self.writer.constant(name, value.astype(_computed_in(value.dtype), copy=False))
 
     def raw(self, tensor: str) -> str:
         """The name of a tensor as its own node makes it."""
         if tensor in self.layout.graph.constants:
-            return self.writer.constant(tensor, self.layout.graph.constants[tensor])
+            return self.known(tensor, self.layout.graph.constants[tensor])
         return f"{tensor}/raw" if tensor in self.ports else tensor
+
+    def whole(self, tensor: str) -> str:
+        """A tensor that is decrypted, before any rounding; see `Plan.unrounded`."""
+        if tensor not in self.layout.unrounded:
+            return self.raw(tensor)
+        if tensor not in self.sums:
+            node = self.producers[tensor]
+            self.sums.update({name: f"{name}/whole" for name in node.outputs if name})
+            inputs = [self.whole(name) if name else "" for name in node.inputs]
+            self.writer.copy(node, inputs, [self.sums.get(name, "") for name in node.outputs])
+        return self.sums[tensor]
 
     def read(self, tensor: str, key: str) -> str:
         """The quantized form of a tensor that holds the integers of `key`, moved."""
         if key not in self.layout.points or self.layout.graph.types[key].dtype.kind != "f":
             return self.raw(tensor)
         if tensor not in self.made:
-            self.made[tensor] = f"{tensor}/quantized"
+            made = (tensor,) if tensor == key else self.producers[tensor].outputs
+            self.made.update({name: f"{name}/quantized" for name in made})
             if tensor == key:
                 shape = self.layout.graph.types[key].shape
                 write_pair(self.writer, self.raw(key), self.qparams.tensors[key], shape, self.made[tensor])
@@ -126,9 +169,12 @@ class _Export:
             call, leaves = accumulator_call(self.layout, self.qparams, step, known, results[0], varying)
             self.writer.nodes.append(call)
             self.writer.constants.update(leaves)
+            self.sums[node.outputs[0]] = results[0]
         if known is not None:
             offset = self.writer.constant(f"{outputs[0]}/known", known.astype(np.float32))
             self.writer.emit("Add", [varying, offset], outputs[0])
+            if node.outputs[0] in self.layout.unrounded:
+                self.sums[node.outputs[0]] = self.writer.emit("Add", [results[0], offset], f"{outputs[0]}/whole")
 
     def own(self, node: Node, inputs: list[str], out: str) -> None:
         """Nodes of fheq's own domain."""
@@ -147,3 +193,8 @@ class _Export:
             axes = lambda v: np.reshape(v, (1,) * (len(kind.shape) - v.ndim) + v.shape)
             scale, zero, low, high = (axes(writer.constants[name]) for name in inputs[1:5])
             write_rounded(writer, inputs[0], mode, (scale, zero, low, high), out)
+
+
+def _computed_in(dtype: np.dtype) -> np.dtype:
+    """The type that stands for one in an exported model: QuantizeLinear does not take every precision."""
+    return np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype

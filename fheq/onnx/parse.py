@@ -17,7 +17,8 @@ from fheq.onnx.declarations import Input, known_tensors, no_doubles, read_input
 from fheq.onnx.loading import normal_domain, opsets
 from fheq.onnx.order import in_order, trimmed
 from fheq.onnx.subgraphs import WITH_SUBGRAPHS, Subgraph, captured
-from fheq.stated_accumulators import states_accumulator
+from fheq.ops.table import find
+from fheq.stated_accumulators import DOMAIN
 
 MAX_NODES = 200_000
 MAX_DEPTH = 32
@@ -134,8 +135,8 @@ def _read(node: Node, proto: onnx.NodeProto, scope: Scope) -> list[Node]:
     """A node with its attributes, or the body of the model's function that it calls."""
     where = describe(node)
     function = scope.functions.get((node.domain, node.op, proto.overload))
-    schema = None if function is not None else schema_of(node.op, node.version, node.domain)
-    if schema is not None and schema.deprecated:
+    schema: Any = None if function is not None else schema_of(node.op, node.version, node.domain)
+    if schema is not None and schema.deprecated and not schema.has_context_dependent_function:  # else its body says it all
         raise ModelError(f"{where}: {node.op} is no operator of opset {node.version} any more; declare an older opset")
 
     def subgraph(graph: onnx.GraphProto) -> Subgraph:
@@ -144,7 +145,7 @@ def _read(node: Node, proto: onnx.NodeProto, scope: Scope) -> list[Node]:
     reader = subgraph if node.op in WITH_SUBGRAPHS and not node.domain else None
     attrs = read_attributes(proto.attribute, schema, where, scope.bound, reader)
     node = replace(node, attrs=MappingProxyType(attrs))
-    if function is not None and not states_accumulator(node):
+    if function is not None and not (node.domain == DOMAIN and find(node) is not None):  # one that export_qdq writes
         return inline(function, node, scope.functions, (*scope.path, node.op))
     if schema is not None:
         check_arity(schema, node.inputs, node.outputs, where)

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
-from fheq.affine import Affine
+from fheq.affine import DIRECTED, SNAP, Affine
 from fheq.errors import QuantizationError, UnsupportedError
-from fheq.onnx.writer import Writer
+from fheq.grids import DOMAIN, PARAMETERS, STATED
+from fheq.onnx.writer import OPSET, Writer
 
 _CONTAINERS = (np.uint8, np.int8, np.uint16, np.int16)
 _ROUNDERS = {"FLOOR": "Floor", "CEIL": "Ceil", "HALF_EVEN": "Round"}
@@ -22,7 +24,7 @@ def write_quantizer(writer: Writer, tensor: str, affine: Affine, shape: tuple[in
         write_pair(writer, tensor, affine, shape, out)
         return
     a = affine.expanded(len(shape))
-    leaves = (np.asarray(v, np.float32) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
+    leaves = (np.asarray(v) for v in (a.scale, a.zero_point, a.qmin, a.qmax))
     write_rounded(writer, tensor, affine.mode, tuple(leaves), out)
 
 
@@ -30,8 +32,12 @@ def write_pair(writer: Writer, source: str, affine: Affine, shape: tuple[int, ..
     """QuantizeLinear and DequantizeLinear, with a clip between them where the container has more integers.
 
     The integers are unsigned, and of 16 bits where scales differ by channel: onnxruntime rewrites signed ones and fuses
-    those of 8 bits, and fails at what it has made.
+    those of 8 bits, and fails at what it has made. More bits, as a zero point far from the range has, take a function.
     """
+    if not fits_container(affine):
+        a = affine.expanded(len(shape))
+        write_rounded(writer, source, "ROUND", tuple(map(np.asarray, (a.scale, a.zero_point, a.qmin, a.qmax))), out)
+        return
     zero = np.asarray(affine.zero_point)
     moved = -np.minimum(np.min(affine.qmin), np.min(zero))
     affine = replace(affine, zero_point=zero + moved, qmin=affine.qmin + moved, qmax=affine.qmax + moved)
@@ -57,25 +63,53 @@ def write_pair(writer: Writer, source: str, affine: Affine, shape: tuple[int, ..
     writer.emit("DequantizeLinear", [clipped, *names], out, **axis)
 
 
+def fits_container(affine: Affine) -> bool:
+    """Whether 16 bits hold a quantizer's integers and its zero point."""
+    low, high = (np.minimum(affine.qmin, affine.zero_point), np.maximum(affine.qmax, affine.zero_point))
+    return float(np.max(high)) - float(np.min(low)) <= np.iinfo(np.uint16).max
+
+
 def write_rounded(writer: Writer, tensor: str, mode: str, leaves: tuple[np.ndarray, ...], out: str) -> None:
-    """A quantizer whose mode QuantizeLinear does not have.
+    """A quantizer that QuantizeLinear does not have, by its mode or by its integers: a function of the model.
 
     Args:
         leaves: scale, zero point, qmin and qmax, broadcasting against the tensor.
     """
-    scale, zero, low, high = (
-        writer.constant(f"{out}/{label}", value) for label, value in zip(("scale", "zero", "low", "high"), leaves)
-    )
-    if mode == "SIGN":
-        above = writer.emit("GreaterOrEqual", [tensor, writer.constant(f"{out}/none", np.float32(0))], f"{out}/above")
-        writer.emit("Where", [above, scale, writer.constant(f"{out}/below", -leaves[0])], out)
-        return
-    if mode not in _ROUNDERS:
+    if mode not in STATED.values():
         raise UnsupportedError(f"quantizer of {out!r}: QDQ has no form for the rounding mode {mode}; use ROUND")
-    steps = writer.emit("Add", [writer.emit("Div", [tensor, scale], f"{out}/steps"), zero], f"{out}/moved")
-    q = writer.emit(_ROUNDERS[mode], [steps], f"{out}/whole")
-    q = writer.emit("Min", [writer.emit("Max", [q, low], f"{out}/not_below"), high], f"{out}/integers")
-    writer.emit("Mul", [writer.emit("Sub", [q, zero], f"{out}/centred"), scale], out)
+    names = [writer.constant(f"{out}/given/{n}", np.asarray(v, np.float64)) for n, v in zip(PARAMETERS, leaves)]
+    op = next(op for op, stated in STATED.items() if stated == mode)
+    writer.nodes.append(helper.make_node(op, [tensor, *names], [out], name=out, domain=DOMAIN))
+
+
+def quantizer_functions() -> list[onnx.FunctionProto]:
+    """The functions that `write_rounded` calls: `fheq.affine.integers_of` in plain ONNX, in double precision."""
+    return [_function(op, mode) for op, mode in STATED.items()]
+
+
+def _function(op: str, mode: str) -> onnx.FunctionProto:
+    make = lambda kind, inputs, out, **attrs: helper.make_node(kind, inputs, [out], **attrs)
+    known = lambda name, value: make("Constant", [], name, value=numpy_helper.from_array(np.asarray(value, np.float64)))
+    nodes = [make("Cast", ["x"], "wide", to=TensorProto.DOUBLE)]
+    if mode == "SIGN":
+        nodes += [known("none", 0), make("GreaterOrEqual", ["wide", "none"], "above"), make("Neg", ["scale"], "below")]
+        nodes += [make("Where", ["above", "scale", "below"], "real")]
+    else:
+        nodes += [make("Div", ["wide", "scale"], "steps")]
+        if mode in DIRECTED:
+            nodes += [make("Round", ["steps"], "nearest"), make("Sub", ["steps", "nearest"], "apart")]
+            nodes += [make("Abs", ["apart"], "distance"), make("Abs", ["nearest"], "size"), known("error", SNAP)]
+            nodes += [make("Mul", ["size", "error"], "near"), make("LessOrEqual", ["distance", "near"], "on_grid")]
+            nodes += [make("Where", ["on_grid", "nearest", "steps"], "snapped")]
+        steps = "snapped" if mode in DIRECTED else "steps"
+        if mode == "ROUND":  # before the zero point is added
+            nodes += [make("Round", [steps], "kept"), make("Add", ["kept", "zero_point"], "whole")]
+        else:
+            nodes += [make("Add", [steps, "zero_point"], "moved"), make(_ROUNDERS[mode], ["moved"], "whole")]
+        nodes += [make("Max", ["whole", "qmin"], "not_below"), make("Min", ["not_below", "qmax"], "integers")]
+        nodes += [make("Sub", ["integers", "zero_point"], "centred"), make("Mul", ["centred", "scale"], "real")]
+    nodes += [make("CastLike", ["real", "x"], "y")]
+    return helper.make_function(DOMAIN, op, ["x", *PARAMETERS], ["y"], nodes, [helper.make_opsetid("", OPSET)])
 
 
 def write_parameters(writer: Writer, out: str, affine: Affine, dtype: Any, ndim: int) -> tuple[list[str], dict[str, int]]:

@@ -27,6 +27,7 @@ class Writer:
         self.types = types
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
+        self.opsets: dict[str, int] = {"": OPSET}
 
     def emit(self, op: str, inputs: list[str], out: str, **attrs: Any) -> str:
         """Adds a node of one output; gives the output's name."""
@@ -41,14 +42,21 @@ class Writer:
     def copy(self, node: Node, inputs: list[str], outputs: list[str]) -> None:
         """Adds a node of a graph in the opset that is written, converted where its operator has changed since its own.
 
+        Operators of another domain get the latest opset that one of them has. What fheq notes on a node beside its
+        attributes is left out.
+
         Raises:
             UnsupportedError: the opset has no such operator.
         """
-        attrs = {k: _attribute(v) for k, v in node.attrs.items() if v is not None}
+        opset = self.opsets[node.domain] = OPSET if not node.domain else max(node.version, self.opsets.get(node.domain, 1))
+        then, now = (schema_of(node.op, version, node.domain) for version in (node.version, opset))
+        if then is None or now is None or (node.domain and then.since_version != now.since_version):
+            where = f"the opset {opset} of {node.domain}" if node.domain else f"ONNX' opset {opset}"
+            raise UnsupportedError(f"{describe(node)}: {node.op} is no operator of {where}, which a QDQ model is written in")
+        attrs = {k: _attribute(v) for k, v in node.attrs.items() if v is not None and k in then.attributes}
+        if node.op == "Cast":
+            attrs["to"] = helper.np_dtype_to_tensor_dtype(self.types[node.outputs[0]].dtype)
         proto = helper.make_node(node.op, inputs, outputs, name=outputs[0], domain=node.domain, **attrs)
-        then, now = (schema_of(node.op, version, node.domain) for version in (node.version, OPSET))
-        if then is None or now is None:
-            raise UnsupportedError(f"{describe(node)}: {node.op} is no operator of ONNX' opset {OPSET}")
         if then.since_version == now.since_version:
             self.nodes.append(proto)
         else:
@@ -80,7 +88,7 @@ class Writer:
         """The model between some ports, without what no output depends on.
 
         Args:
-            functions: those that nodes may call, each of a domain of its own.
+            functions: those that nodes may call.
         """
         # Import takes a first axis of 1 for the samples; any other has to be named.
         named = any(p.batch_axis for p in (*inputs, *outputs))
@@ -93,8 +101,9 @@ class Writer:
         used = {name for node in nodes for name in node.input}
         tensors = [numpy_helper.from_array(v, k) for k, v in self.constants.items() if k in used]
         proto = helper.make_graph(nodes, "quantized", [info(p) for p in inputs], [info(p) for p in outputs], tensors)
-        called = [f for f in functions if any(node.domain == f.domain for node in nodes)]
-        imports = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(f.domain, 1) for f in called)]
+        called = [f for f in functions if any((node.domain, node.op_type) == (f.domain, f.name) for node in nodes)]
+        opsets = {d: v for d, v in self.opsets.items() if not d or any(node.domain == d for node in nodes)}
+        imports = [helper.make_opsetid(d, v) for d, v in (opsets | {f.domain: 1 for f in called}).items()]
         return helper.make_model(proto, opset_imports=imports, ir_version=10, functions=called)
 
     def _live(self, wanted: set[str]) -> list[onnx.NodeProto]:

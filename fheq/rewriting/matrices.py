@@ -145,7 +145,32 @@ def _roi_align(draft: Draft, node: Node) -> bool:
     return True
 
 
+def _vector_product(draft: Draft, node: Node) -> bool:
+    """MatMul of a known vector, or of a known matrix and a computed vector, as one of two matrices: its result then has an
+    axis for the output channels, of which there is one."""
+    a, b = node.inputs
+    ranks = [len(draft.types[name].shape) for name in node.inputs]
+    if draft.depends(a, b) or 1 not in ranks or (ranks[0] == 1 and a not in draft.constants and ranks[1] > 1):
+        return False
+    sides = []
+    for name, rank, shape, axis in ((a, ranks[0], (1, -1), -1), (b, ranks[1], (-1, 1), -2)):
+        if rank > 1:
+            sides.append(name)
+        elif name not in draft.constants:
+            sides.append(draft.reshape(node, name, shape))
+        else:
+            sides.append(draft.constant(f"{name}/matrix", draft.constants[name].reshape(shape)))
+            if name in draft.pinned:
+                stated = draft.pinned[name]
+                draft.pinned[sides[-1]] = replace(stated, axis=None if stated.axis is None else axis)
+    product = draft.fresh(f"{node.outputs[0]}/MatMul")
+    draft.write(replace(node, inputs=tuple(sides), outputs=(product,)))
+    draft.reshape(node, product, draft.types[node.outputs[0]].shape, out=node.outputs[0])
+    return True
+
+
 RULES = {
+    "MatMul": _vector_product,
     "Col2Im": _col2im,
     "DFT": _fourier,
     "GridSample": _grid_sample,

@@ -10,6 +10,7 @@ from fheq.graph import Node
 from fheq.ops.normalizations import lrn_pads
 from fheq.ops.windows import covered, window_of
 from fheq.rewriting.edit import Draft
+from fheq.rewriting.masks import masked
 from fheq.rewriting.primitives import log_sum_exp, reduced, scalar, square
 
 INT64 = np.dtype(np.int64)
@@ -23,11 +24,17 @@ def _softmax(draft: Draft, node: Node) -> bool:
     """
     x, out, rank = node.inputs[0], node.outputs[0], len(draft.types[node.inputs[0]].shape)
     axis = node.attrs["axis"] % rank if rank else 0
-    total = log_sum_exp(draft, node, x, (axis,) if node.version >= 13 else tuple(range(axis, rank)))
+    axes = (axis,) if node.version >= 13 else tuple(range(axis, rank))
     if node.op == "LogSoftmax":
-        draft.apply(node, "Sub", x, total, out=out)
+        draft.apply(node, "Sub", x, log_sum_exp(draft, node, x, axes), out=out)
+        return True
+    mask = masked(draft, node, axes)
+    if mask is None:
+        draft.apply(node, "Exp", draft.apply(node, "Sub", x, log_sum_exp(draft, node, x, axes)), out=out)
     else:
-        draft.apply(node, "Exp", draft.apply(node, "Sub", x, total), out=out)
+        total = log_sum_exp(draft, node, mask.x, axes, kept=mask.kept)
+        power = draft.apply(node, "Exp", draft.apply(node, "Sub", mask.x, total))
+        draft.apply(node, "Mul", power, mask.kept, out=out)
     return True
 
 

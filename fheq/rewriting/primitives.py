@@ -46,10 +46,18 @@ def square(draft: Draft, node: Node, x: str) -> str:
     return draft.apply(node, "Mul", x, x)
 
 
-def log_sum_exp(draft: Draft, node: Node, x: str, axes: Sequence[int], keep: bool = True, out: str = "") -> str:
-    """m + log(sum(exp(x - m))) for the maximum m: without it the powers of one row are all tiny where another's are not."""
+def log_sum_exp(
+    draft: Draft, node: Node, x: str, axes: Sequence[int], keep: bool = True, out: str = "", kept: str = ""
+) -> str:
+    """m + log(sum(exp(x - m))) for the maximum m: without it the powers of one row are all tiny where another's are not.
+
+    Args:
+        keep: whether the reduced axes stay.
+        kept: a tensor that multiplies the powers; "" for 1.
+    """
     top = reduced(draft, node, "ReduceMax", x, axes)
     powers = draft.apply(node, "Exp", draft.apply(node, "Sub", x, top))
+    powers = draft.apply(node, "Mul", powers, kept) if kept else powers
     rest = draft.apply(node, "Log", reduced(draft, node, "ReduceSum", powers, axes, keep))
     if not keep:
         shape = draft.constant(f"{node.outputs[0]}/shape", draft.types[rest].shape, np.dtype(np.int64))

@@ -1,0 +1,74 @@
+"""Masked softmax: elements that a model sets to minus infinity, or far below all others, where a known mask says so.
+
+A quantizer that reaches from such a number to the scores would leave those one step. The elements are known to become 0, so
+each of them reads a score of its own row instead, which is free and changes no maximum, and its power is multiplied by 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fheq.graph import Node
+from fheq.rewriting.edit import Draft
+
+FAR = -100.0
+"""What masks: exp(-100) is 0 in float32."""
+_SAME_ORDER = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+
+
+class Masked(NamedTuple):
+    """Scores `x` in which every masked element is another one of its row, and `kept`: 1, or 0 where the mask is."""
+
+    x: str
+    kept: str
+
+
+def masked(draft: Draft, node: Node, axes: tuple[int, ...]) -> Masked | None:
+    """The scores of a softmax over `axes` without their known mask; None where there is none, or it hides a whole row."""
+    found = _unmasked(draft, node, node.inputs[0])
+    if found is None:
+        return None
+    scores, hidden = found
+    rest = [axis for axis in range(hidden.ndim) if axis not in axes]
+    order = (*rest, *axes)
+    places = np.arange(hidden.size).reshape(hidden.shape).transpose(order)
+    rows = places.reshape(int(np.prod([hidden.shape[a] for a in rest])), -1)
+    covered = hidden.ravel()[rows]
+    if not hidden.any() or np.any(covered.all(axis=1)):
+        return None
+    stand_in = np.take_along_axis(rows, np.argmin(covered, axis=1)[:, None], axis=1)
+    index = np.where(covered, stand_in, rows).reshape(places.shape).transpose(np.argsort(order))
+    flat = draft.reshape(node, scores, (-1,))
+    chosen = draft.constant(f"{node.outputs[0]}/unmasked", index.astype(np.int64))
+    kept = draft.constant(f"{node.outputs[0]}/kept", ~hidden, draft.types[scores].dtype)
+    return Masked(draft.apply(node, "Gather", flat, chosen, axis=0), kept)
+
+
+def _unmasked(draft: Draft, node: Node, name: str) -> tuple[str, np.ndarray] | None:
+    """A tensor without what masks it, 0 in place of that, and where it is."""
+    maker, shape = draft.graph.producers().get(name), draft.types[name].shape
+    if maker is None or maker.domain:
+        return None
+    if maker.op in _SAME_ORDER:
+        found = _unmasked(draft, node, maker.inputs[0])
+        return None if found is None else (draft.reshape(node, found[0], shape), found[1].reshape(shape))
+    known = [n for n in maker.inputs[-2:] if n in draft.constants]
+    if (
+        len(known) != 1
+        or (maker.op == "Where" and maker.inputs[0] not in draft.constants)
+        or maker.op not in ("Add", "Where")
+    ):
+        return None
+    value = draft.constants[known[0]]
+    far = value <= FAR
+    if not far.any():
+        return None
+    near = draft.constant(f"{node.outputs[0]}/near", np.where(far, 0, value), value.dtype)
+    hidden = far
+    if maker.op == "Where":
+        condition = draft.constants[maker.inputs[0]]
+        hidden = far & (condition if known[0] == maker.inputs[1] else ~condition)
+    inputs = [near if n == known[0] else n for n in maker.inputs]
+    return draft.apply(node, maker.op, *inputs), np.broadcast_to(hidden, shape)
