@@ -168,9 +168,10 @@ def fake_quant(affine: Affine, x: Array) -> Array:
 
 def round_accumulator(acc: Array, lsbs: Array) -> Array:
     """Removes `lsbs` low bits, half up, keeping the magnitude: concrete's `round_bit_pattern` on integers in any dtype."""
-    cell = jnp.exp2(jnp.asarray(lsbs, acc.dtype)) if jnp.issubdtype(acc.dtype, jnp.floating) else 1 << jnp.asarray(lsbs)
     if jnp.issubdtype(acc.dtype, jnp.floating):
+        cell = jnp.ldexp(jnp.ones((), acc.dtype), jnp.asarray(lsbs).astype(jnp.int32))  # exact, which XLA's exp2 is not
         return jnp.floor(acc / cell + 0.5 * (cell > 1)) * cell
+    cell = 1 << jnp.asarray(lsbs)
     return (acc + (cell >> 1)) // cell * cell
 
 

@@ -14,6 +14,7 @@ from build_models import model, node
 from concrete import fhe
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import enable_x64
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
@@ -101,13 +102,15 @@ def test_ties_go_to_even_as_in_onnx(kind: type, axis: int | None) -> None:
         np.testing.assert_array_equal(np.asarray(quantize(ours, jnp.asarray(x))), theirs)
 
 
-@given(st.lists(st.integers(-(2**15), 2**15), min_size=20, max_size=20), st.integers(0, 12))
+@given(st.lists(st.integers(-(2**20), 2**20), min_size=20, max_size=20), st.integers(0, 17))
 def test_accumulators_round_as_concrete_rounds(values: list[int], lsbs: int) -> None:
     q = np.array(values)
     theirs = q if lsbs == 0 else np.asarray(fhe.round_bit_pattern(q, lsbs_to_remove=lsbs))
     np.testing.assert_array_equal(np.asarray(round_accumulator(jnp.asarray(q), lsbs)), theirs)
-    # float32 holds these integers, their halves and the cells exactly
+    # Floats hold these integers, their halves and the cells exactly.
     np.testing.assert_array_equal(np.asarray(round_accumulator(jnp.asarray(q, jnp.float32), lsbs)), theirs)
+    with enable_x64():
+        np.testing.assert_array_equal(np.asarray(round_accumulator(jnp.asarray(q, jnp.float64), lsbs)), theirs)
 
 
 PER_CHANNEL = Affine(
