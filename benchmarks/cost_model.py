@@ -21,7 +21,7 @@ import fheq
 from fheq.cost import cost
 from fheq.optimizer.parameters import _search as cached_search
 
-P_ERRORS = (0.1, 1e-2, 1e-3, 1e-5, 2.0**-40)
+P_ERRORS = (0.85, 0.5, 0.1, 1e-2, 1e-3, 1e-5, 2.0**-40)
 ROUNDINGS = (
     None,
     fheq.Rounding(3, approximate=True),
@@ -44,6 +44,7 @@ class Case:
     shape: tuple[int, ...]
     n_bits: int
     rounding: fheq.Rounding | None
+    output_rounding: fheq.Rounding | None
     p_error: float
 
     def program(self) -> fheq.IntProgram:
@@ -53,7 +54,8 @@ class Case:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             stats = fheq.calibrate(graph, x)
-            return fheq.lower(graph, fheq.fit(graph, stats, fheq.Spec(self.n_bits, rounding=self.rounding)))
+            spec = fheq.Spec(self.n_bits, rounding=self.rounding, output_rounding=self.output_rounding)
+            return fheq.lower(graph, fheq.fit(graph, stats, spec))
 
 
 def mlp(rng: np.random.Generator, widths: tuple[int, ...], residual: bool = False, rows: tuple[int, ...] = ()) -> ModelProto:
@@ -102,8 +104,9 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
     rng = np.random.default_rng(seed)
     for i in range(count):
         kind = ("mlp", "mlp", "deep", "residual", "average", "max")[i % 6]
-        bits = int(rng.integers(2, 6))
+        bits = int(rng.integers(2, 9))
         rounding = ROUNDINGS[int(rng.integers(len(ROUNDINGS)))]
+        outputs = rounding if rounding is not None and rounding.approximate and rng.random() < 0.5 else None
         shape: tuple[int, ...]
         if kind in ("average", "max"):
             model, shape = cnn(rng, int(rng.integers(1, 4)), {"average": "AveragePool", "max": "MaxPool"}[kind]), (1, 6, 6)
@@ -114,7 +117,7 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
             depth = 6 if kind == "deep" else int(rng.integers(2, 4))
             widths = tuple(int(2 ** rng.uniform(1.5, 4 if kind == "deep" else 6)) for _ in range(depth + 1))
             model, shape = mlp(rng, widths), widths[:1]
-        yield Case(f"{i:02d} {kind}", model, shape, bits, rounding, P_ERRORS[int(rng.integers(len(P_ERRORS)))])
+        yield Case(f"{i:02d} {kind}", model, shape, bits, rounding, outputs, P_ERRORS[int(rng.integers(len(P_ERRORS)))])
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -148,7 +151,9 @@ def compare(case: Case) -> Comparison | None:
     report = cost(program, p_error=case.p_error)
     seconds = time.process_time() - start
     rounding = f"{case.rounding.n_bits}{'~' if case.rounding.approximate else '='}" if case.rounding else "-"
-    head = f"{case.name:12s} bits {case.n_bits} rounding {rounding:2s} p {case.p_error:7.1e} widest {report.max_bits:2d}"
+    outputs = "outputs too" if case.output_rounding else ""
+    head = f"{case.name:12s} bits {case.n_bits} rounding {rounding:2s} {outputs:11s} p {case.p_error:7.1e}"
+    head = f"{head} widest {report.max_bits:2d}"
     try:
         circuit = fheq.compile(program, p_error=case.p_error)
     except fheq.FheqError as error:
@@ -193,7 +198,7 @@ def plot(found: list[Comparison], path: str) -> None:
 def main() -> None:
     """Prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=66)
+    parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", metavar="FILE", help="where to save a figure (svg, png)")
     options = parser.parse_args()

@@ -20,22 +20,25 @@ from fheq.console import text_table
 ROWS = 16
 MORE = 50  # runs of fheq's simulation for one encrypted run
 APPROXIMATE, EXACT = fheq.Rounding(3, approximate=True), fheq.Rounding(3)
-CASES = [
-    ((3, 2, 2), APPROXIMATE, 0.3),
-    ((3, 2, 2), APPROXIMATE, 0.1),
-    ((3, 3, 3, 2), APPROXIMATE, 0.3),
-    ((3, 3, 3, 2), APPROXIMATE, 0.1),
-    ((3, 2, 2), EXACT, 0.3),
-    ((3, 2, 2), EXACT, 0.1),
-    ((3, 2, 2), None, 0.3),
+CASES = [  # widths, rounding, that of outputs, p_error
+    ((3, 2, 2), APPROXIMATE, None, 0.3),
+    ((3, 2, 2), APPROXIMATE, None, 0.1),
+    ((3, 2, 2), APPROXIMATE, APPROXIMATE, 0.7),
+    ((3, 2, 2), APPROXIMATE, APPROXIMATE, 0.3),
+    ((3, 3, 3, 2), APPROXIMATE, None, 0.3),
+    ((3, 3, 3, 2), APPROXIMATE, None, 0.1),
+    ((3, 2, 2), EXACT, None, 0.3),
+    ((3, 2, 2), EXACT, None, 0.1),
+    ((3, 2, 2), None, None, 0.7),
+    ((3, 2, 2), None, None, 0.3),
 ]
-HEAD = ("widths", "rounding", "p_error", "fheq", "concrete", "encrypted", "s")
+HEAD = ("widths", "rounding", "outputs", "p_error", "fheq", "concrete", "encrypted", "s")
 
 
-def case(widths: tuple[int, ...], rounding: fheq.Rounding | None, p_error: float) -> Case:
+def case(widths: tuple[int, ...], rounding: fheq.Rounding | None, outputs: fheq.Rounding | None, p_error: float) -> Case:
     """A network of dense layers, with weights and inputs of 2 bits."""
     model = mlp(np.random.default_rng(0), widths, rows=(ROWS,))
-    return Case("x".join(map(str, widths)), model, (ROWS, widths[0]), 2, rounding, p_error)
+    return Case("x".join(map(str, widths)), model, (ROWS, widths[0]), 2, rounding, outputs, p_error)
 
 
 def rate(got: np.ndarray, exact: np.ndarray) -> str:
@@ -59,7 +62,8 @@ def measure(found: Case, runs: int) -> tuple[str, ...]:
     encrypted = rate(circuit(few, quantized=True, progress=False), right)
     rounding = "none" if found.rounding is None else "approximate" if found.rounding.approximate else "exact"
     seconds = f"{time.perf_counter() - start:.0f}"
-    return found.name, rounding, f"{found.p_error:g}", ours, theirs, encrypted, seconds
+    outputs = "whole" if found.output_rounding is None else "rounded"
+    return found.name, rounding, outputs, f"{found.p_error:g}", ours, theirs, encrypted, seconds
 
 
 def main() -> None:
