@@ -5,8 +5,9 @@ which would cost many tables on encrypted data. `split` divides a graph in two: 
 data, the client the other on what it decrypts, in floating point and at no cost.
 
 The client's part begins with `ENDS` (ArgMax, Softmax and the like) that no product with weights follows, and has all that
-follows them. It grows backwards over what only it reads, such as the sigmoids before an ArgMax, up to the last products with
-weights, sums and maxima: those stay encrypted, and so does everything in a model that has no such end.
+follows them, and outputs that are known. It grows backwards over what only it reads, such as the sigmoids before an ArgMax,
+up to the last products with weights, sums and maxima: those stay encrypted, and so does everything in a model that has no
+such end.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def split(graph: Graph) -> tuple[Graph, Graph | None]:
     kept = _ancestors(graph, [node for node in graph.nodes if _has_weights(graph, node)])
     summed = _after_sums(graph)
     ends = [node for node in graph.nodes if node.outputs[0] not in kept and _is_end(node, summed)]
-    if not ends:
+    known = sum(port.name in graph.constants for port in graph.outputs)
+    if known == len(graph.outputs) or not (ends or known):
         return graph, None
     mine = _descendants(graph, ends)
-    mine |= _before(graph, mine, kept, summed, _limit(graph, ends))
+    if ends:
+        mine |= _before(graph, mine, kept, summed, _limit(graph, ends))
     theirs = tuple(node for node in graph.nodes if node.outputs[0] not in mine)
     own = tuple(node for node in graph.nodes if node.outputs[0] in mine)
     made = {name for node in own for name in node.outputs}

@@ -252,3 +252,20 @@ def test_onnxruntime_runs_an_exported_product_as_it_does_by_default():
     session = onnxruntime.InferenceSession(fheq.export_qdq(graph, qparams).SerializeToString())
     (got,) = session.run(None, {"a": a[:1], "b": b[:1]})
     np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, a[:1], b[:1]), atol=1e-5)
+
+
+def test_outputs_that_are_known_need_no_encryption() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["y"]), node("Relu", ["k"], ["z"])]
+    proto = model(nodes, {"x": ["N", 4]}, ["y", "z"], {"w": tensor(4, 3), "k": tensor(3)})
+    graph, x = fheq.import_onnx(proto), tensor(60, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    program = fheq.lower(graph, qparams)
+    assert [entry.name for entry in program.outputs] == ["y"]
+    circuit, exported = fheq.compile(program), fheq.export_qdq(graph, qparams)
+    known, again = (
+        onnxruntime.InferenceSession(m.SerializeToString()).run(["z"], {"x": x[:1]})[0] for m in (proto, exported)
+    )
+    decrypted = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+    for outputs in (decrypted, circuit.evaluate(x), fheq.fake_quant(graph, qparams, x)):
+        np.testing.assert_array_equal(outputs[1][0], known)
+    np.testing.assert_array_equal(again, known)

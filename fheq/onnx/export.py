@@ -105,6 +105,10 @@ class _Export:
                 if name in graph.constants:
                     self.known(name, graph.constants[name])
             self.writer.copy(node, *([self.inner(name) for name in names] for names in (node.inputs, node.outputs)))
+        for name in (port.name for port in graph.outputs if port.name in graph.constants):
+            value = graph.constants[name]
+            source = self.writer.constant(f"{name}/known", value.astype(_computed_in(value.dtype), copy=False))
+            self.writer.emit("Identity", [source], self.inner(name))
 
     def known(self, name: str, value: np.ndarray) -> str:
         """Adds a known tensor of the model, in the precision that it is computed in."""
