@@ -43,19 +43,20 @@ class Tracing:
         self.ranges: dict[Any, tuple[int, int]] = {}
         self.sizes = {name: (value.low, value.high) for name, value in program.values.items()}
         readers = Counter(name for instruction in program.instructions for name in set(instruction.args))
-        outputs = {entry.value for entry in (*program.inputs, *program.outputs)}
-        self.shared = outputs | {name for name, count in readers.items() if count > 1}
+        ends = {entry.value for entry in (*program.inputs, *program.outputs)}
+        made = {i.out for i in program.instructions if isinstance(i, Lookup | Round)}
+        self.kept = ends | made | {name for name, count in readers.items() if count > 1}
         for instruction in reversed(program.instructions):
             self._widen_nothing(instruction)
 
     def _widen_nothing(self, instruction: Instruction) -> None:
-        """Gives the arguments of leveled arithmetic the range of its result, where theirs is negative or wider and nothing
-        else reads them."""
+        """Gives the arguments of leveled arithmetic the range of its result, where theirs is negative, or wider and of sums
+        that nothing else reads."""
         if isinstance(instruction, (Shift, Scale, Plus, Gather, SumLast)):
             low, high = self.sizes[instruction.out]
             moved = isinstance(instruction, (Gather, SumLast))
             for arg in instruction.args:
-                wider = arg not in self.shared and self.sizes[arg][1].bit_length() > max(high, 1).bit_length()
+                wider = arg not in self.kept and self.sizes[arg][1].bit_length() > max(high, 1).bit_length()
                 if self.sizes[arg][0] < 0 or wider:
                     self.sizes[arg] = (low, high) if moved else (0, max(high, 1))
 
