@@ -5,7 +5,7 @@ above such a width uses little more than half of them. Coarser weights bring it 
 the resolution. The trade is made per layer, by the expected error of both.
 
 Without rounding concrete evaluates tables of up to 16 bits, and none of so many bits beside a rounding or a wider value. A
-program with an accumulator that is a little wider compiles with coarser weights alone.
+program that rounds nothing, and has an accumulator that is a little wider, compiles with coarser weights alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fheq.granularity import channel_axis
 from fheq.integer_weights import Reading
 from fheq.plan import Plan
 from fheq.qparams import QParams
-from fheq.spec import Spec
+from fheq.spec import MAX_TABLE_BITS, Spec
 from fheq.statistics import Stats
 from fheq.steps import Linear, counts_decisions
 
@@ -32,7 +32,14 @@ COARSEST = 4.0  # how many times the scale of weights may grow for the sake of a
 
 
 def fill_cells(
-    layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear, affine: Affine, known: Weighed
+    layout: Plan,
+    stats: Stats,
+    spec: Spec,
+    qparams: QParams,
+    step: Linear,
+    affine: Affine,
+    known: Weighed,
+    narrow: bool,
 ) -> Affine:
     """The weight quantizer of a step, its scales enlarged where that lowers the error of rounding or makes a table possible.
 
@@ -40,11 +47,13 @@ def fill_cells(
         qparams: has the quantizer of the step's input.
         affine: the quantizer of its weight.
         known: the step with the weight that it gives.
+        narrow: whether to make weights coarser for the sake of tables that exist.
     """
     rounding = rounding_of(layout, spec, step)
     axis = channel_axis(layout, step.out)
     if rounding is None:
-        return _within_table(layout, stats, spec, qparams, step, affine, known)
+        wanted = narrow and rounds_nothing(spec)
+        return _within_table(layout, stats, spec, qparams, step, affine, known) if wanted else affine
     if affine.axis is None or axis is None or counts_decisions(step):
         return affine
     if stats[step.out].squares is None:  # the trade needs variances
@@ -66,6 +75,18 @@ def fill_cells(
         key=lambda found: found[0],
     )
     return affine if np.all(best[1] == 1) else replace(affine, scale=as_float32(affine.scale * best[1]))
+
+
+def rounds_nothing(spec: Spec) -> bool:
+    """Whether no accumulator is rounded."""
+    own = (override.rounding for override in spec.overrides.values())
+    return not any((spec.rounding, spec.output_rounding, *own))
+
+
+def too_wide(qparams: QParams) -> bool:
+    """Whether an accumulator lost low bits, or has more than tables of concrete read."""
+    accumulators = qparams.accumulators.values()
+    return any(np.any(a.lsbs > 0) or np.max(a.qmax - a.qmin) >= 2.0**MAX_TABLE_BITS for a in accumulators)
 
 
 def _within_table(

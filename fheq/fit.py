@@ -11,7 +11,7 @@ from fheq.accumulators import fit_accumulator, weighed
 from fheq.affine import Affine
 from fheq.alignment import check_alignment
 from fheq.calibrate import observed
-from fheq.cells import fill_cells
+from fheq.cells import fill_cells, rounds_nothing, too_wide
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.integer_weights import reading
@@ -80,6 +80,14 @@ def _of_tensors(spec: Spec) -> Spec:
 
 def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
     """`fit` for specs of equal `_of_tensors`."""
+    found = _fitted(layout, stats, specs, True)
+    vain = [i for i, spec in enumerate(specs) if rounds_nothing(spec) and too_wide(found[i])]
+    for i, qparams in zip(vain, _fitted(layout, stats, [specs[i] for i in vain], False) if vain else ()):
+        found[i] = qparams  # weights are not made coarser for a program that has no tables all the same
+    return found
+
+
+def _fitted(layout: Plan, stats: Stats, specs: list[Spec], narrow: bool) -> list[QParams]:
     tensors = fit_tensors(layout, stats, specs[0])
     check_alignment(layout, QParams(tensors, {}, {}))
     encrypted = unsigned(QParams(tensors, {}, {})).tensors
@@ -90,7 +98,7 @@ def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
         if isinstance(step, Linear):
             readers.setdefault(step.weight_name, []).append(step)
     for name, steps in readers.items():
-        _fit_product(layout, stats, specs, found, encrypted, moved, name, steps)
+        _fit_product(layout, stats, specs, found, encrypted, moved, name, steps, narrow)
     for spec, qparams in zip(specs, found):
         fitted, whole = qparams.accumulators, QParams(encrypted, qparams.weights, {})
         for step in layout.steps:
@@ -109,12 +117,14 @@ def _fit_product(
     moved: bool,
     name: str,
     steps: list[Linear],
+    narrow: bool,
 ) -> None:
     """Sets the weight `name` of `found`, one for each spec, and the accumulators of the steps that use it.
 
     Args:
         encrypted: the quantizers of tensors, `unsigned`.
         moved: whether that changed any.
+        narrow: as for `fill_cells`.
     """
     last = steps[-1]
     read = reading(layout, found[0], last)
@@ -122,7 +132,7 @@ def _fit_product(
     affine = stated or fit_weight(read, last, specs[0])
     known = weighed(layout, replace(found[0], weights={name: affine}), last, read)
     for spec, qparams in zip(specs, found):
-        filled = affine if stated else fill_cells(layout, stats, spec, qparams, last, affine, known)
+        filled = affine if stated else fill_cells(layout, stats, spec, qparams, last, affine, known, narrow)
         qparams.weights[name] = filled
         whole = QParams(encrypted, {name: filled}, {})
         own = None if moved else known if filled is affine else weighed(layout, whole, last, read)
