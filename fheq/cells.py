@@ -28,6 +28,7 @@ from fheq.steps import Linear, counts_decisions
 
 DEPTH = 3  # how many bits fewer are tried
 ATTEMPTS = 3
+SPARE = 1.25  # of the observed range and its margin: a value beyond the range of a table that rounds nothing costs most
 COARSEST = 4.0  # how many times the scale of weights may grow for the sake of a table that exists
 
 
@@ -92,26 +93,30 @@ def too_wide(qparams: QParams) -> bool:
 def _within_table(
     layout: Plan, stats: Stats, spec: Spec, qparams: QParams, step: Linear, affine: Affine, known: Weighed
 ) -> Affine:
-    """Scales with which the accumulator never leaves 16 bits, or else does not on calibration data; as they are, if neither
-    can be had for two bits of the weight."""
+    """Scales with which 16 bits hold the worst case of the accumulator, or somewhat more than what was seen in calibration.
+
+    They are as they were where that takes more than two bits of the weight.
+    """
     seen = lambda known: chosen_bounds(layout, qparams, stats, step, spec, known.worst, known.weights)
     limit = table_bits(len(known.worst.low))
     if not layout.points or counts_decisions(step) or aligned(seen(known), 0)[1] <= limit:
         return affine
     each = affine.axis is not None and channel_axis(layout, step.out) is not None
-    for bounds_of in (lambda known: known.worst, seen):
-        fitted, found = affine, known
-        for _ in range(ATTEMPTS):  # other weights have another worst case, which limits what was seen too
-            bounds = bounds_of(found)
-            if aligned(bounds, 0)[1] <= limit:
-                return fitted
-            factor = np.maximum(1.0, (bounds.high - bounds.low) / (2.0**limit - 8))  # ends are rounded outwards
-            scale = as_float32(fitted.scale * (factor if each else np.max(factor)))
-            if np.max(scale / affine.scale) > COARSEST:
-                break
-            fitted = replace(affine, scale=scale)
-            found = weighed(layout, replace(qparams, weights={step.weight_name: fitted}), step, known.weights.reading)
-    return affine
+    fitted, found, coarser = affine, known, np.ones(())
+    for _ in range(ATTEMPTS):  # other weights have another worst case
+        worst, least = (
+            coarser * (bounds.high - bounds.low) / (2.0**limit - 8)  # ends are rounded outwards
+            for bounds in (found.worst, seen(found))
+        )
+        wanted = np.minimum(np.maximum(worst, 1.0), np.maximum(SPARE * least, 1.0))
+        coarser = np.maximum(coarser, wanted if each else np.max(wanted))
+        if np.max(coarser) > COARSEST:
+            return affine
+        fitted = replace(affine, scale=as_float32(affine.scale * coarser))
+        found = weighed(layout, replace(qparams, weights={step.weight_name: fitted}), step, known.weights.reading)
+        if aligned(found.worst, 0)[1] <= limit:
+            return fitted
+    return fitted if aligned(seen(found), 0)[1] <= limit else affine
 
 
 def candidate(
