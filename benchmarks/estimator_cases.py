@@ -55,8 +55,8 @@ FINDINGS = (
     "8, 10 and 12 bits are in the page's unit.",
     "SVC, poly (1.003, 0.006, 0.003), SVC, sigmoid (0.960, 0.004, 0.001) and OneVsOneClassifier (0.976, 0.004, 0.001): an "
     "error of 1 is a vote. Of the first and the last, half of the rows are within 0.004 at 8 bits, but four and two flowers "
-    "lie within 6% and 2% of a standard deviation of a boundary between two classes and cross it. For OneVsOneClassifier that "
-    "is the rounding of the weights (14 bits of them alone: 0.014); for the SVC no part alone is to blame.",
+    "lie within 6% and 2% of a standard deviation of a boundary between two classes and cross it. For OneVsOneClassifier "
+    "that is the rounding of the weights (14 bits of them alone: 0.014); for the SVC no part alone is to blame.",
     "GaussianNB (1.123, 0.435, 0.196): the squares (x - mean)^2 / variance reach 1000 for classes that a flower is far "
     "from, so that a step of 8 bits is 4, and the log-likelihoods of two classes differ by less on the six flowers with "
     "an error above 0.3. With 14 bits of that tensor (`op_inputs`) it is 0.092; the other parts change nothing.",
