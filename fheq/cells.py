@@ -108,8 +108,8 @@ def _within_table(
             coarser * (bounds.high - bounds.low) / (2.0**limit - 8)  # ends are rounded outwards
             for bounds in (found.worst, seen(found))
         )
-        wanted = np.minimum(np.maximum(worst, 1.0), np.maximum(SPARE * least, 1.0))
-        coarser = np.maximum(coarser, wanted if each else np.max(wanted))
+        wanted = np.minimum(worst, SPARE * least)
+        coarser = np.maximum(coarser, wanted if each else np.max(wanted))  # from 1 on
         if np.max(coarser) > COARSEST:
             return affine
         fitted = replace(affine, scale=as_float32(affine.scale * coarser))

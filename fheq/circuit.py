@@ -199,7 +199,6 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         additional_post_processors=[bare_outputs()],
     )
     sample = tuple(np.zeros(entry.port.type.shape, np.int64) for entry in program.inputs)
-
     compiler = fhe.Compiler(tracing.function(), statuses)
     try:
         graph = compiler.trace([sample], configuration)

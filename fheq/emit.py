@@ -136,10 +136,11 @@ class Emitter:
         low, high = (-half, half - 1) if amount.min() < 0 else (0, most)
         if np.any(np.clip(amount, PARTS * low, PARTS * high) != amount):
             return self.shift(x, amount, most)
-        shifted, amount = self.shift(x, part := np.clip(amount, low, high), most), amount - part
-        while np.any(amount):
-            shifted, amount = self.shift(shifted, part := np.clip(amount, low, high), most), amount - part
-        return shifted
+        while True:
+            part = np.clip(amount, low, high)
+            x, amount = self.shift(x, part, most), amount - part
+            if not np.any(amount):
+                return x
 
     def scale(self, x: str, factor: np.ndarray) -> str:
         """Multiplies by a clear integer array."""
