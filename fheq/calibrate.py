@@ -23,13 +23,13 @@ from fheq.granularity import channel_axis
 from fheq.graph import Graph
 from fheq.integer_weights import apply_form
 from fheq.interpret import run_node
+from fheq.observed import follow, followed, observed
 from fheq.observers import Observer, parts_read
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.regions import is_boolean
 from fheq.sharding import DATA, gather, local_mesh, size
-from fheq.statistics import FRACTION, PARTS, Stats, TensorStats, init, merge, update
-from fheq.steps import Linear, counts_decisions
+from fheq.statistics import FRACTION, MOMENTS, PARTS, Stats, TensorStats, init, merge, update
+from fheq.steps import Linear
 
 TILE, LEAST = 1024, 16  # most and fewest samples that are evaluated together
 ROOM = 1 << 21  # values of all tensors of these samples
@@ -83,13 +83,14 @@ def calibrate(
     with enable_x64():
         stats = _start(graph, parts, local)
         for data, keep in _tiles(graph, chunks, width, batch_size or width):
-            stats = _update(local, stats, _observe(graph, local, *data), keep)
+            stats = _update(local, stats, _observe(graph, parts, local, *data), keep)
             count += int(np.sum(keep))
     if not count:
         raise DataError("the calibration data hold no samples")
     found = [(_on_host(stats, local), count)]
     found = [part for one in found for part in gather(mesh, one)]
     total = {name: reduce(merge, [part[0][name] for part in found]) for name in stats}
+    total = follow(layout, total)
     _warn(layout, total, sum(int(part[1]) for part in found))
     return total
 
@@ -107,14 +108,13 @@ def tile(layout: Plan) -> int:
     return count
 
 
-def observed(layout: Plan) -> tuple[str, ...]:
-    """The tensors whose statistics quantization needs: inputs, points and the results of steps.
-
-    Not those whose ranges are known: decisions, and sums of them.
-    """
-    points = [name for name in layout.points if not is_boolean(layout.graph, name)]
-    steps = [step.out for step in layout.steps if not counts_decisions(step)]
-    return tuple(dict.fromkeys([*layout.inputs, *points, *steps]))
+@lru_cache(maxsize=32)
+def _collected(layout: Plan, parts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """What is collected beside counts and extremes, by tensor. Of those that follow from others only their moments are."""
+    names = observed(layout)
+    follows = followed(layout)
+    own = {name: (*parts, *[FRACTION] * (name in layout.inputs)) for name in names if name not in follows}
+    return own | {name: (MOMENTS,) for name in follows if MOMENTS in parts}
 
 
 def by_channel(layout: Plan, name: str, values: Any) -> Any:
@@ -131,8 +131,8 @@ def _start(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None) -> dict[str,
     """The statistics of nothing; of each device along a leading axis where there is a mesh."""
     layout = plan(graph)
     none = {
-        name: jax.tree.map(jnp.asarray, init(_channels(layout, name), (*parts, *[FRACTION] * (name in layout.inputs))))
-        for name in observed(layout)
+        name: jax.tree.map(jnp.asarray, init(_channels(layout, name), own))
+        for name, own in _collected(layout, parts).items()
     }
     if mesh is None:
         return none
@@ -148,18 +148,18 @@ def _on_host(stats: dict[str, TensorStats], mesh: Mesh | None) -> dict[str, Tens
     return {name: reduce(merge, [part[name] for part in parts]) for name in stats}
 
 
-@compiled_for(2)
-def _observe(graph: Graph, mesh: Mesh | None, *data: Any) -> dict[str, Any]:
+@compiled_for(3)
+def _observe(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None, *data: Any) -> dict[str, Any]:
     """The values of the observed tensors, `(B, n, C)` in float32: the order in which convolutions make them."""
     layout = plan(graph)
-    names = observed(layout)
+    names = _collected(layout, parts)
 
-    def sample(*parts: Any) -> tuple[Any, ...]:
-        env = float_values(layout, *parts)
+    def sample(*inputs: Any) -> tuple[Any, ...]:
+        env = float_values(layout, *inputs)
         return tuple(jnp.asarray(env[name], jnp.float32) for name in names)
 
-    def batch(*parts: Any) -> dict[str, Any]:
-        return {name: by_channel(layout, name, v) for name, v in zip(names, jax.vmap(sample)(*parts))}
+    def batch(*inputs: Any) -> dict[str, Any]:
+        return {name: by_channel(layout, name, v) for name, v in zip(names, jax.vmap(sample)(*inputs))}
 
     return batch(*data) if mesh is None else _by_device(batch, mesh)(*data)
 

@@ -10,11 +10,11 @@ import numpy as np
 from fheq.accumulators import fit_accumulator, weighed
 from fheq.affine import Affine
 from fheq.alignment import check_alignment
-from fheq.calibrate import observed
 from fheq.cells import fill_cells, rounds_nothing, too_wide
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.integer_weights import reading
+from fheq.observed import observed
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams, unsigned
 from fheq.spec import AccumulatorRange, Spec, as_spec

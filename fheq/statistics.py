@@ -119,37 +119,39 @@ def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
         values: `(B, C, n)` float32.
         keep: `(B,)` bool; samples to count.
     """
-    moments = stats.total is not None and stats.squares is not None
-
-    def add(found: tuple[Array, ...], sample: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
-        value, kept = sample
-        kept = kept[:, None, None]
-        low, high = (jnp.where(kept, value, end) for end in (jnp.inf, -jnp.inf))
-        extremes = jnp.minimum(found[0], low), jnp.maximum(found[1], high)
-        if not moments:
-            return extremes, None
-        seen = jnp.where(kept, value, 0).astype(found[2].dtype)
-        return (*extremes, found[2] + seen, found[3] + seen * seen), None
-
-    # Some samples at a time: operations on whole rows become vector instructions, XLA's reductions of leading axes do not.
+    values = jnp.swapaxes(values, 1, 2)  # calibration gives them in this order: channels last, nothing is copied
     size = _together(*values.shape)
-    rows, kept = values.reshape(-1, size, *values.shape[1:]), keep.reshape(-1, size)
-    full = jnp.full(rows.shape[1:], jnp.inf, values.dtype)
-    zeros = (jnp.zeros(rows.shape[1:], stats.total.dtype),) * 2 if moments else ()
-    low, high, *sums = jax.lax.scan(add, (full, -full, *zeros), (rows, kept))[0]
-    total, squares = (jnp.sum(leaf, axis=(0, 2)) for leaf in sums) if moments else (0, 0)
+    rows, kept = values.reshape(-1, size, values[0].size), keep.reshape(-1, size, 1)
+    full, zeros = jnp.full(rows.shape[1:], jnp.inf, values.dtype), jnp.zeros(rows.shape[1:])
+    optional = jax.tree.map(lambda _: zeros, (stats.total, stats.squares, stats.fraction))
+    # Some samples at a time: operations on whole rows become vector instructions, XLA's reductions of leading axes do not.
+    found, _ = jax.lax.scan(lambda row, more: (_add(row, *more), None), (full, -full, *optional), (rows, kept))
+    low, high, total, squares, fraction = jax.tree.map(lambda leaf: leaf.reshape(-1, values.shape[2]), found)
     return TensorStats(
-        stats.count + jnp.sum(keep) * values.shape[2],
-        jnp.minimum(stats.minimum, jnp.min(low, axis=(0, 2))),
-        jnp.maximum(stats.maximum, jnp.max(high, axis=(0, 2))),
-        stats.total + total if moments else None,
-        stats.squares + squares if moments else None,
+        stats.count + jnp.sum(keep) * values.shape[1],
+        jnp.minimum(stats.minimum, jnp.min(low, axis=0)),
+        jnp.maximum(stats.maximum, jnp.max(high, axis=0)),
+        None if total is None else stats.total + jnp.sum(total, axis=0),
+        None if squares is None else stats.squares + jnp.sum(squares, axis=0),
         None if stats.histogram is None else _counted(stats.histogram, values, keep[:, None, None]),
-        None if stats.fraction is None else jnp.maximum(stats.fraction, _fraction(values, keep[:, None, None])),
+        None if stats.fraction is None else jnp.maximum(stats.fraction, jnp.max(fraction, axis=0)),
     )
 
 
-def _together(samples: int, channels: int, size: int) -> int:
+def _add(found: tuple[Array, ...], value: Array, kept: Array) -> tuple[Array, ...]:
+    """The extremes, sums, sums of squares and greatest fractions of each place of a row, of which a part is collected."""
+    low, high, total, squares, fraction = found
+    seen = jnp.where(kept, value, 0)
+    return (
+        jnp.minimum(low, jnp.where(kept, value, jnp.inf)),
+        jnp.maximum(high, jnp.where(kept, value, -jnp.inf)),
+        None if total is None else total + seen,
+        None if squares is None else squares + jnp.square(seen.astype(squares.dtype)),
+        None if fraction is None else jnp.maximum(fraction, jnp.abs(seen - jnp.round(seen))),
+    )
+
+
+def _together(samples: int, size: int, channels: int) -> int:
     """How many samples are added at once: a power of two that divides their number, few enough for the first cache."""
     count = 1
     while samples % (2 * count) == 0 and 2 * count * channels * size <= ROW:
@@ -157,12 +159,7 @@ def _together(samples: int, channels: int, size: int) -> int:
     return count
 
 
-def _fraction(values: Array, mask: Array) -> Array:
-    return jnp.max(jnp.where(mask, jnp.abs(values - jnp.round(values)), 0), axis=(0, 2))
-
-
 def _counted(histogram: Array, values: Array, mask: Array) -> Array:
-    values = jnp.swapaxes(values, 1, 2)  # calibration gives them in this order, in which they are then counted
     place = jnp.arange(values.shape[2], dtype=jnp.int32) * BINS + bin_of(values)
     ones = jnp.broadcast_to(mask, values.shape).astype(histogram.dtype)
     found = histogram.ravel().at[place.ravel()].add(ones.ravel(), mode="promise_in_bounds")

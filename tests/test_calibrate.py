@@ -21,7 +21,7 @@ import fheq
 from fheq.calibrate import FEW_SAMPLES, TILE, CalibrationWarning, _observe
 from fheq.digits import load
 from fheq.errors import DataError
-from fheq.statistics import TensorStats, bin_of, centres, init, merge, per_tensor, update
+from fheq.statistics import PARTS, TensorStats, bin_of, centres, init, merge, per_tensor, update
 
 quiet = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)
@@ -166,10 +166,10 @@ def test_parts_merge_to_the_whole(graph: fheq.Graph, stats: dict[str, TensorStat
 
 @quiet
 def test_no_number_of_samples_retraces(graph: fheq.Graph, stats: dict[str, TensorStats]) -> None:
-    before = _observe.compiled(graph, None)._cache_size()
+    before = _observe.compiled(graph, PARTS, None)._cache_size()
     for n in (1, 2, 32, TILE, TILE + 1, len(X)):
         fheq.calibrate(graph, X[:n])
-    assert _observe.compiled(graph, None)._cache_size() == before > 0
+    assert _observe.compiled(graph, PARTS, None)._cache_size() == before > 0
 
 
 # Against numpy
@@ -185,6 +185,38 @@ def test_statistics_are_numpys(stats: dict[str, TensorStats]) -> None:
         np.testing.assert_array_equal([found.minimum, found.maximum], [want.min(axis=0), want.max(axis=0)])
         np.testing.assert_allclose(found.total, want.sum(axis=0), rtol=0, atol=2e-13 * np.abs(want).sum())
         np.testing.assert_allclose(found.squares, np.sum(want**2, axis=0), rtol=2e-13)
+
+
+@quiet
+@pytest.mark.parametrize(
+    "limits, clipped",
+    [
+        (None, lambda v: np.maximum(v, 0)),
+        ((-1.3, 2.7), lambda v: np.clip(v, np.float32(-1.3), np.float32(2.7))),
+        ((0.3, None), lambda v: np.maximum(v, np.float32(0.3))),
+        ((None, -0.7), lambda v: np.minimum(v, np.float32(-0.7))),
+    ],
+)
+@pytest.mark.parametrize("observers", [None, [fheq.MinMax()]], ids=["all", "extremes"])
+def test_statistics_of_what_is_clipped_are_those_of_its_values(
+    limits: Any, clipped: Callable[[np.ndarray], np.ndarray], observers: Any
+) -> None:
+    """They are not collected from the values, but follow from those of what is clipped."""
+    ends = {end: np.float32(v) for end, v in zip("ab", limits or ()) if v is not None}
+    clip = (
+        node("Clip", ["h", *[end if end in ends else "" for end in "ab"]], ["r"]) if limits else node("Relu", ["h"], ["r"])
+    )
+    nodes = [node("Gemm", ["x", "w"], ["h"]), clip, node("Gemm", ["r", "v"], ["y"])]
+    other = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], {"w": W, "v": weights(3, 2), **ends}))
+    found = fheq.calibrate(other, X, observers=observers)["r"]
+    parts = PARTS if observers is None else ()
+    with enable_x64():
+        want = UPDATE(init(3, parts), clipped(X @ W)[:, :, None], np.ones(len(X), bool))
+    want = jax.tree.map(np.asarray, want)
+    if observers is None:
+        return assert_same(found, want)
+    for leaf in ("count", "minimum", "maximum"):
+        np.testing.assert_array_equal(getattr(found, leaf), getattr(want, leaf))
 
 
 @quiet
