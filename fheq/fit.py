@@ -14,6 +14,7 @@ from fheq.cells import fill_cells, rounds_nothing, too_wide
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.integer_weights import reading
+from fheq.negligible import floors_of, raised
 from fheq.observed import observed
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams, unsigned
@@ -21,7 +22,7 @@ from fheq.spec import AccumulatorRange, Spec, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats
 from fheq.steps import Linear, makes_accumulator
-from fheq.tensor_quantizers import fit_tensors
+from fheq.tensor_quantizers import fit_tensors, tensor_bits
 from fheq.weight_quantizers import fit_weight
 
 
@@ -88,7 +89,9 @@ def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
 
 
 def _fitted(layout: Plan, stats: Stats, specs: list[Spec], narrow: bool) -> list[QParams]:
-    tensors = fit_tensors(layout, stats, specs[0])
+    floors = floors_of(layout, stats, lambda key: tensor_bits(layout, key, specs[0]))
+    tensors = fit_tensors(layout, raised(stats, floors.tensors), specs[0])
+    stats = raised(stats, floors.accumulators)
     check_alignment(layout, QParams(tensors, {}, {}))
     encrypted = unsigned(QParams(tensors, {}, {})).tensors
     moved = any(np.any(a.qmin != 0) for a in tensors.values())

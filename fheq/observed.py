@@ -15,7 +15,7 @@ from fheq.graph import Node
 from fheq.interpret import run_node
 from fheq.plan import Plan
 from fheq.regions import is_boolean
-from fheq.statistics import Stats, TensorStats, bin_of
+from fheq.statistics import Stats, TensorStats, clipped
 from fheq.steps import counts_decisions
 
 # They choose one of their inputs, so that nothing is rounded.
@@ -55,16 +55,10 @@ def follow(layout: Plan, stats: Stats) -> dict[str, TensorStats]:
     """The statistics with extremes and histograms of the tensors that follow from others."""
     found = dict(stats)
     for name, node in followed(layout).items():
-        source, (low, high) = found[node.inputs[0]], _limits(layout, name)
-        moments = found.get(name, source._replace(total=None, squares=None))
-        found[name] = source._replace(
-            minimum=np.clip(source.minimum, low, high),
-            maximum=np.clip(source.maximum, low, high),
-            total=moments.total,
-            squares=moments.squares,
-            histogram=None if source.histogram is None else _clipped(source.histogram, *_bins(low, high)),
-            fraction=None,
-        )
+        source, moments = found[node.inputs[0]], found.get(name)
+        found[name] = clipped(source, *_limits(layout, name))
+        if moments is not None:
+            found[name] = found[name]._replace(total=moments.total, squares=moments.squares)
     return found
 
 
@@ -74,19 +68,3 @@ def _limits(layout: Plan, name: str) -> tuple[float, float]:
     known = {**constants, node.inputs[0]: np.array([-np.inf, np.inf], np.float32)}
     low, high = np.asarray(run_node(node, known.__getitem__, constants)[0], np.float32)
     return float(low), float(high)
-
-
-@lru_cache(maxsize=256)
-def _bins(low: float, high: float) -> tuple[int, int]:
-    first, last = np.asarray(bin_of(np.array([low, high], np.float32)))
-    return int(first), int(last)
-
-
-def _clipped(histogram: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Counts `(C, BINS)`, those of other bins moved to the first and the last one; a value that is clipped within its own
-    bin stays there."""
-    kept = np.zeros_like(histogram)
-    kept[:, first : last + 1] = histogram[:, first : last + 1]
-    kept[:, first] += histogram[:, :first].sum(axis=1)
-    kept[:, last] += histogram[:, last + 1 :].sum(axis=1)
-    return kept

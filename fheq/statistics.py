@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -201,6 +201,35 @@ def of_statistics(fn: Callable[Concatenate[TensorStats, A], T]) -> Callable[Conc
         return found[given]
 
     return remembered
+
+
+@of_statistics
+def clipped(stats: TensorStats, low: float, high: float) -> TensorStats:
+    """The statistics of the values when clipped; moments, as far as they were collected, to the histogram's resolution."""
+    ends = {"minimum": np.clip(stats.minimum, low, high), "maximum": np.clip(stats.maximum, low, high), "fraction": None}
+    if stats.histogram is None:
+        return stats._replace(**ends, total=None, squares=None)
+    found = stats._replace(**ends, histogram=_clipped(stats.histogram, *_bins(low, high)))
+    if stats.total is None:
+        return found
+    used = bins(found)
+    return found._replace(total=np.sum(used.mass * used.value, axis=1), squares=np.sum(used.mass * used.value**2, axis=1))
+
+
+@lru_cache(maxsize=256)
+def _bins(low: float, high: float) -> tuple[int, int]:
+    first, last = np.asarray(bin_of(np.array([low, high], np.float32)))
+    return int(first), int(last)
+
+
+def _clipped(histogram: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Counts `(C, BINS)`, those of other bins moved to the first and the last one; a value that is clipped within its own
+    bin stays there."""
+    kept = np.zeros_like(histogram)
+    kept[:, first : last + 1] = histogram[:, first : last + 1]
+    kept[:, first] += histogram[:, :first].sum(axis=1)
+    kept[:, last] += histogram[:, last + 1 :].sum(axis=1)
+    return kept
 
 
 @of_statistics

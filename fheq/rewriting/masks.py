@@ -6,6 +6,7 @@ each of them reads a score of its own row instead, which is free and changes no 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from fheq.rewriting.edit import Draft
 
 FAR = -100.0
 """What masks: exp(-100) is 0 in float32."""
+_SAME_VALUES = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _SAME_ORDER = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -44,6 +46,50 @@ def masked(draft: Draft, node: Node, axes: tuple[int, ...]) -> Masked | None:
     chosen = draft.constant(f"{node.outputs[0]}/unmasked", index.astype(np.int64))
     kept = draft.constant(f"{node.outputs[0]}/kept", ~hidden, draft.types[scores].dtype)
     return Masked(draft.apply(node, "Gather", flat, chosen, axis=0), kept)
+
+
+def bounded(draft: Draft, node: Node, name: str) -> str:
+    """The scores of a softmax with a mask that is computed: what it adds is `FAR` at the least, never minus infinity, and
+    scores that it replaces are a sum with it. So it has a quantizer of its own, of whose range `fit` keeps what matters
+    (`fheq.negligible`). A row that it hides whole keeps its scores."""
+    if name in draft.constants:
+        value = draft.constants[name]
+        return name if np.all(value >= FAR) else draft.constant(f"{name}/bounded", np.maximum(value, FAR), value.dtype)
+    maker = draft.graph.producers().get(name)
+    if maker is None or maker.domain:
+        return name
+    added = _added(draft, node, maker) if maker.op == "Where" else ""
+    if added:
+        return added
+    held = _holds_values(draft, maker)
+    inputs = tuple(bounded(draft, node, source) if at in held else source for at, source in enumerate(maker.inputs))
+    if inputs == tuple(maker.inputs):
+        return name
+    out = draft.fresh(f"{name}/bounded")
+    draft.write(replace(maker, inputs=inputs, outputs=(out,)))
+    return out
+
+
+def _holds_values(draft: Draft, maker: Node) -> tuple[int, ...]:
+    """The inputs of a node in which a number far below all makes its output one."""
+    if maker.op in _SAME_VALUES:
+        return (0,)
+    if maker.op == "Mul":
+        factors = [draft.constants.get(name) for name in reversed(maker.inputs)]
+        return tuple(at for at, factor in enumerate(factors) if factor is not None and np.all(factor >= 1))
+    return {"Add": (0, 1), "Where": (1, 2)}.get(maker.op, ())
+
+
+def _added(draft: Draft, node: Node, maker: Node) -> str:
+    """A choice between scores and a number that hides them as their sum with a mask; "" where it is no such choice."""
+    condition, *branches = maker.inputs
+    known = [branch in draft.constants for branch in branches]
+    hides = [name in draft.constants and bool(np.all(draft.constants[name] <= FAR)) for name in branches]
+    if sum(hides) != 1 or all(known) or not draft.depends(condition):
+        return ""
+    scores, dtype = branches[hides.index(False)], draft.types[maker.outputs[0]].dtype
+    ends = [draft.constant(f"{maker.outputs[0]}/added", FAR if hidden else 0, dtype) for hidden in hides]
+    return draft.apply(node, "Add", bounded(draft, node, scores), draft.apply(node, "Where", condition, *ends))
 
 
 def _unmasked(draft: Draft, node: Node, name: str) -> tuple[str, np.ndarray] | None:

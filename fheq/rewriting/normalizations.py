@@ -10,7 +10,7 @@ from fheq.graph import Node
 from fheq.ops.normalizations import lrn_pads
 from fheq.ops.windows import covered, window_of
 from fheq.rewriting.edit import Draft
-from fheq.rewriting.masks import masked
+from fheq.rewriting.masks import bounded, masked
 from fheq.rewriting.primitives import log_sum_exp, reduced, scalar, square
 
 INT64 = np.dtype(np.int64)
@@ -30,6 +30,7 @@ def _softmax(draft: Draft, node: Node) -> bool:
         return True
     mask = masked(draft, node, axes)
     if mask is None:
+        x = bounded(draft, node, x)
         draft.apply(node, "Exp", draft.apply(node, "Sub", x, log_sum_exp(draft, node, x, axes)), out=out)
     else:
         total = log_sum_exp(draft, node, mask.x, axes, kept=mask.kept)
