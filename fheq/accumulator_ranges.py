@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from fheq.accumulator_decoders import accumulator_decoder
+from fheq.accumulator_decoders import accumulator_decoder, add_multipliers
 from fheq.bounds import Bounds, channel_bounds
 from fheq.clipping import tails
+from fheq.decoders import operand_decoder
 from fheq.granularity import channel_axis
 from fheq.integer_weights import Weights
 from fheq.plan import Plan
@@ -14,15 +17,17 @@ from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.spec import AccumulatorRange, Spec
 from fheq.statistics import Stats, TensorStats, of_statistics
-from fheq.steps import Add, Step, counts_decisions
+from fheq.steps import Add, Linear, Step, Sum, counts_decisions
 
 OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
+DEVIATIONS = 4.42  # beyond as many standard deviations lies that share of a normal distribution
 
 
 def observed_bounds(
     layout: Plan, qparams: QParams, stats: Stats, step: Step, margin: float, weights: Weights | None = None
 ) -> Bounds:
-    """Integer range seen in calibration, widened at both ends by the margin, per channel."""
+    """Integer range seen in calibration, per channel, widened at both ends by the margin and for the rounding of operands,
+    which calibration did not meet: where values hardly vary it is most of what the accumulator will see."""
     axis = channel_axis(layout, step.out)
     scale, offset = accumulator_decoder(layout, qparams, step, weights)
     unit = np.where(scale == 0, 1, scale)
@@ -30,8 +35,30 @@ def observed_bounds(
     for real in _widened(stats[step.out], margin):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())
         ends.append((view - offset) / unit)
-    low, high = np.floor(np.minimum(*ends)), np.ceil(np.maximum(*ends))
-    return channel_bounds(Bounds(*(np.broadcast_to(end, step.shape) for end in (low, high))), axis)
+    seen = (np.broadcast_to(end, step.shape) for end in (np.minimum(*ends), np.maximum(*ends)))
+    low, high = channel_bounds(Bounds(*seen), axis)
+    half = (high - low) / 2
+    more = np.hypot(half, DEVIATIONS * operand_rounding(layout, qparams, step, weights)) - half
+    return Bounds(np.floor(low - more), np.ceil(high + more))
+
+
+def operand_rounding(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> np.ndarray:
+    """The standard deviation that the rounding of operands gives an accumulator, in its steps, per channel or `()`.
+
+    Each operand is off by an independent part of its step that is uniform. Not of products of two encrypted tensors, where
+    it depends on the values.
+    """
+    variance: Any = 0.0
+    if isinstance(step, Linear) and weights is not None:
+        others = tuple(axis for axis in range(-weights.integers.ndim, 0) if axis != step.weight_axis)
+        variance = np.sum(np.square(weights.integers), axis=others)
+        variance = np.max(variance) if channel_axis(layout, step.out) != step.channel else variance
+    elif isinstance(step, Sum):
+        variance = step.x.shape[-1]
+    elif isinstance(step, Add):
+        m, n, _ = add_multipliers(*(operand_decoder(layout, qparams, o) for o in step.operands))
+        variance = np.max(np.square(m) + np.square(n))
+    return np.sqrt(np.asarray(variance) / 12)
 
 
 @of_statistics

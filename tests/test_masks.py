@@ -1,4 +1,4 @@
-"""Attention whose mask is an input: however a model states it, hidden tokens count for nothing and scores keep their steps."""
+"""Attention with a mask as input: however a model states it, scores keep their steps and hidden tokens count for nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOWEST = float(np.finfo(np.float32).min)
 def attention(
     mask: list[onnx.NodeProto], scores: str, kind: int, shape: list[int], known: dict[str, np.ndarray]
 ) -> onnx.ModelProto:
-    """Self-attention of one head, of which `mask` makes `scores` from `s`, the scores without a mask, and from the input m."""
+    """Self-attention of one head; `mask` makes `scores` from `s`, the scores without a mask, and from the input m."""
     nodes = [
         *(node("MatMul", ["x", f"w{name}"], [name]) for name in "qkv"),
         node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
@@ -100,8 +100,8 @@ FORMS = {
 
 @pytest.mark.parametrize("form, far", [(form, far) for form, (_, fars) in FORMS.items() for far in fars])
 def test_a_mask_leaves_scores_their_steps(form: str, far: float) -> None:
-    """8 bits lose one part in two hundred of the variance at the most, as in `tests/test_integer.py`; a quantizer that reached
-    down to the mask would leave no step between scores, and an R2 below 0."""
+    """8 bits lose one part in two hundred of the variance at the most, as in `tests/test_integer.py`; a quantizer that
+    reached down to the mask would leave no step between scores, and an R2 below 0."""
     proto, mask = FORMS[form][0](far)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     want = session.run(None, {"x": X[TEST], "m": mask[TEST]})[0]
