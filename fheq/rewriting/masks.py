@@ -1,7 +1,8 @@
-"""Masked softmax: elements that a model sets to minus infinity, or far below all others, where a known mask says so.
+"""Masked softmax: elements that a model sets to minus infinity, or far below all others.
 
-A quantizer that reaches from such a number to the scores would leave those one step. The elements are known to become 0, so
-each of them reads a score of its own row instead, which is free and changes no maximum, and its power is multiplied by 0.
+A quantizer that reaches from such a number to the scores would leave those one step. Where a known mask hides elements, each
+of them reads a score of its own row instead, which is free and changes no maximum, and its power is multiplied by 0. A mask
+that is computed becomes a tensor of its own that is added to the scores.
 """
 
 from __future__ import annotations
