@@ -277,3 +277,40 @@ def test_outputs_that_are_known_need_no_encryption() -> None:
     for outputs in (decrypted, circuit.evaluate(x), fheq.fake_quant(graph, qparams, x)):
         np.testing.assert_array_equal(outputs[1][0], known)
     np.testing.assert_array_equal(again, known)
+
+
+def test_operators_that_only_fheq_has_are_functions_of_the_exported_model():
+    """SOFTMAX_ZERO, which the client computes, PROBIT and codes by key between tables; onnxruntime runs both models.
+
+    Coupled probabilities are in test_estimators.py.
+    """
+    ml, known = "ai.onnx.ml", {"w": tensor(4, 3), "v": tensor(1, 2), "u": tensor(3, 2)}
+    named = {"classlabels_ints": [0, 1, 2], "coefficients": tensor(12).tolist(), "intercepts": [0.1, 0.2, 0.3], "domain": ml}
+    codes = {"keys_floats": [-1.0, 0.0, 1.0], "values_floats": [0.4, 2.0, -1.0], "default_float": 0.0, "domain": ml}
+    share = {"coefficients": [0.3, 0.3, 0.3], "intercepts": [0.05], "post_transform": "PROBIT", "domain": ml}
+    nodes = [
+        node("LinearClassifier", ["x"], ["label", "scores"], post_transform="SOFTMAX_ZERO", **named),
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Sigmoid", ["h"], ["s"]),
+        node("LinearRegressor", ["s"], ["p"], **share),
+        node("MatMul", ["p", "v"], ["y"]),
+        node("Round", ["h"], ["r"]),
+        node("LabelEncoder", ["r"], ["c"], **codes),
+        node("MatMul", ["c", "u"], ["z"]),
+    ]
+    kinds = {"label": onnx.TensorProto.INT64}
+    proto = model(nodes, {"x": ["N", 4]}, ["label", "scores", "y", "z"], known, kinds=kinds, domains={ml: 2})
+    graph, x = fheq.import_onnx(proto), tensor(100, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    exported = fheq.export_qdq(graph, qparams)
+    onnx.checker.check_model(exported, full_check=True)
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    rows = zip(*[session.run(None, {"x": row[None]}) for row in x])
+    want = fheq.fake_quant(graph, qparams, x)
+    model_says = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})
+    for got, quantized, real in zip(map(np.concatenate, rows), want, model_says, strict=True):
+        assert np.mean(np.abs(got - quantized) > 1e-4) <= 0.01
+        assert np.mean(np.abs(got - real) > 0.1) <= 0.06  # of codes and labels those next to an edge are others
+    again = fheq.import_onnx(exported)
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:2]), 3))
+    assert differences(fheq.lower(graph, qparams), program) == []

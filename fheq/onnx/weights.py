@@ -47,9 +47,11 @@ def write_weight(writer: Writer, layout: Plan, qparams: QParams, step: Linear, p
         zero = np.zeros_like(zero)
         axis = _common_axis(scale)
     q = integers + zero
-    dtype = container(name, float(min(q.min(), zero.min())), float(max(q.max(), zero.max())))
-    values = writer.constant(f"{name}/q", q.astype(dtype))
     factor = np.abs(ratio)
+    # onnxruntime makes MatMulNBits of a product with 8-bit weights, which rounds what it multiplies.
+    bits = 16 if node.op == "MatMul" and np.all(factor == 1) else 8
+    dtype = container(name, float(min(q.min(), zero.min())), float(max(q.max(), zero.max())), bits)
+    values = writer.constant(f"{name}/q", q.astype(dtype))
     if axis == -1:  # channels along several stored axes
         factor, scale, axis = factor / scale, np.ones_like(scale), None
     none = np.zeros(())
