@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from build_models import cnn, mlp, model, node, tensor
-from models import CASES, as_tuple
+from models import CASES, as_tuple, weights
 
 import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
@@ -31,7 +31,7 @@ def residual() -> onnx.ModelProto:
         node("Flatten", ["g"], ["f"]),
         node("Gemm", ["f", "v", "b"], ["y"], transB=1, alpha=0.5),
     ]
-    known = {"w": tensor(4, 1, 3, 3), "u": tensor(4, 2, 1, 1), "v": tensor(3, 4), "b": tensor(3)}
+    known = {"w": weights(4, 1, 3, 3), "u": weights(4, 2, 1, 1), "v": weights(3, 4), "b": weights(3)}
     return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], known)
 
 
@@ -90,6 +90,7 @@ MODELS = {
     "several forms": (several_forms(), (1, 4, 4)),
     "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
     "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
+    "known channels": (CASES["known_channels_beside_an_input"].build(), (1, 3, 3)),
 }
 
 
@@ -141,6 +142,7 @@ TRIED = [
     ("several forms", "8 bits, rounded"),
     ("decrypted", "8 bits, rounded"),
     ("pads", "8 bits, rounded"),
+    ("known channels", "8 bits, rounded"),
 ]
 
 
