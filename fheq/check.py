@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from fheq.errors import DataError, FheqError, ModelError, QuantizationError, Sha
 from fheq.graph import Graph, Node, Port
 from fheq.plan import Plan, plan
 from fheq.planner import Planner
-from fheq.prediction import largest_sum, predicted_tables
+from fheq.prediction import largest_sum, predicted_tables, tables_by_node
 from fheq.rewrites import decompose
 
 if TYPE_CHECKING:
@@ -29,6 +29,15 @@ _REMEDIES: dict[type[FheqError], str] = {
     ShapeError: "export the model with static shapes, or give dims={symbol: size}",
     QuantizationError: "change the quantizers that the model states",
     DataError: "correct the data",
+}
+_LIGHTER = {
+    ("ArrayFeatureExtractor", "Gather", "GatherElements", "GatherND", "LabelEncoder", "OneHot"): (
+        "a look-up takes a table for each row that it may find; make the rows an input, looked up before encryption"
+    ),
+    ("ArgMax", "ArgMin", "Hardmax", "LogSoftmax", "Softmax", "TopK"): (
+        "choose among fewer elements, or end the model with it, where the client computes it without tables"
+    ),
+    ("CDist", "Scan"): "distances to fewer points, to centres of clusters for instance, take fewer",
 }
 
 
@@ -51,6 +60,21 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Heavy:
+    """A node that takes many tables.
+
+    Args:
+        node: the node (name, operator, output).
+        tables: table applications of one sample.
+        remedy: what would need fewer; "" where only a smaller layer would.
+    """
+
+    node: str
+    tables: int
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Survey:
     """What can be said of a model without data.
 
@@ -59,6 +83,7 @@ class Survey:
         outputs: the same for outputs; empty where the model cannot be imported.
         ops: operators of the model (functions inlined, what no output needs left out) with their counts.
         tables: table applications of one sample by kind, see `fheq.prediction`; None where there are problems.
+        heaviest: the node of the model with the most table applications; None where there are none.
         terms: of the largest sum of products; at n bits its accumulator takes up to 2 n + log2(terms) bits.
         problems: as `check` gives them.
     """
@@ -67,6 +92,7 @@ class Survey:
     outputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
     ops: Mapping[str, int]
     tables: Mapping[str, int] | None
+    heaviest: Heavy | None
     terms: int
     problems: tuple[Problem, ...]
 
@@ -109,9 +135,16 @@ def survey(model: Source | Graph, *, dims: Mapping[str, int] | None = None) -> S
         tuple(map(_port, graph.outputs)),
         Counter(f"{node.domain}.{node.op}" if node.domain else node.op for node in nodes),
         None if errors or layout is None else predicted_tables(layout),
+        None if errors or layout is None else _heaviest(layout, nodes),
         0 if layout is None else largest_sum(layout),
         tuple(_unique(errors)),
     )
+
+
+def _heaviest(layout: Plan, nodes: Iterable[Node]) -> Heavy | None:
+    for node, count in tables_by_node(layout, nodes)[:1]:
+        return Heavy(describe(node), count, next((text for ops, text in _LIGHTER.items() if node.op in ops), ""))
+    return None
 
 
 def _port(port: Port) -> tuple[str, str, tuple[int | str, ...]]:

@@ -7,6 +7,7 @@ import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ def check(args: Namespace) -> int:
             for key in ("inputs", "outputs")
         }
         counts = {"operators": dict(found.ops), "tables": found.tables, "largest_sum": found.terms}
+        counts["heaviest"] = asdict(found.heaviest) if found.heaviest else None
         _print_json({"model": args.model, "ok": not problems, **described, **counts, "problems": rows})
         return 1 if problems else 0
     for label, ports in (("input", found.inputs), ("output", found.outputs)):
@@ -46,6 +48,8 @@ def check(args: Namespace) -> int:
     if found.tables is not None:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.tables.items() if count)
         _print_filled("tables", f"{sum(found.tables.values()):,} for one sample" + (f" ({kinds})" if kinds else ""))
+        if (heavy := found.heaviest) is not None:
+            _print_filled("most for", f"{heavy.node}: {heavy.tables:,}" + (f"; {heavy.remedy}" if heavy.remedy else ""))
         extra = max(found.terms - 1, 0).bit_length()
         _print_filled("widths", f"up to 2 n + {extra} bits at n bits: sums have up to {found.terms:,} terms")
         print("no problems found")

@@ -34,7 +34,22 @@ def build_linear(planner: Planner, node: Node) -> Step:
     }
     if node.op not in builders:
         raise UnsupportedError(f"{describe(node)}: {node.op} of an encrypted tensor has no integer form")
-    return builders[node.op](planner, node)
+    step = builders[node.op](planner, node)
+    if isinstance(step, Linear):
+        _refuse_uneven_channels(step)
+    return step
+
+
+def _refuse_uneven_channels(step: Linear) -> None:
+    """Known channels have one value each; `fheq.rewriting.known_parts` takes out others that are joined right before."""
+    axis = {"matmul": -1, "left": -2, "conv": 1}[step.form]
+    rows = lambda v: np.moveaxis(v.reshape(step.x.shape), axis, 0).reshape(step.x.shape[axis], -1)
+    fill, known = rows(step.x.fill), np.all(rows(step.x.elements) < 0, axis=1)
+    if np.any(known & (fill.max(axis=1) != fill.min(axis=1))):
+        raise UnsupportedError(
+            f"{describe(step.node)}: it reads a known channel of several values; join known channels right before it, by "
+            "one Concat along its channels"
+        )
 
 
 def pairwise(planner: Planner, node: Node) -> Step:

@@ -34,7 +34,7 @@ def run_node(node: Node, read: Callable[[str], Any], constants: Mapping[str, np.
             if name not in constants:
                 raise ShapeError(
                     f"{describe(node)}: input {position} ({name!r}) must be known before evaluation, but it is computed "
-                    "from the model's inputs; export the model with static shapes"
+                    "from the model's inputs; make it a constant of the model: shapes, counts and places may not be secret"
                 )
             values.append(constants[name])
         else:

@@ -24,7 +24,14 @@ from fheq.errors import UnsupportedError
 from fheq.graph import Graph
 from fheq.planner import Planner, Region
 from fheq.regions import Elements
-from fheq.rewrites import activate_before_maximum, compose, decompose, quantize_before_movement, settle_decisions
+from fheq.rewrites import (
+    activate_before_maximum,
+    compose,
+    decompose,
+    quantize_before_movement,
+    separate_known_parts,
+    settle_decisions,
+)
 from fheq.rewriting.edit import bypassed
 from fheq.rewriting.pins import is_float_cast
 from fheq.stated_accumulators import take_accumulators
@@ -102,7 +109,7 @@ def plan(graph: Graph) -> Plan:
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         exact = bypassed(server, lambda node: is_float_cast(node, server.types))
-        simple = settle_decisions(decompose(quantize_before_movement(exact)))
+        simple = settle_decisions(separate_known_parts(decompose(quantize_before_movement(exact))))
         found = Planner(separate_encodings(compose(activate_before_maximum(simple))))
         outputs = found.outputs()  # which may make points
         parts = found.graph, tuple(found.steps), found.regions, found.points, outputs, found.adopted

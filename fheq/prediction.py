@@ -1,12 +1,14 @@
-"""How many tables a model will apply and how long its sums are, from its plan alone."""
+"""How many tables a model will apply, for which of its nodes, and how long its sums are, from its plan alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from fheq.graph import Node
 from fheq.plan import Plan
 from fheq.regions import is_boolean
 from fheq.steps import Linear, Maximum, Product, Step, Sum
@@ -18,11 +20,39 @@ def predicted_tables(layout: Plan) -> Mapping[str, int]:
     An activation takes one for each element, a product of encrypted numbers two squares, or one table where a factor is 0 or
     1, a maximum one less than it has operands. Lowering may find some of them twice and apply them once.
     """
-    points = sum(int(np.sum(layout.regions[point].elements >= 0)) for point in layout.points)
-    both = [step for step in layout.steps if isinstance(step, Product)]
-    products = sum((1 if _chooses(layout, s) else 2) * math.prod(s.operands[0].shape) for s in both)
-    maxima = sum(math.prod(s.shape) * (sum(x.shape[-1] for x in s.xs) - 1) for s in layout.steps if isinstance(s, Maximum))
-    return {"activations": points, "products": products, "maxima": maxima}
+    counts = Counter({"activations": 0, "products": 0, "maxima": 0})
+    for kind, _, count in _applications(layout):
+        counts[kind] += count
+    return counts
+
+
+def tables_by_node(layout: Plan, nodes: Iterable[Node]) -> list[tuple[Node, int]]:
+    """The nodes of a model that take tables, with their applications for one sample, most first.
+
+    A table is its node's whose result it makes, or a part of it: those are named after it.
+    """
+    owners = {name: node for node in nodes for name in (node.name, *node.outputs) if name}
+    counts: Counter[int] = Counter()
+    found: dict[int, Node] = {}
+    for _, tensor, count in _applications(layout):
+        while tensor and tensor not in owners:
+            tensor = tensor.rpartition("/")[0]
+        if tensor:
+            node = owners[tensor]
+            found[id(node)] = node
+            counts[id(node)] += count
+    return [(found[key], count) for key, count in counts.most_common() if count]
+
+
+def _applications(layout: Plan) -> Iterator[tuple[str, str, int]]:
+    """Kind, tensor and number of table applications."""
+    for point in layout.points:
+        yield "activations", point, int(np.sum(layout.regions[point].elements >= 0))
+    for step in layout.steps:
+        if isinstance(step, Product):
+            yield "products", step.out, (1 if _chooses(layout, step) else 2) * math.prod(step.operands[0].shape)
+        elif isinstance(step, Maximum):
+            yield "maxima", step.out, math.prod(step.shape) * (sum(x.shape[-1] for x in step.xs) - 1)
 
 
 def _chooses(layout: Plan, step: Product) -> bool:

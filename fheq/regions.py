@@ -17,7 +17,7 @@ from jax.experimental import enable_x64
 
 from fheq.graph import Graph, Node
 from fheq.interpret import run_node
-from fheq.ops.table import Kind, lookup
+from fheq.ops.table import Kind, find, lookup
 
 FILLER = -1
 
@@ -82,6 +82,25 @@ def copied_from(graph: Graph, name: str) -> Iterator[str]:
         if len({n for n in node.inputs if n and n not in graph.constants}) > 1:
             return
         name = node.inputs[0]
+
+
+def elementwise_source(graph: Graph, name: str) -> str:
+    """The tensor of which another is a function, element by element, through operators of ONNX alone; itself without one."""
+    producers = graph.producers()
+    found: dict[str, str] = {}
+
+    def visit(name: str) -> str:
+        if name not in found:
+            node, row = producers.get(name), None
+            if node is not None and not node.domain:
+                row = find(node)
+            sources = {name}
+            if node is not None and row is not None and row.kind is Kind.ELEMENTWISE:
+                sources = {visit(n) for n in node.inputs if n and n not in graph.constants}
+            found[name] = sources.pop() if len(sources) == 1 else name
+        return found[name]
+
+    return visit(name)
 
 
 def is_boolean(graph: Graph, name: str) -> bool:

@@ -41,7 +41,7 @@ def stated_weight(layout: Plan, qparams: QParams, step: Linear) -> Affine | None
     for leaf in LEAVES:
         spread = np.broadcast_to(np.asarray(getattr(expanded, leaf), np.float64), stored)
         leaves[leaf] = used_weight(step.node, position, spread)
-    ratio = input_channels(step, operand_decoder(layout, qparams, step.x, operand_axis(step)))[1]
+    unit, ratio, _ = input_channels(step, operand_decoder(layout, qparams, step.x, operand_axis(step)))
     alpha = step.node.attrs.get("alpha", 1.0) if step.node.op == "Gemm" else 1.0
     factor = alpha * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)
     if np.any(factor < 0):  # integers change their sign with the weight
@@ -61,9 +61,20 @@ def stated_weight(layout: Plan, qparams: QParams, step: Linear) -> Affine | None
             step, channels(step.weight * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)), sizes
         )
     one = all(np.ndim(getattr(stated, leaf)) == 0 for leaf in LEAVES) and all(np.all(v == v[0]) for v in first.values())
-    axis = None if one else step.weight_axis
+    first["scale"] = _exactly(layout, step, first["scale"], unit)
+    one = one and bool(np.all(first["scale"] == first["scale"][0]))
     fitting: dict[str, Any] = {leaf: v[0, 0] if one else v[:, 0] for leaf, v in first.items()}
-    return replace(stated, **fitting, axis=axis)
+    return replace(stated, **fitting, axis=None if one else step.weight_axis)
+
+
+def _exactly(layout: Plan, step: Linear, scale: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Scales `(C, 1)` by the stated accumulator of the step, which knows them in float64, where they are those."""
+    found = layout.accumulators.get(step.out)
+    if found is None:
+        return scale
+    spread = np.moveaxis(np.broadcast_to(found.scale, step.shape), step.channel, 0)
+    exact = spread.reshape(len(spread), -1)[:, :1] / unit
+    return np.where(np.abs(exact - scale) <= NOISE * scale, exact, scale) if exact.shape == scale.shape else scale
 
 
 def _common_grid(step: Linear, rows: np.ndarray, sizes: np.ndarray) -> Affine | None:

@@ -215,6 +215,19 @@ def one_table_alone() -> onnx.ModelProto:
     return chain([node("Tanh", ["x"], ["y"])], (4,), {})
 
 
+@case(inputs={"x": normal(4)}, lookups=1)
+def choice_of_functions_of_one_tensor() -> onnx.ModelProto:
+    """What is not chosen may be no number."""
+    nodes = [
+        node("Gemm", ["x", "w1"], ["h"]),
+        node("Greater", ["h", "limit"], ["c"]),
+        node("Sqrt", ["h"], ["r"]),
+        node("Where", ["c", "r", "h"], ["t"]),
+        node("Gemm", ["t", "w2"], ["y"]),
+    ]
+    return chain(nodes, (4,), {"w1": weights(4, 5), "limit": np.float32(1), "w2": weights(5, 2)})
+
+
 @case(inputs={"x": normal(4)})
 def one_source_split_and_joined() -> onnx.ModelProto:
     nodes = [

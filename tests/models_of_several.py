@@ -82,6 +82,27 @@ def concat_of_different_scales() -> onnx.ModelProto:
     return model(nodes, {"x": [1, 3], "z": [1, 2]}, ["y"], known)
 
 
+@case(inputs={"x": normal(1, 3, 3)})
+def known_channels_beside_an_input() -> onnx.ModelProto:
+    """Coordinates, and a channel of ones that is padded with zeros; then, in rows, encodings of places."""
+    nodes = [
+        node("Concat", ["x", "places", "ones"], ["j"], axis=1),
+        node("Conv", ["j", "w", "b"], ["c"], pads=[1, 1, 0, 0]),
+        node("Relu", ["c"], ["r"]),
+        node("Concat", ["rows", "r"], ["k"], axis=-1),
+        node("MatMul", ["k", "v"], ["y"]),
+    ]
+    known = {
+        "places": np.linspace(-9, 9, 9, dtype=np.float32).reshape(1, 1, 3, 3),
+        "ones": np.ones((1, 1, 3, 3), np.float32),
+        "w": weights(2, 3, 2, 2),
+        "b": weights(2),
+        "rows": np.linspace(-3, 3, 12, dtype=np.float32).reshape(1, 2, 3, 2),
+        "v": weights(5, 2),
+    }
+    return model(nodes, {"x": [1, 1, 3, 3]}, ["y"], known)
+
+
 @case(inputs={"x": normal(3), "z": normal(3)})
 def two_inputs_and_three_outputs() -> onnx.ModelProto:
     nodes = [

@@ -16,6 +16,8 @@ from models import prepared
 import fheq
 from fheq.check import problem, survey
 from fheq.errors import FheqError, ModelError, UnsupportedError
+from fheq.plan import plan
+from fheq.prediction import predicted_tables, tables_by_node
 
 
 @pytest.mark.parametrize("build", [build_models.mlp, build_models.cnn])
@@ -59,6 +61,10 @@ CASES = {
     "outputs of constants alone": (
         model([node("Relu", ["k"], ["z"])], {"x": ["N", 2]}, ["z"], {"k": np.ones(2)}),
         [("the model", "'z' does not depend on the inputs", "drop it")],
+    ),
+    "places that are secret": (
+        model([node("GridSample", ["x", "g"], ["y"])], {"x": ["N", 1, 2, 2], "g": ["N", 2, 2, 2]}, ["y"]),
+        [("node 'make_y' (GridSample, output 'y')", "'g'", "constant of the model")],
     ),
     "open shape": (
         model([node("Relu", ["x"], ["y"])], {"x": ["N", "width"]}, ["y"]),
@@ -130,6 +136,26 @@ def test_predicted_tables_are_those_of_the_program(name: str):
     applied = sum(math.prod(program.values[lookup.out].shape) for lookup in program.lookups)
     tables = survey(ready.proto).tables
     assert tables is not None and sum(tables.values()) == applied
+
+
+def test_the_heaviest_node_is_named_with_what_needs_fewer_tables():
+    """A table compares the index with each of 9 rows; choosing 2 of 6 elements takes 15 comparisons of pairs, and more."""
+    known = {"rows": np.eye(9, 6, dtype=np.float32), "w": np.ones((6, 4), np.float32), "k": np.array([2])}
+    look_up = [node("Gather", ["rows", "x"], ["e"]), node("MatMul", ["e", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    found = survey(model(look_up, {"x": ["N"]}, ["y"], known, kinds={"x": onnx.TensorProto.INT64})).heaviest
+    assert found is not None and (found.node, found.tables) == ("node 'make_e' (Gather, output 'e')", 9)
+    assert "make the rows an input" in found.remedy
+    best = [node("TopK", ["x", "k"], ["v", "i"]), node("Tanh", ["v"], ["t"]), node("MatMul", ["t", "u"], ["y"])]
+    found = survey(model(best, {"x": ["N", 6]}, ["y"], {"k": known["k"], "u": known["w"][:2]})).heaviest
+    assert found is not None and found.node == "node 'make_v' (TopK, output 'v')" and "fewer elements" in found.remedy
+
+
+@pytest.mark.parametrize("name", ["product_of_two_inputs", "max_and_min_of_two", "residual_with_different_scales"])
+def test_every_table_is_that_of_a_node(name: str):
+    ready = prepared(name)
+    layout = plan(ready.graph)
+    by_node = tables_by_node(layout, fheq.import_onnx(ready.proto).nodes)
+    assert sum(count for _, count in by_node) == sum(predicted_tables(layout).values())
 
 
 def test_a_survey_of_a_bad_model_says_what_it_takes():

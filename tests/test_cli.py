@@ -56,6 +56,7 @@ def test_check(files: dict[str, str], capsys):
         "output     y: float32 (N, 2)",
         "operators  MatMul 1, Relu 1",
         "tables     2 for one sample (activations 2)",
+        "most for   node 'make_y' (Relu, output 'y'): 2",
         "widths     up to 2 n + 1 bits at n bits: sums have up to 2 terms",
         "no problems found",
     ]
@@ -79,6 +80,7 @@ def test_check_json(files: dict[str, str], capsys):
             "operators": {"MatMul": 1, "Relu": 1},
             "tables": {"activations": 2, "products": 0, "maxima": 0},
             "largest_sum": 2,
+            "heaviest": {"node": "node 'make_y' (Relu, output 'y')", "tables": 2, "remedy": ""},
             "problems": [],
         },
     )

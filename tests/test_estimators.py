@@ -210,7 +210,7 @@ def test_the_circuit_gives_labels() -> None:
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["tree", "boosting", "network"])
+@pytest.mark.parametrize("name", ["tree", "boosting", "network", "svc with probabilities"])
 def test_an_exported_estimator_decides_and_comes_back_as_the_quantized_one(name: str) -> None:
     """Thresholds lie on the edges of quantizers whose zero points are fractional, labels come of ai.onnx.ml."""
     graph = fheq.import_onnx(exported(name))

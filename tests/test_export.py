@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from build_models import cnn, mlp, model, node, tensor
-from models import CASES, as_tuple
+from models import CASES, as_tuple, weights
 
 import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
@@ -18,7 +18,6 @@ from fheq.errors import ModelError
 from fheq.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
-RNG = np.random.default_rng(0)
 
 
 def residual() -> onnx.ModelProto:
@@ -32,7 +31,7 @@ def residual() -> onnx.ModelProto:
         node("Flatten", ["g"], ["f"]),
         node("Gemm", ["f", "v", "b"], ["y"], transB=1, alpha=0.5),
     ]
-    known = {"w": tensor(4, 1, 3, 3), "u": tensor(4, 2, 1, 1), "v": tensor(3, 4), "b": tensor(3)}
+    known = {"w": weights(4, 1, 3, 3), "u": weights(4, 2, 1, 1), "v": weights(3, 4), "b": weights(3)}
     return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], known)
 
 
@@ -75,15 +74,23 @@ def several_forms() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], {"w": tensor(2, 1, 3, 3), "v": tensor(4, 4)}, opset=18)
 
 
+def opposite_columns() -> onnx.ModelProto:
+    """The scores of two classes: weights of one scale, and another zero point in each column."""
+    w = np.linspace(0.2, 1, 4, dtype=np.float32)[:, None]
+    return model([node("MatMul", ["x", "w"], ["y"])], {"x": ["N", 4]}, ["y"], {"w": np.concatenate([w, -w], axis=1)})
+
+
 MODELS = {
     "mlp": (mlp(), (4,)),
     "cnn": (cnn(), (1, 6, 6)),
     "residual": (residual(), (1, 4, 4)),
     "joined": (joined(), (4,)),
     "looked up": (looked_up(), (2,)),
+    "opposite columns": (opposite_columns(), (4,)),
     "several forms": (several_forms(), (1, 4, 4)),
     "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
     "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
+    "known channels": (CASES["known_channels_beside_an_input"].build(), (1, 3, 3)),
 }
 
 
@@ -131,9 +138,11 @@ TRIED = [
     ("residual", "8 bits"),
     ("joined", "6 bits, rounded approximately"),
     ("looked up", "4 bits, per tensor"),
+    ("opposite columns", "8 bits"),
     ("several forms", "8 bits, rounded"),
     ("decrypted", "8 bits, rounded"),
     ("pads", "8 bits, rounded"),
+    ("known channels", "8 bits, rounded"),
 ]
 
 
@@ -142,7 +151,8 @@ def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_prog
     proto, shape = MODELS[name]
     graph = fheq.import_onnx(proto)
     whole = graph.inputs[0].type.dtype.kind == "i"
-    x = RNG.integers(0, 5, (60, *shape)) if whole else RNG.normal(size=(60, *shape)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 5, (60, *shape)) if whole else rng.normal(size=(60, *shape)).astype(np.float32)
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPECS[how])
     exported = fheq.export_qdq(graph, qparams)
     onnx.checker.check_model(exported, full_check=True)
@@ -269,3 +279,40 @@ def test_outputs_that_are_known_need_no_encryption() -> None:
     for outputs in (decrypted, circuit.evaluate(x), fheq.fake_quant(graph, qparams, x)):
         np.testing.assert_array_equal(outputs[1][0], known)
     np.testing.assert_array_equal(again, known)
+
+
+def test_operators_that_only_fheq_has_are_functions_of_the_exported_model():
+    """SOFTMAX_ZERO, which the client computes, PROBIT and codes by key between tables; onnxruntime runs both models.
+
+    Coupled probabilities are in test_estimators.py.
+    """
+    ml, known = "ai.onnx.ml", {"w": tensor(4, 3), "v": tensor(1, 2), "u": tensor(3, 2)}
+    named = {"classlabels_ints": [0, 1, 2], "coefficients": tensor(12).tolist(), "intercepts": [0.1, 0.2, 0.3], "domain": ml}
+    codes = {"keys_floats": [-1.0, 0.0, 1.0], "values_floats": [0.4, 2.0, -1.0], "default_float": 0.0, "domain": ml}
+    share = {"coefficients": [0.3, 0.3, 0.3], "intercepts": [0.05], "post_transform": "PROBIT", "domain": ml}
+    nodes = [
+        node("LinearClassifier", ["x"], ["label", "scores"], post_transform="SOFTMAX_ZERO", **named),
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Sigmoid", ["h"], ["s"]),
+        node("LinearRegressor", ["s"], ["p"], **share),
+        node("MatMul", ["p", "v"], ["y"]),
+        node("Round", ["h"], ["r"]),
+        node("LabelEncoder", ["r"], ["c"], **codes),
+        node("MatMul", ["c", "u"], ["z"]),
+    ]
+    kinds = {"label": onnx.TensorProto.INT64}
+    proto = model(nodes, {"x": ["N", 4]}, ["label", "scores", "y", "z"], known, kinds=kinds, domains={ml: 2})
+    graph, x = fheq.import_onnx(proto), tensor(100, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    exported = fheq.export_qdq(graph, qparams)
+    onnx.checker.check_model(exported, full_check=True)
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    rows = zip(*[session.run(None, {"x": row[None]}) for row in x])
+    want = fheq.fake_quant(graph, qparams, x)
+    model_says = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})
+    for got, quantized, real in zip(map(np.concatenate, rows), want, model_says, strict=True):
+        assert np.mean(np.abs(got - quantized) > 1e-4) <= 0.01
+        assert np.mean(np.abs(got - real) > 0.1) <= 0.06  # of codes and labels those next to an edge are others
+    again = fheq.import_onnx(exported)
+    program = fheq.lower(again, fheq.fit(again, fheq.calibrate(again, x[:2]), 3))
+    assert differences(fheq.lower(graph, qparams), program) == []

@@ -143,7 +143,12 @@ def test_float_model_is_what_the_oracle_says(name: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-BATCH_ONE = ("exported_with_a_batch_of_one", "concat_of_different_scales", "contraction_with_known_elements")
+BATCH_ONE = (
+    "exported_with_a_batch_of_one",
+    "concat_of_different_scales",
+    "contraction_with_known_elements",
+    "known_channels_beside_an_input",
+)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -98,6 +99,17 @@ def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
     ]
     default = attrs.get(name)
     return found["keys"][1], values, (0 if values.dtype.kind == "f" else -1) if default is None else np.ravel(default)[0]
+
+
+def without_strings(node: Node) -> Node:
+    """A LabelEncoder or CategoryMapper as a LabelEncoder (of opset 2 at least) of numbers, which strings are by now."""
+    keys, values, default = mapping_of(node)
+    attrs: dict[str, Any] = {}
+    for part, numbers in (("keys", keys), ("values", values)):
+        kind = "floats" if numbers.dtype.kind == "f" else "int64s"
+        attrs[f"{part}_{kind}"] = tuple(numbers.tolist())
+    name, python = ("default_float", float) if values.dtype.kind == "f" else ("default_int64", int)
+    return replace(node, op="LabelEncoder", attrs={**attrs, name: python(default)}, version=max(node.version, 2))
 
 
 def _nearest(node: Node, x: Array) -> Array:

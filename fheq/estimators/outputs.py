@@ -17,6 +17,10 @@ Array = Any
 DOMAIN = "ai.onnx.ml"
 TRANSFORMS = ("NONE", "SOFTMAX", "LOGISTIC", "SOFTMAX_ZERO", "PROBIT")
 """Post-transforms by their numbers in TreeEnsemble."""
+NOT_ZERO = 1e-7  # what SOFTMAX_ZERO takes for more than 0
+PROBIT = 0.147  # Winitzki's constant
+LEAST_PROBABILITY, UNSETTLED, SWEEPS = 1e-7, 0.005, 100
+"""Of libsvm's coupling: the bound on probabilities, the error (times the number of classes) at which it ends, and sweeps."""
 
 
 def real_input(draft: Draft, node: Node, position: int = 0) -> str:
@@ -94,7 +98,7 @@ def write_label(draft: Draft, node: Node, scores: str, labels: np.ndarray, out: 
 def _softmax_zero(node: Node, x: Array) -> Array:
     """Softmax over the last axis in which a zero keeps the weight 0."""
     top = jnp.max(x, axis=-1, keepdims=True)
-    powers = jnp.where(jnp.abs(x) > 1e-7, jnp.exp(x - top), x * jnp.exp(-top))
+    powers = jnp.where(jnp.abs(x) > NOT_ZERO, jnp.exp(x - top), x * jnp.exp(-top))
     total = jnp.sum(powers, axis=-1, keepdims=True)
     return jnp.where(total == 0, 0.5, powers / jnp.where(total == 0, 1, total)).astype(x.dtype)
 
@@ -103,8 +107,8 @@ def _probit(node: Node, x: Array) -> Array:
     """The inverse of the normal distribution, in the approximation that ONNX runtimes use (Winitzki 2008)."""
     y = 2 * x - 1
     log = jnp.log((1 - y) * (1 + y))
-    half = 2 / (np.pi * 0.147) + 0.5 * log
-    return (1.41421356 * jnp.sign(y) * jnp.sqrt(-half + jnp.sqrt(half * half - log / 0.147))).astype(x.dtype)
+    half = 2 / (np.pi * PROBIT) + 0.5 * log
+    return (1.41421356 * jnp.sign(y) * jnp.sqrt(-half + jnp.sqrt(half * half - log / PROBIT))).astype(x.dtype)
 
 
 def _pairwise_coupling(node: Node, r: Array) -> Array:
@@ -112,7 +116,7 @@ def _pairwise_coupling(node: Node, r: Array) -> Array:
     pairs = r.shape[-1]
     count = round((1 + (1 + 8 * pairs) ** 0.5) / 2)
     first, second = np.triu_indices(count, 1)
-    r = jnp.clip(r, 1e-7, 1 - 1e-7)
+    r = jnp.clip(r, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
 
     def one(row: Array) -> Array:
         table = jnp.zeros((count, count), row.dtype).at[first, second].set(row).at[second, first].set(1 - row)
@@ -133,7 +137,7 @@ def _pairwise_coupling(node: Node, r: Array) -> Array:
         def unfinished(state: tuple[Array, Array]) -> Array:
             p, step = state
             qp = q @ p
-            return (step < max(100, count)) & (jnp.max(jnp.abs(qp - p @ qp)) >= 0.005 / count)
+            return (step < max(SWEEPS, count)) & (jnp.max(jnp.abs(qp - p @ qp)) >= UNSETTLED / count)
 
         return jax.lax.while_loop(unfinished, sweep, (jnp.full(count, 1 / count, row.dtype), 0))[0]
 

@@ -14,6 +14,7 @@ from fheq.encodings import is_encoding
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.lower import check_complete
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
+from fheq.onnx.estimator_functions import estimator_functions
 from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantizer, write_rounded
 from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
@@ -80,7 +81,8 @@ class _Export:
             if self.inner(port.name) != stated.name:
                 code = helper.np_dtype_to_tensor_dtype(port.type.dtype)
                 self.writer.emit("Cast", [self.inner(port.name)], stated.name, to=code)
-        return self.writer.model(graph.inputs, outputs, [accumulator_function(), *quantizer_functions()])
+        functions = [accumulator_function(), *quantizer_functions(), *estimator_functions()]
+        return self.writer.model(graph.inputs, outputs, functions)
 
     def output(self, name: str) -> str:
         """The name of an output: another one where it is an input, which it holds quantized."""
@@ -188,6 +190,9 @@ class _Export:
             return
         if node.op == "Whole":
             writer.emit("Cast", [writer.emit("Round", inputs[:1], f"{out}/rounded")], out, to=TensorProto.INT32)
+            return
+        if node.op != "FakeQuant":
+            writer.copy(node, inputs, [out])
             return
         affine = self.layout.graph.pinned.get(node.outputs[0])
         mode = node.attrs["rounding_mode"]

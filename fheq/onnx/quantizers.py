@@ -123,9 +123,9 @@ def write_parameters(writer: Writer, out: str, affine: Affine, dtype: Any, ndim:
     return [writer.constant(f"{out}/{label}", np.ascontiguousarray(v)) for label, v in parts], axis
 
 
-def container(name: str, low: float, high: float) -> Any:
-    """The smallest integer type of 8 or 16 bits that holds a range."""
+def container(name: str, low: float, high: float, least: int = 8) -> Any:
+    """The smallest integer type of 8 or 16 bits, of `least` ones at least, that holds a range."""
     for dtype in _CONTAINERS:
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+        if np.iinfo(dtype).bits >= least and np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return dtype
     raise QuantizationError(f"quantizer of {name!r}: integers or a zero point from {low:g} to {high:g} do not fit 16 bits")

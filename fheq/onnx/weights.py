@@ -42,14 +42,16 @@ def write_weight(writer: Writer, layout: Plan, qparams: QParams, step: Linear, p
     alpha = node.attrs.get("alpha", 1.0) if node.op == "Gemm" else 1.0
     integers = stored(np.round(found.integers)) * np.sign(alpha * ratio)
     scale, zero = stored(expanded.scale) / abs(alpha), stored(expanded.zero_point)
-    axis = next((a for a in (None, *range(len(shape))) if _varies_along(scale, a) and _varies_along(zero, a)), -1)
+    axis = _common_axis(scale, zero)
     if axis == -1 or np.any(alpha * ratio < 0):
         zero = np.zeros_like(zero)
-    axis = next((a for a in (None, *range(len(shape))) if _varies_along(scale, a)), -1)
+        axis = _common_axis(scale)
     q = integers + zero
-    dtype = container(name, float(min(q.min(), zero.min())), float(max(q.max(), zero.max())))
-    values = writer.constant(f"{name}/q", q.astype(dtype))
     factor = np.abs(ratio)
+    # onnxruntime makes MatMulNBits of a product with 8-bit weights, which rounds what it multiplies.
+    bits = 16 if node.op == "MatMul" and np.all(factor == 1) else 8
+    dtype = container(name, float(min(q.min(), zero.min())), float(max(q.max(), zero.max())), bits)
+    values = writer.constant(f"{name}/q", q.astype(dtype))
     if axis == -1:  # channels along several stored axes
         factor, scale, axis = factor / scale, np.ones_like(scale), None
     none = np.zeros(())
@@ -89,6 +91,12 @@ def known_channels(layout: Plan, qparams: QParams, step: Linear) -> np.ndarray |
     contribution = step.weight * along_inputs(step, known)
     axes = tuple(a for a in range(step.weight.ndim) if a != step.weight_axis % step.weight.ndim)
     return np.asarray(along_outputs(step, contribution.sum(axis=axes)))
+
+
+def _common_axis(*arrays: np.ndarray) -> int | None:
+    """The one axis along which arrays of one shape vary; None where none does, -1 where there are several."""
+    axes = (None, *range(arrays[0].ndim))
+    return next((axis for axis in axes if all(_varies_along(values, axis) for values in arrays)), -1)
 
 
 def _varies_along(values: np.ndarray, axis: int | None) -> bool:

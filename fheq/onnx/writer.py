@@ -10,7 +10,9 @@ import onnx
 from onnx import helper, numpy_helper, version_converter
 
 from fheq.errors import UnsupportedError, describe
+from fheq.estimators.features import without_strings
 from fheq.graph import Node, Port, TensorType
+from fheq.grids import DOMAIN
 from fheq.onnx.attributes import schema_of
 
 OPSET = 21
@@ -42,12 +44,18 @@ class Writer:
     def copy(self, node: Node, inputs: list[str], outputs: list[str]) -> None:
         """Adds a node of a graph in the opset that is written, converted where its operator has changed since its own.
 
-        Operators of another domain get the latest opset that one of them has. What fheq notes on a node beside its
-        attributes is left out.
+        Operators of another domain get the latest opset that one of them has; those of fheq's own are functions of the
+        model. What fheq notes on a node beside its attributes is left out.
 
         Raises:
             UnsupportedError: the opset has no such operator.
         """
+        if node.domain == DOMAIN:
+            attrs = {name: _attribute(value) for name, value in node.attrs.items()}
+            self.nodes.append(helper.make_node(node.op, inputs, outputs, name=outputs[0], domain=DOMAIN, **attrs))
+            return
+        if (node.domain, node.op) in (("ai.onnx.ml", "LabelEncoder"), ("ai.onnx.ml", "CategoryMapper")):
+            node = without_strings(node)
         opset = self.opsets[node.domain] = OPSET if not node.domain else max(node.version, self.opsets.get(node.domain, 1))
         then, now = (schema_of(node.op, version, node.domain) for version in (node.version, opset))
         if then is None or now is None or (node.domain and then.since_version != now.since_version):

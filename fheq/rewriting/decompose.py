@@ -12,6 +12,7 @@ import numpy as np
 
 from fheq.estimators.features import mapping_of
 from fheq.graph import Graph, Node
+from fheq.regions import elementwise_source
 from fheq.rewriting import distances, einsum, gather, matrices, normalizations, primitives, recurrent, scatter, selection
 from fheq.rewriting.edit import Draft
 
@@ -129,11 +130,13 @@ def _logic(draft: Draft, node: Node) -> bool:
 
 def _where(draft: Draft, node: Node) -> bool:
     """A choice by a computed condition c: c * a + (1 - c) * b, one product where a or b is zero, b + c * (a - b) where one
-    is known otherwise."""
+    is known otherwise; nothing of these where all are functions of one tensor, as any function of it is one table."""
     condition, a, b = node.inputs
     known = {name: draft.constants[name] for name in (a, b) if name in draft.constants}
     result, out = draft.types[node.outputs[0]], node.outputs[0]
     if not draft.depends(condition) or (a in known and b in known) or result.dtype.kind == "b":
+        return False
+    if len({elementwise_source(draft.graph, name) for name in node.inputs if name not in known}) == 1:
         return False
     if any(not np.all(np.isfinite(value.astype(np.float64))) for value in known.values()):
         return False
