@@ -102,7 +102,8 @@ def _after_sums(graph: Graph) -> set[str]:
     """Tensors that depend on a product with weights, a sum or a maximum."""
     summed: set[str] = set()
     for node in graph.nodes:
-        if lookup(node).kind in (Kind.LINEAR, Kind.MAX) or any(name in summed for name in node.inputs):
+        sums = lookup(node).kind in (Kind.LINEAR, Kind.MAX) or node.op.startswith("Reduce")
+        if sums or any(name in summed for name in node.inputs):
             summed.update(node.outputs)
     return summed
 

@@ -57,8 +57,12 @@ def _sample(layout: Plan, qparams: QParams, *sample: Array) -> tuple[Array, ...]
 
 
 def results(layout: Plan, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The model's outputs: those of the planned graph, or what the client makes of them."""
-    return outputs if layout.client is None else evaluate_sample(layout.client, *outputs)
+    """The model's outputs: those of the planned graph, or what the client makes of them (0 where a value leaves the domain
+    of its function, as after decryption)."""
+    if layout.client is None:
+        return outputs
+    found = evaluate_sample(layout.client, *outputs)
+    return tuple(jnp.where(jnp.isnan(v), 0, v) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in found)
 
 
 class Prepared(NamedTuple):
