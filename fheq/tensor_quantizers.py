@@ -173,9 +173,13 @@ def _affine(
     low, high, bits = ranges[key]
     given = next((stated[m] for m in members if m in stated), None)
     if given is not None and (given.axis is None or axis is not None):
-        scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape).copy()
         if sharing.group[key] in sharing.identical:
             return replace(given, axis=axis, mode="ROUND")
+        scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape)
+        if sharing.group[key] in sharing.exact:
+            bits = max(bits, int(np.max(np.ceil(np.log2((high - low) / scale + 1)))))
+        else:
+            scale = scale * coarser(scale, scales[key])
     elif sharing.group[key] in sharing.identical:
         low = np.min([ranges[m][0] for m in members], axis=0)
         high = np.max([ranges[m][1] for m in members], axis=0)
@@ -200,6 +204,11 @@ def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:
     The sum then multiplies its other operand by as much, for nothing but some bits of width.
     """
     return np.clip(2.0 ** np.floor(np.log2(shared / own) + 1e-9), 1.0, 16.0)
+
+
+def coarser(stated: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The whole number of steps that a model states, for what a tensor is added to, in one of the tensor's own."""
+    return np.maximum(np.ceil(own / stated - 1e-6), 1.0)
 
 
 def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:

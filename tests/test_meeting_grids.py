@@ -125,3 +125,17 @@ def test_a_circuit_takes_an_input_with_two_encodings_once():
     circuit = fheq.compile(program)
     for got, want in zip(circuit.evaluate(SAMPLES[:3]), fheq.evaluate(graph, SAMPLES[:3])):
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_meets_a_finer_stated_grid_keeps_its_range(bits):
+    """x - mean(x), where the model states 16 bits of x alone: the mean has its own few bits, in whole multiples of them."""
+    known = {"s": np.float32(1e-4), "z": np.int16(0), "axes": np.array([1])}
+    nodes = [*qdq("x", "d"), node("ReduceMean", ["d", "axes"], ["m"]), node("Sub", ["d", "m"], ["y"])]
+    proto = model(nodes, {"x": ["N", 6]}, ["y"], known, opset=21)
+    x = RNG.normal(size=(200, 6)).astype(np.float32)
+    graph = fheq.import_onnx(proto)
+    spec = fheq.Spec(bits, observer=fheq.MinMax())
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), spec))
+    step = np.ptp(x.mean(axis=1)) / (2**bits - 1) + 1e-4
+    np.testing.assert_allclose(answers(program, x), session(proto).run(None, {"x": x})[0], rtol=0, atol=step / 2 + 1e-4)
