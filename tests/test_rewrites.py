@@ -210,7 +210,7 @@ COMPOSITES = {
     **{op: (compared(op), {}, 17) for op in COMPARED},
     **{op: (signs(op), LEVEL, 17) for op in ("And", "Or", "Xor")},
     "equal booleans": (signs("Equal"), LEVEL, 17),
-    **{f"where {a} {b}": (chosen(a, b), LEVEL, 17) for a, b in ("xz", "zk", "kz", "zw", "wx")},
+    **{f"where {a} {b}": (chosen(a, b), LEVEL, 17) for a, b in ("xz", "zk", "kz", "zw", "wz")},
 }
 
 
