@@ -113,6 +113,24 @@ def test_a_mask_leaves_scores_their_steps(form: str, far: float) -> None:
     assert 1 - np.sum((got - want) ** 2) / np.sum((want - want.mean(axis=0)) ** 2) > 0.995
 
 
+@pytest.mark.parametrize("bias", [[-150.0, -120.0, -210.0, -100.5], [-2e4, -2e4 + 60, -2e4 - 30, -2e4 + 40]])
+def test_biases_of_scores_hide_nothing(bias: list[float]) -> None:
+    """Features that are not scaled give scores of hundreds, which a softmax moves and a layer then reads."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["s"]),
+        node("Add", ["s", "bias"], ["z"]),
+        node("Softmax", ["z"], ["p"], axis=-1),
+        node("MatMul", ["p", "v"], ["y"]),
+    ]
+    known = {"w": 100 * weights(WIDTH, 4), "bias": np.float32(bias), "v": weights(4, 2)}
+    proto = model(nodes, {"x": ["N", WIDTH]}, ["y"], known)
+    x = X[:, 0] + np.float32([1, 0, 0, 0])
+    want = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
+    graph = fheq.import_onnx(proto)
+    faked = fheq.fake_quant(graph, fheq.fit(graph, fheq.calibrate(graph, x), 14), x)
+    assert 1 - np.sum((faked - want) ** 2) / np.sum((want - want.mean(axis=0)) ** 2) > 0.99
+
+
 def test_what_a_mask_hides_changes_nothing() -> None:
     """Not by a step of the output: other tokens in hidden places give the same result in the places that are kept."""
     proto, mask = chosen(-np.inf)

@@ -15,8 +15,8 @@ import numpy as np
 from fheq.graph import Node
 from fheq.rewriting.edit import Draft
 
-FAR = -100.0
-"""What masks: exp(-100) is 0 in float32."""
+FAR, CERTAIN = -100.0, -9e3
+"""What masks: exp(-100) is 0 in float32; beside other numbers than 0, which may be biases, only what no score is like."""
 _SAME_VALUES = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _SAME_ORDER = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
@@ -53,22 +53,40 @@ def bounded(draft: Draft, node: Node, name: str) -> str:
     """The scores of a softmax with a mask that is computed: what it adds is `FAR` at the least, never minus infinity, and
     scores that it replaces are a sum with it. So it has a quantizer of its own, of whose range `fit` keeps what matters
     (`fheq.negligible`). A row that it hides whole keeps its scores."""
-    if name in draft.constants:
-        value = draft.constants[name]
-        return name if np.all(value >= FAR) else draft.constant(f"{name}/bounded", np.maximum(value, FAR), value.dtype)
     maker = draft.graph.producers().get(name)
     if maker is None or maker.domain:
         return name
     added = _added(draft, node, maker) if maker.op == "Where" else ""
     if added:
         return added
-    held = _holds_values(draft, maker)
-    inputs = tuple(bounded(draft, node, source) if at in held else source for at, source in enumerate(maker.inputs))
+    held = [maker.inputs[at] for at in _holds_values(draft, maker)]
+    changed = _without_far(draft, [source for source in held if source in draft.constants])
+    changed |= {source: bounded(draft, node, source) for source in held if source not in draft.constants}
+    inputs = tuple(changed.get(source, source) for source in maker.inputs)
     if inputs == tuple(maker.inputs):
         return name
     out = draft.fresh(f"{name}/bounded")
     draft.write(replace(maker, inputs=inputs, outputs=(out,)))
     return out
+
+
+def _hides(value: np.ndarray) -> np.ndarray:
+    """Where a known tensor that is added hides scores. One that is far below all in every place hides none."""
+    far = value <= FAR
+    far = far if np.all(value[~far] == 0) else value <= CERTAIN
+    return far & ~np.all(far)
+
+
+def _without_far(draft: Draft, names: list[str]) -> dict[str, str]:
+    """Known tensors of one mask, by name, to those with `FAR` where they hide."""
+    if not names:
+        return {}
+    values = [draft.constants[name] for name in names]
+    hides = np.split(_hides(np.concatenate([v.ravel() for v in values])), np.cumsum([v.size for v in values])[:-1])
+    return {
+        name: draft.constant(f"{name}/bounded", np.where(far.reshape(v.shape), FAR, v), v.dtype) if far.any() else name
+        for name, v, far in zip(names, values, hides)
+    }
 
 
 def _holds_values(draft: Draft, maker: Node) -> tuple[int, ...]:
@@ -109,7 +127,7 @@ def _unmasked(draft: Draft, node: Node, name: str) -> tuple[str, np.ndarray] | N
     ):
         return None
     value = draft.constants[known[0]]
-    far = value <= FAR
+    far = value <= FAR if maker.op == "Where" else _hides(value)
     if not far.any():
         return None
     near = draft.constant(f"{node.outputs[0]}/near", np.where(far, 0, value), value.dtype)
