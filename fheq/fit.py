@@ -81,18 +81,19 @@ def _of_tensors(spec: Spec) -> Spec:
 
 def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
     """`fit` for specs of equal `_of_tensors`."""
-    found = _fitted(layout, stats, specs, True)
+    floors = floors_of(layout, stats, lambda key: tensor_bits(layout, key, specs[0]))
+    tensors = fit_tensors(layout, raised(stats, floors.tensors), specs[0])
+    check_alignment(layout, QParams(tensors, {}, {}))
+    reached = raised(stats, floors.accumulators)
+    found = _with_tensors(layout, reached, specs, tensors, True)
     vain = [i for i, spec in enumerate(specs) if rounds_nothing(spec) and too_wide(found[i])]
-    for i, qparams in zip(vain, _fitted(layout, stats, [specs[i] for i in vain], False) if vain else ()):
+    for i, qparams in zip(vain, _with_tensors(layout, reached, [specs[i] for i in vain], tensors, False) if vain else ()):
         found[i] = qparams  # weights are not made coarser for a program that has no tables all the same
     return found
 
 
-def _fitted(layout: Plan, stats: Stats, specs: list[Spec], narrow: bool) -> list[QParams]:
-    floors = floors_of(layout, stats, lambda key: tensor_bits(layout, key, specs[0]))
-    tensors = fit_tensors(layout, raised(stats, floors.tensors), specs[0])
-    stats = raised(stats, floors.accumulators)
-    check_alignment(layout, QParams(tensors, {}, {}))
+def _with_tensors(layout: Plan, stats: Stats, specs: list[Spec], tensors: dict[str, Affine], narrow: bool) -> list[QParams]:
+    """The quantizers of weights and accumulators for each spec, beside those of tensors."""
     encrypted = unsigned(QParams(tensors, {}, {})).tensors
     moved = any(np.any(a.qmin != 0) for a in tensors.values())
     found = [QParams(dict(tensors), {}, {}) for _ in specs]

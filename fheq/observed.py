@@ -55,7 +55,7 @@ def follow(layout: Plan, stats: Stats) -> dict[str, TensorStats]:
     """The statistics with extremes and histograms of the tensors that follow from others."""
     found = dict(stats)
     for name, node in followed(layout).items():
-        source, moments = found[node.inputs[0]], found.get(name)
+        source, moments = found[node.inputs[0]]._replace(total=None, squares=None), found.get(name)
         found[name] = clipped(source, *_limits(layout, name))
         if moments is not None:
             found[name] = found[name]._replace(total=moments.total, squares=moments.squares)
