@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fheq.decoders import Decoder, operand_decoder
+from fheq.decoders import operand_decoder, step_of
 from fheq.integer_weights import Weights, quantize_weight
 from fheq.namespace import array_namespace
 from fheq.plan import Plan
 from fheq.qparams import QParams
-from fheq.steps import Add, Linear, Product, Step, Sum
+from fheq.steps import Add, Linear, Operand, Product, Step, Sum
 
 Array = Any
 SUM_ERROR = 1 / 16
 SUM_MULTIPLIER = 128
+SUM_RATIO = 2.0**16  # of scales: what is in yet smaller steps adds nothing
+ACCUMULATOR_REACH = 2.0  # steps: multipliers of accumulators are exact to a 32nd; `fit` makes most of them exact
 
 
 def accumulator_decoder(layout: Plan, qparams: QParams, step: Step, weights: Weights | None = None) -> tuple[Array, Array]:
@@ -36,10 +38,10 @@ def accumulator_decoder(layout: Plan, qparams: QParams, step: Step, weights: Wei
         scale = step.coefficient * xp.take_along_axis(x.scale, at, -1)[..., 0]
         return scale, step.coefficient * (xp.sum(xp.where(valid, x.offset, 0), axis=-1) + fill)
     if isinstance(step, Add):
-        a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
-        m, n, scale = add_multipliers(a, b)
+        a, b = summands(layout, qparams, step)
+        m, n, scale = multipliers(layout, qparams, step, a, b)
         # What the multipliers miss of a scale is least where it counts for nothing in the middle of the range.
-        left, right = (x.offset + (x.scale - k * scale) * (x.low + x.high) / 2 for x, k in ((a, m), (b, n)))
+        left, right = (x.offset + (x.scale - k * scale) * x.middle for x, k in ((a, m), (b, n)))
         return scale, left + step.sign * right
     assert isinstance(step, Product)
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
@@ -47,17 +49,74 @@ def accumulator_decoder(layout: Plan, qparams: QParams, step: Step, weights: Wei
     return (scale[..., 0], np.zeros(step.shape)) if step.contract else (scale, np.zeros(step.shape))
 
 
-def add_multipliers(a: Decoder, b: Decoder) -> tuple[Array, Array, Array]:
+class Summand(NamedTuple):
+    """What a sum reads, `real = scale * q + offset`; arrays of the step's shape.
+
+    middle: the integer about which it varies; reach: to how many steps from there multipliers are to be exact.
+    """
+
+    scale: Array
+    offset: Array
+    middle: Array
+    reach: Array
+
+    def multiplied(self, multiplier: Array, unit: Array) -> tuple[Array, Array]:
+        """(slope, intercept) of what a sum in steps of `unit` takes for a real value."""
+        slope = multiplier * unit / self.scale
+        return slope, (1 - slope) * (self.offset + self.scale * self.middle)
+
+
+def summands(layout: Plan, qparams: QParams, step: Add) -> tuple[Summand, Summand]:
+    """The operands of a sum: quantized tensors, or accumulators about their 0."""
+    a, b = (_summand(layout, qparams, operand) for operand in step.operands)
+    if sums_accumulators(layout, step):
+        near = np.full(step.shape, ACCUMULATOR_REACH)
+        return a._replace(reach=near), b._replace(reach=near)
+    return a, b
+
+
+def sums_accumulators(layout: Plan, step: Add) -> bool:
+    """Whether a sum reads an accumulator."""
+    return any(operand.key in layout.summed for operand in step.operands)
+
+
+def _summand(layout: Plan, qparams: QParams, operand: Operand) -> Summand:
+    if operand.key not in layout.summed:
+        d = operand_decoder(layout, qparams, operand)
+        return Summand(d.scale, d.offset, (d.low + d.high) / 2, (d.high - d.low) / 2)
+    made = step_of(layout, operand.key)
+    scale, offset = accumulator_decoder(layout, qparams, made)
+    xp = array_namespace(scale, offset)
+    scale, offset = (xp.broadcast_to(v, made.shape).ravel()[operand.elements] for v in (scale, offset))
+    if operand.slope is not None:
+        scale, offset = scale * operand.slope, offset * operand.slope + operand.intercept
+    scale, offset = scale.reshape(operand.shape), offset.reshape(operand.shape)
+    return Summand(scale, offset, -offset / scale, xp.zeros_like(scale))
+
+
+def multipliers(layout: Plan, qparams: QParams, step: Add, a: Summand, b: Summand) -> tuple[Array, Array, Array]:
+    """How often a sum takes each operand, and its unit: the one that `qparams` has for a sum of accumulators."""
+    known = qparams.accumulators.get(step.out) if sums_accumulators(layout, step) else None
+    if known is None:
+        return add_multipliers(a, b)
+    unit = known.expanded(len(step.shape)).scale
+    xp = array_namespace(a.scale, b.scale, unit)
+    times = (xp.maximum(xp.round(x.scale / unit), 1) for x in (a, b))
+    return *times, xp.broadcast_to(unit, step.shape)
+
+
+def add_multipliers(a: Summand, b: Summand) -> tuple[Array, Array, Array]:
     """Integers m, n and a scale s with `m * s = a.scale` and `n * s = b.scale`, for the sum `s * (m * p + n * q)`.
 
-    Equal scales give 1, 1. Unequal ones come from models that state their quantizers: the convergents of the continued
-    fraction of their ratio are tried, until one is wrong by less than `SUM_ERROR` of the larger step at the ends of the
-    range or the next one has multipliers above `SUM_MULTIPLIER`.
+    Equal scales give 1, 1. Unequal ones come from accumulators and from models that state their quantizers: the convergents
+    of the continued fraction of their ratio are tried, until one is wrong by less than `SUM_ERROR` of the larger step at the
+    ends of its reach or the next one has multipliers above `SUM_MULTIPLIER`.
     """
     xp = array_namespace(a.scale, b.scale)
     swapped = a.scale > b.scale
-    small, large = xp.minimum(a.scale, b.scale), xp.maximum(a.scale, b.scale)
-    reach = xp.where(swapped, a.high - a.low, b.high - b.low) / 2
+    large = xp.maximum(a.scale, b.scale)
+    small = xp.maximum(xp.minimum(a.scale, b.scale), large / SUM_RATIO)
+    reach = xp.where(swapped, a.reach, b.reach)
     ratio = large / small
     before, found = (xp.ones_like(ratio), xp.zeros_like(ratio)), (xp.round(ratio), xp.ones_like(ratio))
     rest = ratio - found[0]

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from fheq.accumulator_decoders import accumulator_decoder, add_multipliers
+from fheq.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.bounds import Bounds, channel_bounds
 from fheq.clipping import tails
-from fheq.decoders import operand_decoder
+from fheq.decoders import step_of
 from fheq.granularity import channel_axis
-from fheq.integer_weights import Weights
+from fheq.integer_weights import Weights, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.spec import AccumulatorRange, Spec
 from fheq.statistics import Stats, TensorStats, of_statistics
-from fheq.steps import Add, Linear, Step, Sum, counts_decisions
+from fheq.steps import Add, Linear, Operand, Step, Sum, counts_decisions
 
 OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
 DEVIATIONS = 4.42  # beyond as many standard deviations lies that share of a normal distribution
@@ -56,9 +56,19 @@ def operand_rounding(layout: Plan, qparams: QParams, step: Step, weights: Weight
     elif isinstance(step, Sum):
         variance = step.x.shape[-1]
     elif isinstance(step, Add):
-        m, n, _ = add_multipliers(*(operand_decoder(layout, qparams, o) for o in step.operands))
-        variance = np.max(np.square(m) + np.square(n))
+        a, b = (_summand_rounding(layout, qparams, o) for o in step.operands)
+        m, n, _ = multipliers(layout, qparams, step, *summands(layout, qparams, step))
+        variance = np.max(np.square(m) * a + np.square(n) * b)
     return np.sqrt(np.asarray(variance) / 12)
+
+
+def _summand_rounding(layout: Plan, qparams: QParams, operand: Operand) -> float:
+    """The variance of a summand's rounding, in twelfths of its step."""
+    if operand.key not in layout.summed:
+        return 1.0
+    made = step_of(layout, operand.key)
+    weights = quantize_weight(layout, qparams, made) if isinstance(made, Linear) else None
+    return float(np.max(12 * operand_rounding(layout, qparams, made, weights) ** 2))
 
 
 @of_statistics

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fheq.accumulator_decoders import accumulator_decoder
+from fheq.accumulator_decoders import accumulator_decoder, sums_accumulators
 from fheq.accumulator_ranges import chosen_bounds
 from fheq.affine import Affine
 from fheq.bounds import Bounds, channel_bounds, worst_case
@@ -23,9 +23,10 @@ from fheq.qparams import QParams, unsigned
 from fheq.spec import MAX_TABLE_BITS, Rounding, Spec
 from fheq.stated_accumulators import fits
 from fheq.statistics import Stats
-from fheq.steps import Linear, Step, makes_accumulator
+from fheq.steps import Add, Linear, Step, makes_accumulator
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
+FINER = 2  # bits: between 4 and 7 parts of a unit, the largest number that fits, leave at most a fifth of a range unused
 WORST_CASE_BITS = 6  # low bits that are given up so that an accumulator too wide for tables can never overflow
 
 
@@ -77,6 +78,10 @@ def fit_accumulator(
         return stated
     rounding = rounding_of(layout, spec, step)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
+    if rounding is not None and isinstance(step, Add) and sums_accumulators(layout, step):
+        qparams = _in_smaller_units(layout, qparams, step, bounds, rounding)
+        worst = channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
+        bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
         return accumulator_affine(layout, qparams, step, bounds, worst, removable(bounds, rounding.n_bits), mode, weights)
@@ -88,13 +93,30 @@ def fit_accumulator(
     return accumulator_affine(layout, qparams, step, widest, worst, removable(widest, limit), "exact", weights)
 
 
+def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds, rounding: Rounding) -> QParams:
+    """`qparams` with a unit for a sum of accumulators in which each of its channels fills the cells that rounding leaves.
+
+    Whole parts of the unit that the operands have: the sum takes them as often. Bits that are removed approximately cost
+    nothing, and `FINER` more of them bring every channel closer to the ends.
+    """
+    lsbs = removable(bounds, rounding.n_bits) + FINER * rounding.approximate
+    room = 2.0 ** (rounding.n_bits + lsbs) - 1 - 2.5 * 2.0**lsbs
+    parts = np.maximum(np.floor(room / np.maximum(bounds.high - bounds.low, 1)), 1)
+    axis = channel_axis(layout, step.out)
+    scale = np.broadcast_to(accumulator_decoder(layout, qparams, step)[0], step.shape)
+    unit = np.ravel(first_of_channel(scale, axis)) / parts
+    zero = np.zeros_like(unit)
+    known = Affine(unit if axis is not None else unit[0], *(zero,) * 4, axis)
+    return replace(qparams, accumulators={**qparams.accumulators, step.out: known})
+
+
 def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
-    """How the accumulator of a step is rounded; not at all when what reads it needs every integer.
+    """How the accumulator of a step is rounded; not at all when what reads it needs every integer, or is a sum.
 
     Raises:
         QuantizationError: exact rounding of an accumulator that is decrypted, which would take tables and save none.
     """
-    if isinstance(step, Linear) and step.options.get("exact"):
+    if (isinstance(step, Linear) and step.options.get("exact")) or step.out in layout.summed:
         return None
     own = spec.override(step.out, step.node.name).rounding
     if step.out in layout.points.values():

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fheq.accumulator_decoders import add_multipliers
-from fheq.decoders import operand_decoder
+from fheq.accumulator_decoders import multipliers, summands
+from fheq.decoders import operand_decoder, step_of
 from fheq.integer_weights import Weights, apply_form, lacking, quantize_weight
 from fheq.plan import Plan
 from fheq.qparams import QParams
-from fheq.steps import Add, Linear, Maximum, Product, Step, Sum
+from fheq.steps import Add, Linear, Maximum, Operand, Product, Step, Sum
 
 
 class Bounds(NamedTuple):
@@ -44,18 +44,28 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | N
         x = operand_decoder(layout, qparams, step.x)
         valid = (step.x.elements >= 0).reshape(step.x.shape)
         return tuple(np.sum(np.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
-    a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     if isinstance(step, Add):
-        m, n, _ = add_multipliers(a, b)
+        m, n, _ = multipliers(layout, qparams, step, *summands(layout, qparams, step))
+        a, b = (_of_operand(layout, qparams, o) for o in step.operands)
         n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
         low, high = m * a.low + n_low, m * a.high + n_high
         extreme = from_its_extreme(layout, step)
         return (low, np.minimum(high, 0)) if extreme > 0 else (np.maximum(low, 0), high) if extreme < 0 else (low, high)
     assert isinstance(step, Product)
+    a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     p, r = (np.round(d.offset / d.scale) for d in (a, b))
     corners = [i * j for i in (a.low + p, a.high + p) for j in (b.low + r, b.high + r)]
     low, high = np.min(np.stack(corners), axis=0), np.max(np.stack(corners), axis=0)
     return (np.sum(low, -1), np.sum(high, -1)) if step.contract else (low, high)
+
+
+def _of_operand(layout: Plan, qparams: QParams, operand: Operand) -> Bounds:
+    """Bounds of the integers of a summand."""
+    if operand.key not in layout.summed:
+        d = operand_decoder(layout, qparams, operand)
+        return Bounds(d.low, d.high)
+    made = worst_case(layout, qparams, step_of(layout, operand.key))
+    return Bounds(*(v.ravel()[operand.elements].reshape(operand.shape) for v in made))
 
 
 def from_its_extreme(layout: Plan, step: Add) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import affine
-from fheq.accumulator_decoders import accumulator_decoder
+from fheq.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
 from fheq.batching import join, over_samples
 from fheq.compiled import compiled_for
 from fheq.decoders import join_pieces
@@ -68,12 +68,14 @@ def results(layout: Plan, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
 class Prepared(NamedTuple):
     """What a step takes from the quantizers alone, worked out once however many samples follow.
 
-    weight: the quantized weight of a linear step, in real values; scale, offset: decoder of its accumulator.
+    weight: the quantized weight of a linear step, in real values; scale, offset: decoder of its accumulator; taken: what a
+    sum with an accumulator takes for each of its operands, slope and intercept.
     """
 
     weight: Array | None
     scale: Array
     offset: Array
+    taken: tuple[tuple[Array, Array], ...] = ()
 
 
 def prepare(layout: Plan, qparams: QParams) -> dict[str, Prepared]:
@@ -83,8 +85,17 @@ def prepare(layout: Plan, qparams: QParams) -> dict[str, Prepared]:
         if isinstance(step, Linear):
             found[step.out] = _prepare_linear(layout, qparams, step)
         elif makes_accumulator(step):
-            found[step.out] = Prepared(None, *accumulator_decoder(layout, qparams, step))
+            found[step.out] = Prepared(None, *accumulator_decoder(layout, qparams, step), _taken(layout, qparams, step))
     return found
+
+
+def _taken(layout: Plan, qparams: QParams, step: Step) -> tuple[tuple[Array, Array], ...]:
+    """Of a sum with an accumulator, whose multipliers are whole: see `Summand.multiplied`."""
+    if not isinstance(step, Add) or not sums_accumulators(layout, step):
+        return ()
+    a, b = summands(layout, qparams, step)
+    m, n, unit = multipliers(layout, qparams, step, a, b)
+    return tuple(jax.tree.map(jax.lax.stop_gradient, x.multiplied(k, unit)) for x, k in ((a, m), (b, n)))
 
 
 def _prepare_linear(layout: Plan, qparams: QParams, step: Linear) -> Prepared:
@@ -203,6 +214,7 @@ def run_step(
     elif isinstance(step, Sum):
         y = step.coefficient * jnp.sum(xs[0], axis=-1)
     elif isinstance(step, Add):
+        xs = [slope * x + intercept for x, (slope, intercept) in zip(xs, known.taken)] or xs
         y = xs[0] + step.sign * xs[1]
     else:
         assert isinstance(step, Product)

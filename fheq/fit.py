@@ -22,6 +22,7 @@ from fheq.spec import AccumulatorRange, Spec, as_spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats
 from fheq.steps import Linear, makes_accumulator
+from fheq.sums import fit_sums
 from fheq.tensor_quantizers import fit_tensors, tensor_bits
 from fheq.weight_quantizers import fit_weight
 
@@ -105,10 +106,13 @@ def _with_tensors(layout: Plan, stats: Stats, specs: list[Spec], tensors: dict[s
         _fit_product(layout, stats, specs, found, encrypted, moved, name, steps, narrow)
     for spec, qparams in zip(specs, found):
         fitted, whole = qparams.accumulators, QParams(encrypted, qparams.weights, {})
+        changed = fit_sums(layout, spec, whole)
+        qparams.weights.update(changed)
         for step in layout.steps:
             if makes_accumulator(step):
                 known = fitted.pop(step.out, None)  # in the order of steps
-                fitted[step.out] = known or fit_accumulator(layout, stats, spec, whole, step)
+                kept = None if getattr(step, "weight_name", "") in changed else known
+                fitted[step.out] = kept or fit_accumulator(layout, stats, spec, whole, step)
     return found
 
 

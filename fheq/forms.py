@@ -58,7 +58,7 @@ def pairwise(planner: Planner, node: Node) -> Step:
     shape = planner.graph.types[out].shape
     operands = []
     for name in node.inputs:
-        operand = planner.operand(name)
+        operand = planner.summand(name, node) if node.op in ("Add", "Sub", "Sum") else planner.operand(name)
         operands.append(operand.take(broadcast_elements(operand.shape, shape), shape))
     a, b = operands
     if node.op == "Mul":

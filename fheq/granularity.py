@@ -117,7 +117,8 @@ class _Resolver:
         changed = False
         for step in self.layout.steps:
             if isinstance(step, (Add, Maximum)):
-                changed |= self.align(step)
+                quantized = [operand for operand in step.operands if operand.key not in self.layout.summed]
+                changed |= len(quantized) > 1 - isinstance(step, Maximum) and self.align(step)
             else:
                 changed |= self.leave_weight(step)
                 for operand in step.operands:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulator_decoders import accumulator_decoder, add_multipliers
+from fheq.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.accumulators import whole_shift
 from fheq.affine import Affine, validate
 from fheq.alignment import check_alignment
@@ -116,6 +116,12 @@ class _Lowering:
         fill = np.where(operand.elements < 0, np.round(self.decoder(operand, axis).low.ravel()), 0).astype(np.int64)
         return self.emit.gather((value,), operand.elements, fill, operand.shape)
 
+    def summand(self, operand: Operand) -> str:
+        """The program value of what a sum reads."""
+        if operand.key not in self.layout.summed:
+            return self.read(operand)
+        return self.emit.gather((self.accs[operand.key],), operand.elements, None, operand.shape)
+
     def table(self, point: str) -> str:
         """Emits the table of a point."""
         source = self.layout.points[point]
@@ -161,7 +167,13 @@ class _Lowering:
             self.finish(step, self.product(step))
 
     def finish(self, step: Step, value: str, missing: np.ndarray = NOTHING) -> None:
-        """Adds the offset that brings an accumulator's range to start at 0, and what its integers lack."""
+        """Adds the offset that brings an accumulator's range to start at 0, and what its integers lack.
+
+        What a sum reads needs no such range.
+        """
+        if step.out in self.layout.summed:
+            self.accs[step.out] = self.emit.shift(value, missing.astype(np.int64)) if np.any(missing) else value
+            return
         affine = self.qparams.accumulators[step.out]
         scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(self.layout, self.qparams, step))
         worst = worst_case(self.layout, self.qparams, step)
@@ -199,10 +211,9 @@ class _Lowering:
         return product, NOTHING
 
     def add(self, step: Add) -> str:
-        a, b = map(self.decoder, step.operands)
-        m, n, _ = add_multipliers(a, b)
-        left = self.emit.scale(self.read(step.a), m.astype(np.int64))
-        right = self.emit.scale(self.read(step.b), n.astype(np.int64))
+        m, n, _ = multipliers(self.layout, self.qparams, step, *summands(self.layout, self.qparams, step))
+        left = self.emit.scale(self.summand(step.a), m.astype(np.int64))
+        right = self.emit.scale(self.summand(step.b), n.astype(np.int64))
         return self.emit.plus(left, right, step.sign)
 
     def product(self, step: Product) -> str:

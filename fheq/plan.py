@@ -35,7 +35,7 @@ from fheq.rewrites import (
 from fheq.rewriting.edit import bypassed
 from fheq.rewriting.pins import is_float_cast
 from fheq.stated_accumulators import take_accumulators
-from fheq.steps import Operand, Step, makes_accumulator
+from fheq.steps import Add, Operand, Step, makes_accumulator
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,12 @@ class Plan:
     def inputs(self) -> tuple[str, ...]:
         """Names of what is encrypted: the graph's inputs, and other encodings of them (`fheq.encodings`)."""
         return (*(port.name for port in self.graph.inputs), *self.encoded)
+
+    @cached_property
+    def summed(self) -> frozenset[str]:
+        """Accumulators that sums read as they are, with no table between."""
+        made = {s.out for s in self.steps if makes_accumulator(s)}
+        return frozenset(o.key for s in self.steps if isinstance(s, Add) for o in s.operands if o.key in made)
 
     @cached_property
     def unrounded(self) -> frozenset[str]:

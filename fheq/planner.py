@@ -13,8 +13,8 @@ from fheq.errors import UnsupportedError, describe
 from fheq.forms import build_linear, build_maximum, build_product, pairwise
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
-from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, movements
-from fheq.steps import Join, Operand, Step
+from fheq.regions import FILLER, Elements, Movement, broadcast_elements, in_float64, is_boolean, movements
+from fheq.steps import Join, Operand, Step, counts_decisions, makes_accumulator
 from fheq.weighed_decisions import weighed_decision
 
 
@@ -221,6 +221,44 @@ class Planner:
 
     # Operands
 
+    def summand(self, tensor: str, node: Node) -> Operand:
+        """The integers that a sum reads for a tensor: an accumulator as it is, where it goes nowhere else.
+
+        Not where decisions are made of the sum: the integers of an operand's own grid tell equals from others.
+        """
+        region = self.regions[tensor]
+        step = next((s for s in self.steps if s.out == region.source and makes_accumulator(s)), None)
+        if step is None or counts_decisions(step) or self.decides(node.outputs[0]) or not self.leads_to(region.source, node):
+            return self.operand(tensor)
+        found = self.affine_operand(tensor) if region.affine and np.all(region.elements != FILLER) else None
+        if found is None or found.slope is None or np.any(found.slope <= 0):
+            return self.operand(tensor)
+        same = np.all(found.slope == 1) and np.all(found.intercept == 0)
+        return replace(found, slope=None, intercept=None) if same else found
+
+    def decides(self, tensor: str) -> bool:
+        """Whether nothing but decisions is made of a tensor."""
+        readers = self.consumers.get(tensor, [])
+        return bool(readers) and all(is_boolean(self.graph, name) for reader in readers for name in reader.outputs)
+
+    def leads_to(self, source: str, node: Node) -> bool:
+        """Whether a node is all that reads a source, whatever movements and functions come before it."""
+        kept, stack = {port.name for port in self.graph.outputs}, [source]
+        while stack:
+            name = stack.pop()
+            if name in kept or name not in self.regions or self.regions[name].source != source:
+                return False
+            stack += [out for reader in self.consumers.get(name, []) if reader is not node for out in reader.outputs if out]
+        return True
+
+    def affine_operand(self, tensor: str) -> Operand:
+        """A tensor as an affine function of its source's integers."""
+        region = self.regions[tensor]
+        intercept, one = (self.constant_values(tensor, value) for value in (0.0, 1.0))
+        fill = np.where(region.elements == FILLER, intercept, 0.0)
+        shape = self.graph.types[tensor].shape
+        return Operand(tensor, region.source, shape, region.elements, fill, one - intercept, intercept)
+
     def operand(self, tensor: str, absorbs: Callable[[np.ndarray], bool] | None = None) -> Operand:
         """The integers to read for a tensor: those of its source where no table is needed, else those of a new point.
 
@@ -238,9 +276,7 @@ class Planner:
                 labels = self.evaluator().signature(tensor, alike).reshape(shape)
                 labels = np.where(region.elements.reshape(shape) == FILLER, -1, labels)
                 if absorbs(labels):
-                    intercept, one = (self.constant_values(tensor, value) for value in (0.0, 1.0))
-                    fill = np.where(region.elements == FILLER, intercept, 0.0)
-                    return Operand(tensor, region.source, shape, region.elements, fill, one - intercept, intercept)
+                    return self.affine_operand(tensor)
         weighed = weighed_decision(self, tensor, absorbs) if absorbs else None
         if weighed is not None:
             return weighed

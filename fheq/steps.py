@@ -17,7 +17,8 @@ class Operand:
 
     Args:
         tensor: its name in the graph.
-        key: the quantized tensor whose integers it copies (a point, a graph input, a join or a maximum).
+        key: the quantized tensor whose integers it copies (a point, a graph input, a join or a maximum), or, of a sum, the
+            accumulator (see `Plan.summed`).
         shape: its shape.
         elements: flat, the element of `key` that each of its elements copies, or -1 for a known filler.
         fill: real values of the fillers (0 elsewhere).
@@ -114,7 +115,7 @@ class Sum(Step):
 
 @dataclass(frozen=True, eq=False)
 class Add(Step):
-    """`a + sign * b`, both encrypted, brought to one scale."""
+    """`a + sign * b`, both encrypted, brought to one scale: quantized tensors, or accumulators that go nowhere else."""
 
     a: Operand
     b: Operand

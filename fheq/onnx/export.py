@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from fheq.accumulator_decoders import multipliers, summands, sums_accumulators
 from fheq.encodings import is_encoding
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.lower import check_complete
@@ -20,7 +21,10 @@ from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.steps import Linear, Step, makes_accumulator
+from fheq.steps import Add, Linear, Step, makes_accumulator
+
+
+TAKEN = 1e-6  # relative; scales are float32
 
 
 def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
@@ -157,6 +161,8 @@ class _Export:
             at = [i for i, name in enumerate(node.inputs) if name == operand.tensor]
             for i in at:
                 inputs[i] = self.read(operand.tensor, operand.key)
+        if isinstance(step, Add):
+            inputs = self.summed(step, inputs)
         known = None
         if isinstance(step, Linear):
             position = list(node.inputs).index(step.weight_name)
@@ -181,6 +187,22 @@ class _Export:
             self.writer.emit("Add", [varying, offset], outputs[0])
             if node.outputs[0] in self.layout.unrounded:
                 self.sums[node.outputs[0]] = self.writer.emit("Add", [results[0], offset], f"{outputs[0]}/whole")
+
+    def summed(self, step: Add, inputs: list[str]) -> list[str]:
+        """What a sum with accumulators takes for its inputs: where its whole multipliers miss a ratio of scales, not them."""
+        if not sums_accumulators(self.layout, step):
+            return inputs
+        parts = summands(self.layout, self.qparams, step)
+        *times, unit = multipliers(self.layout, self.qparams, step, *parts)
+        taken = []
+        for i, (name, part, often) in enumerate(zip(inputs, parts, times)):
+            known = [np.asarray(v, np.float32) for v in part.multiplied(often, unit)]
+            if np.any(np.abs(known[0] - 1) > TAKEN):
+                for op, label, value in zip(("Mul", "Add"), ("slope", "intercept"), known):
+                    own = self.writer.constant(f"{step.out}/{label}_{i}", value)
+                    name = self.writer.emit(op, [name, own], f"{step.out}/{label}_{i}/applied")
+            taken.append(name)
+        return taken
 
     def own(self, node: Node, inputs: list[str], out: str) -> None:
         """Nodes of fheq's own domain."""
