@@ -26,7 +26,9 @@ from fheq.statistics import Stats
 from fheq.steps import Add, Linear, Step, makes_accumulator
 
 TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps tables of wide accumulators in memory
-FINER = 2  # bits: between 4 and 7 parts of a unit, the largest number that fits, leave at most a fifth of a range unused
+FINER = 2  # bits that a sum may have more of: with 4 parts of a unit and up, a fifth of the range at most is left unused
+FULL = 0.8  # of the range
+SPARE = 15 / 16  # of it is filled, for what wraps around costs more than resolution
 WORST_CASE_BITS = 6  # low bits that are given up so that an accumulator too wide for tables can never overflow
 
 
@@ -97,11 +99,15 @@ def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds,
     """`qparams` with a unit for a sum of accumulators in which each of its channels fills the cells that rounding leaves.
 
     Whole parts of the unit that the operands have: the sum takes them as often. Bits that are removed approximately cost
-    nothing, and `FINER` more of them bring every channel closer to the ends.
+    nothing, and a few more of them bring every channel closer to the ends.
     """
-    lsbs = removable(bounds, rounding.n_bits) + FINER * rounding.approximate
-    room = 2.0 ** (rounding.n_bits + lsbs) - 1 - 2.5 * 2.0**lsbs
-    parts = np.maximum(np.floor(room / np.maximum(bounds.high - bounds.low, 1)), 1)
+    span = np.maximum(bounds.high - bounds.low, 1)
+    for more in range(FINER + 1 if rounding.approximate else 1):
+        lsbs = removable(bounds, rounding.n_bits) + more
+        room = SPARE * 2.0 ** (rounding.n_bits + lsbs) - 2.5 * 2.0**lsbs
+        parts = np.maximum(np.floor(room / span), 1)
+        if np.min(parts * span) >= FULL * room:
+            break
     axis = channel_axis(layout, step.out)
     scale = np.broadcast_to(accumulator_decoder(layout, qparams, step)[0], step.shape)
     unit = np.ravel(first_of_channel(scale, axis)) / parts

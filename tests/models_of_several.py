@@ -24,6 +24,48 @@ def residual_with_different_scales() -> onnx.ModelProto:
     return chain(nodes, (4,), {"w1": weights(4, 3), "w2": weights(3, 4, seed=1)})
 
 
+@case(inputs={"x": normal(3, 6, 6)}, lookups=2)
+def two_convolutions_added() -> onnx.ModelProto:
+    """The shortcut is a convolution too, as where a residual network changes its size: the sum takes no tables."""
+    nodes = [
+        node("Conv", ["x", "w1"], ["h"], pads=[1, 1, 1, 1], strides=[2, 2]),
+        node("Relu", ["h"], ["r"]),
+        node("Conv", ["r", "w2"], ["g"], pads=[1, 1, 1, 1]),
+        node("Conv", ["x", "w3"], ["d"], strides=[2, 2]),
+        node("Add", ["g", "d"], ["s"]),
+        node("Relu", ["s"], ["y"]),
+    ]
+    known = {"w1": weights(4, 3, 3, 3), "w2": weights(4, 4, 3, 3, seed=1), "w3": weights(4, 3, 1, 1, seed=2)}
+    return chain(nodes, (3, 6, 6), known)
+
+
+@case(inputs={"x": normal(4)}, lookups=2)
+def residual_whose_layer_has_a_dead_channel() -> onnx.ModelProto:
+    """Weights of 0 have no unit of their own."""
+    dead = weights(3, 4, seed=1) * np.array([1, 0, 1e-3, 1], np.float32)
+    nodes = [
+        node("Gemm", ["x", "w1"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("MatMul", ["r", "w2"], ["g"]),
+        node("Add", ["g", "b"], ["k"]),
+        node("Sub", ["k", "x"], ["s"]),
+        node("Relu", ["s"], ["y"]),
+    ]
+    return chain(nodes, (4,), {"w1": weights(4, 3), "w2": dead, "b": weights(4, seed=2)})
+
+
+@case(inputs={"x": normal(4), "z": normal(4)})
+def product_and_layer_added() -> onnx.ModelProto:
+    nodes = [
+        node("Mul", ["x", "z"], ["p"]),
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Add", ["p", "m"], ["s"]),
+        node("Add", ["s", "z"], ["t"]),
+        node("Relu", ["t"], ["y"]),
+    ]
+    return model(nodes, {"x": ["N", 4], "z": ["N", 4]}, ["y"], {"w": weights(4, 4)})
+
+
 @case(inputs={"x": normal(4), "z": normal(4)})
 def product_of_two_inputs() -> onnx.ModelProto:
     nodes = [node("Mul", ["x", "z"], ["p"]), node("Relu", ["p"], ["y"])]
