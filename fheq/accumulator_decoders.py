@@ -38,10 +38,10 @@ def accumulator_decoder(layout: Plan, qparams: QParams, step: Step, weights: Wei
         scale = step.coefficient * xp.take_along_axis(x.scale, at, -1)[..., 0]
         return scale, step.coefficient * (xp.sum(xp.where(valid, x.offset, 0), axis=-1) + fill)
     if isinstance(step, Add):
-        a, b = summands(layout, qparams, step)
-        m, n, scale = multipliers(layout, qparams, step, a, b)
+        parts = summands(layout, qparams, step)
+        *times, scale = multipliers(layout, qparams, step, *parts)
         # What the multipliers miss of a scale is least where it counts for nothing in the middle of the range.
-        left, right = (x.offset + (x.scale - k * scale) * x.middle for x, k in ((a, m), (b, n)))
+        left, right = (x.offset + (x.scale - k * scale) * x.middle for x, k in zip(parts, times))
         return scale, left + step.sign * right
     assert isinstance(step, Product)
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)

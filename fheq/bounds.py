@@ -46,9 +46,9 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | N
         return tuple(np.sum(np.where(valid, v, 0), axis=-1) for v in (x.low, x.high))
     if isinstance(step, Add):
         m, n, _ = multipliers(layout, qparams, step, *summands(layout, qparams, step))
-        a, b = (_of_operand(layout, qparams, o) for o in step.operands)
-        n_low, n_high = (n * b.low, n * b.high) if step.sign > 0 else (-n * b.high, -n * b.low)
-        low, high = m * a.low + n_low, m * a.high + n_high
+        left, right = (_of_operand(layout, qparams, o) for o in step.operands)
+        n_low, n_high = (n * right.low, n * right.high) if step.sign > 0 else (-n * right.high, -n * right.low)
+        low, high = m * left.low + n_low, m * left.high + n_high
         extreme = from_its_extreme(layout, step)
         return (low, np.minimum(high, 0)) if extreme > 0 else (np.maximum(low, 0), high) if extreme < 0 else (low, high)
     assert isinstance(step, Product)

@@ -60,7 +60,8 @@ def _free(layout: Plan, qparams: QParams, step: Add) -> list[Linear | None]:
 
 
 def _align(layout: Plan, qparams: QParams, step: Add, wide: bool) -> dict[str, Affine]:
-    """
+    """The weights of the layers that a sum adds, in units that it can bring together.
+
     Args:
         wide: whether bits of the sum cost nothing, as those that are removed approximately.
     """

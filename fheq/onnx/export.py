@@ -23,7 +23,6 @@ from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Linear, Step, makes_accumulator
 
-
 TAKEN = 1e-6  # relative; scales are float32
 
 
@@ -189,7 +188,7 @@ class _Export:
                 self.sums[node.outputs[0]] = self.writer.emit("Add", [results[0], offset], f"{outputs[0]}/whole")
 
     def summed(self, step: Add, inputs: list[str]) -> list[str]:
-        """What a sum with accumulators takes for its inputs: where its whole multipliers miss a ratio of scales, not them."""
+        """What a sum with accumulators takes for its inputs, where its whole multipliers miss a ratio of scales."""
         if not sums_accumulators(self.layout, step):
             return inputs
         parts = summands(self.layout, self.qparams, step)
