@@ -82,7 +82,7 @@ class Plan:
     @cached_property
     def summed(self) -> frozenset[str]:
         """Accumulators that sums read as they are, with no table between."""
-        made = {s.out for s in self.steps if makes_accumulator(s)}
+        made = {s.out for s in self.steps if makes_accumulator(s)} - self.points.keys()
         return frozenset(o.key for s in self.steps if isinstance(s, Add) for o in s.operands if o.key in made)
 
     @cached_property

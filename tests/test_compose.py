@@ -89,7 +89,7 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, .
         {"w1": ROW["w1"], "v": weights(5, 5)},
         (4,),
         ["Gemm", "Relu", "Gemm", "Add", "Relu"],
-        15,
+        10,
     ),
     "two linear layers of one tensor, added": (
         [

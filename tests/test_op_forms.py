@@ -201,8 +201,8 @@ COUNTS: dict[str, tuple[int, Sequence[onnx.NodeProto], Sequence[str]]] = {
         ],
         ("x",),
     ),
-    # the maximum, exp, the log of the sum, the maximum added to it, exp
-    "softmax": ((n - 1) + n + 1 + 1 + n, [node("Softmax", ["x"], ["r"], axis=1)], ("x",)),
+    # the maximum, exp, the log of the sum, exp
+    "softmax": ((n - 1) + n + 1 + n, [node("Softmax", ["x"], ["r"], axis=1)], ("x",)),
     # the maximum, a comparison with it and the sums of hits of all but one element, and what is 0 and 1 exactly
     "hardmax": (3 * (n - 1) + n, [node("Hardmax", ["x"], ["h"], axis=1), node("MatMul", ["h", "w"], ["r"])], ("x",)),
 }

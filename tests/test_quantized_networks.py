@@ -23,8 +23,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 import fheq
 from fheq import AccumulatorRange, Spec
-from fheq.accumulator_decoders import add_multipliers
-from fheq.decoders import operand_decoder, step_of
+from fheq.accumulator_decoders import multipliers, summands
+from fheq.decoders import step_of
 from fheq.graph import Graph
 from fheq.plan import plan
 from fheq.post_training import PostTrainingQATImporter
@@ -165,9 +165,9 @@ def allowed(graph: Graph, qparams: QParams, output: str, scale: float) -> float:
     a, step = qparams.accumulators[source], step_of(layout, source)
     reach = float(np.max(np.where(a.lsbs > 0, a.scale * 2.0**a.lsbs / 2, 0)))
     if isinstance(step, Add):
-        parts = [operand_decoder(layout, qparams, o) for o in step.operands]
-        *multipliers, unit = add_multipliers(*parts)
-        reach += sum(np.max(abs(p.scale - k * unit) * (p.high - p.low) / 2) for p, k in zip(parts, multipliers))
+        parts = summands(layout, qparams, step)
+        *times, unit = multipliers(layout, qparams, step, *parts)
+        reach += sum(np.max(abs(p.scale - k * unit) * p.reach) for p, k in zip(parts, times))
     return reach / scale
 
 
