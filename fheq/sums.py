@@ -20,13 +20,15 @@ from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
 from fheq.stated_weights import stated_weight
+from fheq.statistics import Stats, TensorStats
 from fheq.steps import Add, Linear
 
+NOISE = 1e-6  # relative; scales are float32
 MOST = 256.0  # parts of a step that are told apart in what is added to it
 PARTS = 4  # steps of a layer that make one of what is added to it, at least: no weight gets more than a quarter coarser
 
 
-def fit_sums(layout: Plan, spec: Spec, qparams: QParams) -> dict[str, Affine]:
+def fit_sums(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -> dict[str, Affine]:
     """The quantizers of weights that sums ask to be changed, in the order of sums.
 
     Args:
@@ -37,7 +39,7 @@ def fit_sums(layout: Plan, spec: Spec, qparams: QParams) -> dict[str, Affine]:
         if isinstance(step, Add) and sums_accumulators(layout, step):
             rounding = spec.rounding if step.out in layout.summed else rounding_of(layout, spec, step)
             wide = rounding is not None and rounding.approximate
-            changed |= _align(layout, replace(qparams, weights={**qparams.weights, **changed}), step, wide)
+            changed |= _align(layout, stats, replace(qparams, weights={**qparams.weights, **changed}), step, wide)
     return changed
 
 
@@ -59,7 +61,7 @@ def _free(layout: Plan, qparams: QParams, step: Add) -> list[Linear | None]:
     return found
 
 
-def _align(layout: Plan, qparams: QParams, step: Add, wide: bool) -> dict[str, Affine]:
+def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) -> dict[str, Affine]:
     """The weights of the layers that a sum adds, in units that it can bring together.
 
     Args:
@@ -72,15 +74,33 @@ def _align(layout: Plan, qparams: QParams, step: Add, wide: bool) -> dict[str, A
             continue
         parts = summands(layout, replace(qparams, weights={**qparams.weights, **changed}), step)
         ratio = parts[1 - i].scale / parts[i].scale
-        first = np.broadcast_to(first_of_channel(ratio, axis), ratio.shape)
-        layers = step.operands[1 - i].key in layout.summed
-        least = 1.0 if layers else PARTS
-        ratio = np.ravel(first_of_channel(ratio, axis)) * (np.abs(ratio - first) <= 1e-6 * first).all()
-        times = np.where(ratio >= 1, np.ceil(least / np.maximum(ratio, 1)), 0) * ratio
-        whole = np.floor(np.clip(times, 1, MOST) + 1e-6) if wide or not layers else 1.0
-        factor = np.where(times >= 1, times / whole, 1.0)
+        first = first_of_channel(ratio, axis)
+        varies = np.any(np.abs(ratio - first) > NOISE * first)
+        ratio = np.zeros(first.size) if varies else np.ravel(first)
+        if step.operands[1 - i].key not in layout.summed:
+            factor = _parts_of_a_step(
+                ratio, np.ones_like(ratio) if wide else _span(stats[step.out]) / _span(stats[made.out])
+            )
+        else:
+            factor = np.where(ratio >= 1, ratio / (np.floor(np.clip(ratio, 1, MOST) + NOISE) if wide else 1.0), 1.0)
         changed[made.weight_name] = _coarser(qparams, made, factor)
     return changed
+
+
+def _parts_of_a_step(ratio: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """How much coarser a layer's weights become for a tensor of `ratio` times their accumulator's step.
+
+    Args:
+        reach: of the sum, in ranges of the layer: where its bits cost something, one that is far wider needs no finer steps.
+    """
+    coarser = np.clip(reach / 2, 1, np.maximum(ratio / PARTS, 1))
+    times = np.where(ratio >= 1, np.ceil(PARTS / np.maximum(ratio / coarser, 1)), 0) * ratio / coarser
+    return np.where(times >= 1, coarser * times / np.floor(np.clip(times, 1, MOST) + NOISE), 1.0)
+
+
+def _span(stats: TensorStats) -> np.ndarray:
+    span = np.ravel(np.asarray(stats.maximum, np.float64) - stats.minimum)
+    return np.maximum(span, np.max(span) / MOST)
 
 
 def _coarser(qparams: QParams, made: Linear, factor: np.ndarray) -> Affine:
