@@ -99,8 +99,9 @@ def _parts_of_a_step(ratio: np.ndarray, reach: np.ndarray) -> np.ndarray:
 
 
 def _span(stats: TensorStats) -> np.ndarray:
+    """The observed range of each channel, never quite 0."""
     span = np.ravel(np.asarray(stats.maximum, np.float64) - stats.minimum)
-    return np.maximum(span, np.max(span) / MOST)
+    return np.maximum(span, np.max(span) / MOST + 1e-30)
 
 
 def _coarser(qparams: QParams, made: Linear, factor: np.ndarray) -> Affine:
