@@ -21,7 +21,7 @@ from fheq.qparams import QParams
 from fheq.spec import Spec
 from fheq.stated_weights import stated_weight
 from fheq.statistics import Stats, TensorStats
-from fheq.steps import Add, Linear
+from fheq.steps import Add, Linear, Operand, Product
 
 NOISE = 1e-6  # relative; scales are float32
 MOST = 256.0  # parts of a step that are told apart in what is added to it
@@ -77,7 +77,7 @@ def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) 
         first = first_of_channel(ratio, axis)
         varies = np.any(np.abs(ratio - first) > NOISE * first)
         ratio = np.zeros(first.size) if varies else np.ravel(first)
-        if step.operands[1 - i].key not in layout.summed:
+        if _in_steps_of_a_tensor(layout, step.operands[1 - i]):
             factor = _parts_of_a_step(
                 ratio, np.ones_like(ratio) if wide else _span(stats[step.out]) / _span(stats[made.out])
             )
@@ -85,6 +85,15 @@ def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) 
             factor = np.where(ratio >= 1, ratio / (np.floor(np.clip(ratio, 1, MOST) + NOISE) if wide else 1.0), 1.0)
         changed[made.weight_name] = _coarser(qparams, made, factor)
     return changed
+
+
+def _in_steps_of_a_tensor(layout: Plan, operand: Operand) -> bool:
+    """Whether one step is as much as an operand is off by, as of a quantized tensor or a sum with one; the accumulators of
+    products are off by many of theirs."""
+    if operand.key not in layout.summed:
+        return True
+    made = step_of(layout, operand.key)
+    return not isinstance(made, (Linear, Product)) and any(_in_steps_of_a_tensor(layout, o) for o in made.operands)
 
 
 def _parts_of_a_step(ratio: np.ndarray, reach: np.ndarray) -> np.ndarray:

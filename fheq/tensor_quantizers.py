@@ -12,6 +12,7 @@ from fheq.errors import describe
 from fheq.granularity import Sharing, share
 from fheq.observers import observed_range
 from fheq.plan import Plan
+from fheq.product_scales import Interval, steps_in_products
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
 from fheq.statistics import Stats, TensorStats, per_tensor
@@ -43,7 +44,8 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
-    scales = {key: _scale(*ranges[key]) for key in keys}
+    known = {key: Interval(*ranges[key], _scale(*ranges[key]), sharing.axis[key]) for key in keys}
+    scales = steps_in_products(layout, known, [key for key in keys if key in stats and not _of_whole(layout, key, whole)])
     scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}
     result: dict[str, Affine] = {}
     for key in keys:
@@ -78,6 +80,11 @@ def _take_whole(
             steps[key] = filled.reshape(low.shape) if weighted else np.ones(low.shape)
         ranges[key] = interval[0].reshape(low.shape), interval[1].reshape(high.shape), bits
     return whole, steps
+
+
+def _of_whole(layout: Plan, key: str, whole: Mapping[str, np.ndarray]) -> bool:
+    """Whether a tensor's steps are given by the whole numbers that it holds."""
+    return not _divisible(layout, key) or is_integer(layout.graph, key) or bool(np.any(whole.get(key, False)))
 
 
 def _divisible(layout: Plan, key: str) -> bool:
@@ -187,15 +194,19 @@ def _affine(
         scale = _scale(low, high, bits) if len(members) > 1 else scales[key]
     else:
         scale = np.max([scales[m] for m in members], axis=0)
-        if sharing.group[key] not in sharing.exact and _read_beyond_sums(layout, key):
+        if sharing.group[key] not in sharing.exact and _own_steps_count(layout, key, scale, scales):
             scale = scale / finer(scale, scales[key])
     if len(members) > 1 and given is None:
         scale = unit_fraction(scale, np.any([whole[m] for m in members if m in whole], axis=0))
     return affine_between(low, high, scale, bits, axis)
 
 
-def _read_beyond_sums(layout: Plan, key: str) -> bool:
-    return any(o.key == key for step in layout.steps if not isinstance(step, Add) for o in step.operands)
+def _own_steps_count(layout: Plan, key: str, shared: np.ndarray, scales: Mapping[str, np.ndarray]) -> bool:
+    """Whether anything reads a tensor that can tell its own steps from coarser shared ones: a sum with nothing as coarse, or
+    what is no sum."""
+    coarse = lambda other: other != key and (other not in scales or np.all(finer(shared, scales[other]) == 1))
+    readers = [step for step in layout.steps if any(o.key == key for o in step.operands)]
+    return any(not isinstance(step, Add) or not any(coarse(o.key) for o in step.operands) for step in readers)
 
 
 def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:

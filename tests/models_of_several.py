@@ -54,6 +54,28 @@ def residual_whose_layer_has_a_dead_channel() -> onnx.ModelProto:
     return chain(nodes, (4,), {"w1": weights(4, 3), "w2": dead, "b": weights(4, seed=2)})
 
 
+@case(inputs={"x": normal(4)})
+def results_added_to_the_residual_and_to_each_other() -> onnx.ModelProto:
+    """As the skip connections of WaveNet: small ones, which the residual gives steps that are coarse for their own sum."""
+    nodes = []
+    for i, of in enumerate(("x", "x1", "x2")):
+        nodes += [
+            node("MatMul", [of, f"v{i}"], [f"h{i}"]),
+            node("Tanh", [f"h{i}"], [f"t{i}"]),
+            node("MatMul", [f"t{i}", f"w{i}"], [f"r{i}"]),
+        ]
+    nodes += [
+        node("Add", ["x", "r0"], ["x1"]),
+        node("Add", ["x1", "r1"], ["x2"]),
+        node("Add", ["r0", "r1"], ["s1"]),
+        node("Add", ["s1", "r2"], ["s2"]),
+        node("Relu", ["s2"], ["y"]),
+    ]
+    order = [0, 1, 2, 9, 3, 4, 5, 10, 6, 7, 8, 11, 12, 13]
+    known = {f"v{i}": weights(4, 4, seed=i) for i in range(3)} | {f"w{i}": 0.1 * weights(4, 4, seed=9 + i) for i in range(3)}
+    return chain([nodes[i] for i in order], (4,), known)
+
+
 @case(inputs={"x": normal(4), "z": normal(4)})
 def product_and_layer_added() -> onnx.ModelProto:
     nodes = [
