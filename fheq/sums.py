@@ -102,7 +102,7 @@ def _parts_of_a_step(ratio: np.ndarray, reach: np.ndarray) -> np.ndarray:
     Args:
         reach: of the sum, in ranges of the layer: where its bits cost something, one that is far wider needs no finer steps.
     """
-    coarser = np.clip(reach / 2, 1, np.maximum(ratio / PARTS, 1))
+    coarser = np.clip(np.minimum(reach / 2, np.sqrt(reach)), 1, np.maximum(ratio / PARTS, 1))
     times = np.where(ratio >= 1, np.ceil(PARTS / np.maximum(ratio / coarser, 1)), 0) * ratio / coarser
     return np.where(times >= 1, coarser * times / np.floor(np.clip(times, 1, MOST) + NOISE), 1.0)
 

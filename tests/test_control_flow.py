@@ -130,6 +130,37 @@ def test_scan_backwards_along_other_axes() -> None:
     assert graph.outputs[1].batch_axis == 0
 
 
+APART = [node("Sub", ["a", "b"], ["d"]), node("Abs", ["d"], ["e"])]
+SQUARED = [APART[0], node("ReduceSumSquare", ["d"], ["o"], axes=[1], keepdims=0)]
+TURNED = [node("Sub", ["b", "a"], ["d"]), node("ReduceSumSquare", ["d"], ["o"], axes=[-1], keepdims=0)]
+CITY = [*APART, node("ReduceSum", ["e", "axes"], ["o"], keepdims=0)]
+KING = [*APART, node("ReduceMax", ["e"], ["o"], axes=[1], keepdims=0)]
+CUBES = [*APART, node("Pow", ["e", "p"], ["c"]), node("ReduceSum", ["c", "axes"], ["o"], keepdims=0)]
+LEAST = [*APART, node("ReduceMin", ["e"], ["o"], axes=[1], keepdims=0)]
+
+
+@pytest.mark.parametrize(
+    ("body", "known"),
+    [*((body, True) for body in (SQUARED, TURNED, CITY, KING, CUBES)), (LEAST, False)],
+    ids=["squared", "turned", "city", "king", "cubes", "least"],
+)
+def test_distances_that_are_scanned_become_one_node(body: list, known: bool) -> None:
+    """As skl2onnx writes neighbours: unrolled they would take a node, and tables, for each of the training samples. The
+    square root of a distance of 0, which the sums of a product miss by float rounding, is 0."""
+    constants = {"axes": np.array([1]), "p": np.float32(3)}
+    nodes = [*body, node("Identity", ["a"], ["next"]), node("Identity", ["o"], ["row"])]
+    scan = graph_of(nodes, [info("a"), info("b")], [info("next"), info("row")], constants)
+    made = [
+        node("Scan", ["x", "points"], ["last", "s"], body=scan, num_scan_inputs=1),
+        node("Transpose", ["s"], ["t"]),
+        node("Sqrt", ["t"], ["y"]),
+    ]
+    x = np.concatenate([tensor(4, 3), 10 + tensor(3, 3)])
+    graph = run(model(made, {"x": ["N", 3]}, ["y"], {"points": x[:5]}), x)
+    assert ("CDist" in {n.op for n in graph.nodes}) == known
+    fheq.calibrate(graph, np.tile(x, (8, 1)))  # refuses what becomes NaN
+
+
 @pytest.mark.parametrize(
     ("proto", "cause", "remedy"),
     [

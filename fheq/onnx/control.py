@@ -11,6 +11,7 @@ import numpy as np
 
 from fheq.errors import ModelError, UnsupportedError, describe
 from fheq.graph import Node, TensorType
+from fheq.onnx.scanned_distances import scanned_distances
 from fheq.onnx.subgraphs import Subgraph, constant
 
 MAX_NODES = 200_000
@@ -67,6 +68,8 @@ def _scan(node: Node, types: Types, known: Known) -> list[Node]:
     if node.version < 9:
         return _batched_scan(node, types, known)
     body: Subgraph = node.attrs["body"]
+    if (found := scanned_distances(node, types)) is not None:
+        return found
     count = node.attrs["num_scan_inputs"]
     states, scanned = node.inputs[: len(node.inputs) - count], node.inputs[len(node.inputs) - count :]
     axes = node.attrs.get("scan_input_axes") or (0,) * count

@@ -10,6 +10,7 @@ import numpy as np
 
 from fheq.graph import Node
 from fheq.ops.distances import metric_of
+from fheq.ops.table import Kind, lookup
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.primitives import reduced, scalar
 
@@ -39,9 +40,13 @@ def _cdist(draft: Draft, node: Node) -> bool:
         return True
     if power == 2 and b in draft.constants:
         points = draft.constants[b].astype(np.float64)
-        squares = squared_distances(draft, node, a, points, out=out if metric == "sqeuclidean" else "")
-        if metric != "sqeuclidean":  # below 0 by rounding only
-            draft.apply(node, "Sqrt", draft.apply(node, "Relu", squares), out=out)
+        if metric == "sqeuclidean" and not _rooted(draft, out):
+            squared_distances(draft, node, a, points, out=out)
+            return True
+        squares = squared_distances(draft, node, a, points)  # below 0 by rounding only
+        positive = draft.apply(node, "Relu", squares, out=out if metric == "sqeuclidean" else "")
+        if metric != "sqeuclidean":
+            draft.apply(node, "Sqrt", positive, out=out)
         return True
     wide = [
         draft.apply(node, "Unsqueeze", name, draft.constant(f"{out}/axis", [axis], INT64)) for name, axis in ((a, 1), (b, 0))
@@ -62,6 +67,13 @@ def _cdist(draft: Draft, node: Node) -> bool:
     elif not last:
         draft.apply(node, "Pow", total, scalar(draft, node, "root", 1 / power, total), out=out)
     return True
+
+
+def _rooted(draft: Draft, name: str) -> bool:
+    """Whether a root or a logarithm is taken of a tensor, as it is or moved."""
+    readers = draft.graph.consumers().get(name, [])
+    moved = [out for node in readers if lookup(node).kind is Kind.MOVEMENT for out in node.outputs if out]
+    return any(node.op in ("Sqrt", "Pow", "Log") for node in readers) or any(_rooted(draft, out) for out in moved)
 
 
 def _solve(draft: Draft, node: Node) -> bool:
