@@ -96,9 +96,14 @@ def _summand(layout: Plan, qparams: QParams, operand: Operand) -> Summand:
 
 def multipliers(layout: Plan, qparams: QParams, step: Add, a: Summand, b: Summand) -> tuple[Array, Array, Array]:
     """How often a sum takes each operand, and its unit: the one that `qparams` has for a sum of accumulators."""
-    known = qparams.accumulators.get(step.out) if sums_accumulators(layout, step) else None
-    if known is None:
+    if not sums_accumulators(layout, step):
         return add_multipliers(a, b)
+    known = qparams.accumulators.get(step.out)
+    if known is None:
+        *found, unit = add_multipliers(a, b)
+        for operand, x, k in zip(step.operands, (a, b), found):
+            unit = unit if operand.key in layout.summed else x.scale / k  # what is missed is a layer's
+        return *found, unit
     unit = known.expanded(len(step.shape)).scale
     xp = array_namespace(a.scale, b.scale, unit)
     times = (xp.maximum(xp.round(x.scale / unit), 1) for x in (a, b))

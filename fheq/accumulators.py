@@ -134,16 +134,30 @@ def rounding_of(layout: Plan, spec: Spec, step: Step) -> Rounding | None:
 
 
 def _stated(layout: Plan, qparams: QParams, step: Step, weights: Weights | None) -> Affine | None:
-    """The accumulator that the model states for a step; None where it states none, or one in other steps than the step's."""
+    """The accumulator that the model states for a step; None where it states none, or one in other steps than the step's.
+
+    A sum of accumulators takes the steps that are stated.
+    """
     found = layout.accumulators.get(step.out)
-    if found is None or not fits(found, accumulator_decoder(layout, qparams, step, weights)[0], step.shape):
+    if found is None:
         return None
-    axis = channel_axis(layout, step.out)
-    rows: dict[str, Any] = {
-        name: np.ravel(first_of_channel(np.broadcast_to(getattr(found, name), step.shape), axis))
-        for name in ("scale", "zero_point", "qmin", "qmax")
-    }
-    return replace(found, **{name: row[0] if axis is None else row for name, row in rows.items()}, axis=axis)
+    rows = _rows(found, step.shape, channel_axis(layout, step.out))
+    if rows is not None and isinstance(step, Add) and sums_accumulators(layout, step):
+        qparams = replace(qparams, accumulators={**qparams.accumulators, step.out: rows})
+    return rows if fits(found, accumulator_decoder(layout, qparams, step, weights)[0], step.shape) else None
+
+
+def _rows(stated: Affine, shape: tuple[int, ...], axis: int | None) -> Affine | None:
+    """A stated accumulator with one of each leaf per channel of a tensor; None where it is one of another shape."""
+    rows: dict[str, Any] = {}
+    for name in ("scale", "zero_point", "qmin", "qmax"):
+        try:
+            whole = np.broadcast_to(getattr(stated, name), shape)
+        except ValueError:
+            return None
+        row = np.ravel(first_of_channel(whole, axis))
+        rows[name] = row[0] if axis is None else row
+    return replace(stated, **rows, axis=axis)
 
 
 def table_bits(channels: int) -> int:

@@ -67,11 +67,7 @@ def _affine(node: Node, known: Mapping[str, np.ndarray]) -> Affine:
 
 
 def fits(stated: Affine, unit: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether a stated accumulator counts in steps of `unit`, as the sum does that it follows."""
-    leaves = (stated.scale, stated.zero_point, stated.qmin, stated.qmax)
-    try:
-        spread = [np.broadcast_to(leaf, shape) for leaf in leaves]
-    except ValueError:
-        return False
+    """Whether a stated accumulator, whose scale broadcasts against a shape, counts in steps of `unit`, as the sum does that
+    it follows."""
     unit = np.where(unit == 0, STILL, np.abs(unit))
-    return bool(np.all(np.abs(spread[0] - unit) <= UNIT_ERROR * unit))
+    return bool(np.all(np.abs(np.broadcast_to(stated.scale, shape) - unit) <= UNIT_ERROR * unit))

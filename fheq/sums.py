@@ -53,7 +53,6 @@ def _free(layout: Plan, qparams: QParams, step: Add) -> list[Linear | None]:
             and operand.in_order
             and operand.shape == made.shape
             and made.channel == channel_axis(layout, step.out)
-            and qparams.weights[made.weight_name].axis is not None
             and sum(isinstance(s, Linear) and s.weight_name == made.weight_name for s in layout.steps) == 1
             and stated_weight(layout, qparams, made) is None
         )
@@ -115,4 +114,6 @@ def _span(stats: TensorStats) -> np.ndarray:
 
 def _coarser(qparams: QParams, made: Linear, factor: np.ndarray) -> Affine:
     affine = qparams.weights[made.weight_name]
+    if affine.axis is None:  # where channels ask for different scales, the sum's multipliers miss a part
+        factor = np.max(factor)
     return replace(affine, scale=as_float32(affine.scale * factor))

@@ -88,6 +88,9 @@ MODELS = {
     "looked up": (looked_up(), (2,)),
     "opposite columns": (opposite_columns(), (4,)),
     "several forms": (several_forms(), (1, 4, 4)),
+    "layers added": (CASES["two_convolutions_added"].build(), (3, 6, 6)),
+    "dead channel": (CASES["residual_whose_layer_has_a_dead_channel"].build(), (4,)),
+    "skips": (CASES["results_added_to_the_residual_and_to_each_other"].build(), (4,)),
     "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
     "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
     "known channels": (CASES["known_channels_beside_an_input"].build(), (1, 3, 3)),
@@ -123,7 +126,7 @@ def run(proto: onnx.ModelProto, x: np.ndarray, *, optimised: bool = False) -> np
 SPECS = {
     "3 bits, worst case": Spec(3, accumulators=AccumulatorRange.WORST_CASE),
     "4 bits, per tensor": Spec(4, activations=Granularity.PER_TENSOR),
-    "7 bits": Spec(7, activations=Granularity.PER_TENSOR),
+    "7 bits, both per tensor": Spec(7, activations=Granularity.PER_TENSOR, weights=Granularity.PER_TENSOR),
     "8 bits": Spec(8),
     "8 bits, rounded": Spec(8, rounding=Rounding(5)),
     "6 bits, rounded approximately": Spec(6, rounding=Rounding(4, approximate=True)),
@@ -140,6 +143,11 @@ TRIED = [
     ("looked up", "4 bits, per tensor"),
     ("opposite columns", "8 bits"),
     ("several forms", "8 bits, rounded"),
+    ("layers added", "6 bits, rounded approximately"),
+    ("layers added", "8 bits, rounded"),
+    ("dead channel", "6 bits, rounded approximately"),
+    ("dead channel", "7 bits, both per tensor"),
+    ("skips", "6 bits, rounded approximately"),
     ("decrypted", "8 bits, rounded"),
     ("pads", "8 bits, rounded"),
     ("known channels", "8 bits, rounded"),
@@ -211,12 +219,11 @@ def test_an_accumulator_stated_in_other_steps_than_its_sums_is_fitted_anew():
 
 
 def test_zero_points_far_from_the_range_need_more_than_sixteen_bits():
-    """Gates that hardly vary, as at the end of squeeze and excitation: 0.5 is some 10^6 of their steps."""
+    """Gates that hardly vary: 0.5 is some 10^6 of their steps."""
     nodes = [
         node("MatMul", ["x", "w"], ["a"]),
         node("HardSigmoid", ["a"], ["g"]),
-        node("Mul", ["x", "g"], ["m"]),
-        node("MatMul", ["m", "v"], ["y"]),
+        node("MatMul", ["g", "v"], ["y"]),
     ]
     graph = fheq.import_onnx(model(nodes, {"x": ["N", 4]}, ["y"], {"w": 1e-4 * tensor(4, 4), "v": tensor(4, 2)}))
     x = tensor(60, 4)
