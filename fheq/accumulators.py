@@ -14,6 +14,7 @@ from fheq.accumulator_decoders import accumulator_decoder, sums_accumulators
 from fheq.accumulator_ranges import chosen_bounds
 from fheq.affine import Affine
 from fheq.bounds import Bounds, channel_bounds, worst_case
+from fheq.cell_thresholds import meets_stated_steps, shift_onto_thresholds
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
 from fheq.integer_weights import Reading, Weights, quantize_weight
@@ -86,13 +87,23 @@ def fit_accumulator(
         bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
-        return accumulator_affine(layout, qparams, step, bounds, worst, removable(bounds, rounding.n_bits), mode, weights)
+        least = removable(bounds, rounding.n_bits)
+        fitted = (accumulator_affine(layout, qparams, step, bounds, worst, least + i, mode, weights) for i in range(2))
+        first = next(fitted)
+        return first if _room_for_thresholds(layout, step, first) else next(fitted)
     limit = table_bits(len(worst.low))
     if step.out not in layout.points.values() or aligned(bounds, 0)[1] <= limit:
         return accumulator_affine(layout, qparams, step, bounds, worst, 0, "exact", weights)
     # Too wide for any table: resolution is spent on what can never overflow.
     widest = worst if aligned(worst, 0)[1] <= limit + WORST_CASE_BITS else bounds
     return accumulator_affine(layout, qparams, step, widest, worst, removable(widest, limit), "exact", weights)
+
+
+def _room_for_thresholds(layout: Plan, step: Step, affine: Affine) -> bool:
+    """Whether an accumulator's cells lie on stated steps, or can't with another range either."""
+    unit, zero_point = np.atleast_1d(affine.scale), np.atleast_1d(affine.zero_point)
+    shift = shift_onto_thresholds(layout, step, unit, zero_point, int(np.max(affine.lsbs)))
+    return shift is None or not np.any(shift)
 
 
 def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds, rounding: Rounding) -> QParams:
@@ -186,9 +197,12 @@ def accumulator_affine(
     slack = 2.0**width - 1 - (cell >> 1) - (bounds.high + offset)
     below = _share_below(slack, bounds.low - worst.low, worst.high - bounds.high)
     offset = offset + np.floor(below / cell) * cell
+    slack = slack - np.floor(below / cell) * cell
     decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights)]
     scale, constant = (np.ravel(first_of_channel(v, axis)) for v in decoded)
     scale = np.maximum(np.abs(scale), 1e-300)
+    shift = shift_onto_thresholds(layout, step, scale, offset - constant / scale, lsbs)
+    offset = offset + (0.0 if shift is None else np.where(shift <= slack, shift, 0))
     zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included
     if axis is None:
         scale, zero_point = scale[0], zero_point[0]
@@ -246,16 +260,18 @@ def same_range(layout: Plan, qparams: QParams) -> QParams:
     return replace(qparams, accumulators=accumulators)
 
 
-def whole_shift(affine: Affine, scale: np.ndarray, offset: np.ndarray, axis: int | None) -> np.ndarray:
-    """What is added to a step's integers to have an accumulator that starts at 0: whole cells, lest rounding changes.
+def whole_shift(layout: Plan, step: Step, affine: Affine, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """What is added to a step's integers to have an accumulator that starts at 0: whole cells, lest rounding changes, but
+    where cells are to lie on the steps of stated quantizers.
 
     Args:
         scale, offset: the step's decoder (`accumulator_decoder`), in its shape.
     """
+    axis = channel_axis(layout, step.out)
     a = affine.expanded(np.ndim(scale))
     unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
     floor = a.scale * (a.qmin - a.zero_point)  # real value at the lower end
-    cell = 2.0 ** np.max(a.lsbs)
+    cell = 1.0 if meets_stated_steps(layout, step) else 2.0 ** np.max(a.lsbs)
     return np.asarray(-np.round((floor - constant) / np.where(unit == 0, 1, unit) / cell) * cell)
 
 

@@ -169,10 +169,15 @@ def fake_quant(affine: Affine, x: Array) -> Array:
 def round_accumulator(acc: Array, lsbs: Array) -> Array:
     """Removes `lsbs` low bits, half up, keeping the magnitude: concrete's `round_bit_pattern` on integers in any dtype."""
     if jnp.issubdtype(acc.dtype, jnp.floating):
-        cell = jnp.ldexp(jnp.ones((), acc.dtype), jnp.asarray(lsbs).astype(jnp.int32))  # exact, which XLA's exp2 is not
-        return jnp.floor(acc / cell + 0.5 * (cell > 1)) * cell
-    cell = 1 << jnp.asarray(lsbs)
-    return (acc + (cell >> 1)) // cell * cell
+        size = cell(lsbs, acc.dtype)
+        return jnp.floor(acc / size + 0.5 * (size > 1)) * size
+    whole = 1 << jnp.asarray(lsbs)
+    return (acc + (whole >> 1)) // whole * whole
+
+
+def cell(lsbs: Array, dtype: Any) -> Array:
+    """2^lsbs in floating point, exact, which XLA's exp2 is not."""
+    return jnp.ldexp(jnp.ones((), dtype), jnp.asarray(lsbs).astype(jnp.int32))
 
 
 def validate(affine: Affine, name: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from fheq import affine
 from fheq.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
 from fheq.batching import join, over_samples
+from fheq.cell_thresholds import meets_stated_steps
 from fheq.compiled import compiled_for
 from fheq.decoders import join_pieces
 from fheq.evaluate import evaluate_sample, unwrap
@@ -69,13 +70,15 @@ class Prepared(NamedTuple):
     """What a step takes from the quantizers alone, worked out once however many samples follow.
 
     weight: the quantized weight of a linear step, in real values; scale, offset: decoder of its accumulator; taken: what a
-    sum with an accumulator takes for each of its operands, slope and intercept.
+    sum with an accumulator takes for each of its operands, slope and intercept; anchor: how far above a whole cell the
+    accumulator's 0 lies.
     """
 
     weight: Array | None
     scale: Array
     offset: Array
     taken: tuple[tuple[Array, Array], ...] = ()
+    anchor: Array | None = None
 
 
 def prepare(layout: Plan, qparams: QParams) -> dict[str, Prepared]:
@@ -86,7 +89,16 @@ def prepare(layout: Plan, qparams: QParams) -> dict[str, Prepared]:
             found[step.out] = _prepare_linear(layout, qparams, step)
         elif makes_accumulator(step):
             found[step.out] = Prepared(None, *accumulator_decoder(layout, qparams, step), _taken(layout, qparams, step))
+        if step.out in found and meets_stated_steps(layout, step):
+            found[step.out] = found[step.out]._replace(anchor=_anchor(qparams, step, found[step.out]))
     return found
+
+
+def _anchor(qparams: QParams, step: Step, known: Prepared) -> Array:
+    """See `whole_shift`, which allows such shifts where an accumulator meets stated steps."""
+    a = qparams.accumulators[step.out].expanded(len(step.shape))
+    shift = a.zero_point - a.qmin + known.offset / jnp.where(known.scale == 0, 1, known.scale)
+    return jax.lax.stop_gradient(jnp.round(jnp.mod(shift, affine.cell(a.lsbs, jnp.result_type(float)))))
 
 
 def _taken(layout: Plan, qparams: QParams, step: Step) -> tuple[tuple[Array, Array], ...]:
@@ -222,14 +234,15 @@ def run_step(
     y = y.reshape(step.shape)
     y = y if disturbed is None else disturbed(step, y)
     lsbs = qparams.accumulators[step.out].lsbs
-    return rounded(step, y, known.scale, known.offset, lsbs), rounded(step, y, known.scale, known.offset, lsbs * 0)
+    return rounded(step, y, known, lsbs), rounded(step, y, known, lsbs * 0)
 
 
-def rounded(step: Step, y: Array, scale: Array, offset: Array, lsbs: Array) -> Array:
+def rounded(step: Step, y: Array, known: Prepared, lsbs: Array) -> Array:
     """A real accumulator value with its low bits removed."""
-    acc = (y - offset) / scale
-    low = affine.round_accumulator(jnp.round(acc), lsbs)
+    acc = (y - known.offset) / known.scale
+    anchor = 0.0 if known.anchor is None else known.anchor
+    low = affine.round_accumulator(jnp.round(acc) + anchor, lsbs) - anchor
     # Integers already where nothing is removed. What float noise leaves of a difference of 0 would turn a comparison; large
     # accumulators are better off with their noise than rounded in float32.
     exact = low if isinstance(step, Add) else jnp.where(lsbs > 0, low, acc)
-    return (affine.straight_through(exact, acc) * scale + offset).reshape(step.shape)
+    return (affine.straight_through(exact, acc) * known.scale + known.offset).reshape(step.shape)

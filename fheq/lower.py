@@ -178,7 +178,7 @@ class _Lowering:
         scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(self.layout, self.qparams, step))
         worst = worst_case(self.layout, self.qparams, step)
         axis = channel_axis(self.layout, step.out)
-        shift = whole_shift(affine, scale, offset, axis)
+        shift = whole_shift(self.layout, step, affine, scale, offset)
         bits = max(1, int(np.max(affine.qmax - affine.qmin)).bit_length())
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))

@@ -242,3 +242,38 @@ def test_bits_of_an_override_are_bits_for_what_the_model_leaves_open():
     spec = fheq.Spec(None, overrides={"w": fheq.Override(n_bits=3)})
     weight = fheq.fit(graph, fheq.calibrate(graph, x), spec).weights["w"]
     assert np.max(weight.qmax - weight.qmin) < 2**3
+
+
+@pytest.mark.parametrize("step", [2.0, 4.0])
+@pytest.mark.parametrize("approximate", [False, True])
+def test_powers_of_two_lose_ties_alone_to_rounding(step, approximate):
+    """Cells end where the steps of the activation do, one or two cells to a step: a circuit that removes these bits answers
+    as the exact one, but for halves, which it rounds up and not to the even."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-7, 8, (6, 5)) / 16
+    constants = known(2.0) | {"t": np.float32(step), "w": weights.astype(np.float32), "v": np.eye(5, dtype=np.float32)}
+    constants |= {"b": (rng.integers(-20, 21, 5) / 8).astype(np.float32), "i": np.float32(1.0), "d": np.float32(1 / 16)}
+    nodes = [
+        quant("x", "xq"),
+        quant("w", "wq", scale="d"),
+        node("MatMul", ["xq", "wq"], ["m"]),
+        node("Add", ["m", "b"], ["a"]),
+        node("Relu", ["a"], ["r"]),
+        quant("r", "q", scale="t"),
+        quant("v", "vq", scale="i"),
+        node("MatMul", ["q", "vq"], ["y"]),
+    ]
+    graph = load(nodes, constants, ("N", 6))
+    x = (2.0 * rng.integers(-8, 8, (400, 6))).astype(np.float32)
+    stats = fheq.calibrate(graph, x)
+    answers, removed = [], []
+    for rounding in (None, fheq.Rounding(6, approximate=approximate)):
+        qparams = fheq.fit(graph, stats, fheq.Spec(None, rounding=rounding))
+        program = fheq.lower(graph, qparams)
+        answers.append(program.dequantize(fheq.simulate(program, *program.quantize(x)))[0])
+        removed.append(int(qparams.accumulators["m" if "m" in qparams.accumulators else "a"].lsbs))
+        np.testing.assert_array_equal(np.asarray(fheq.fake_quant(graph, qparams, x)), answers[-1])
+    assert removed[0] == 0 and 2.0 ** removed[1] / 8 in (step, step / 2, step / 4)
+    halves = np.mod((x @ weights + constants["b"]) / step, 1) == 0.5
+    np.testing.assert_array_equal(answers[0][~halves], answers[1][~halves])
+    assert halves.any() and np.all(answers[1] - answers[0] <= step) and np.all(answers[1] >= answers[0])

@@ -1,0 +1,70 @@
+"""Cells of rounded accumulators that end where a stated quantizer's steps do.
+
+Where a model's scales are powers of two, one step of an activation is a power of two of steps of its accumulator. Rounding
+that removes as many low bits then loses nothing but the direction of ties, if its cells lie on the quantizer's steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fheq.granularity import channel_axis
+from fheq.plan import Plan
+from fheq.steps import Step
+
+CLIPPING = ("Relu", "Clip", "Identity", "Dropout")
+NOISE = 1e-6  # relative; scales are float32
+
+
+def meets_stated_steps(layout: Plan, step: Step) -> bool:
+    """Whether all tables of an accumulator are stated quantizers of one scale each, which round to the nearest."""
+    stated = [layout.graph.pinned.get(point) for point, source in layout.points.items() if source == step.out]
+    return bool(stated) and all(a is not None and a.axis is None and a.mode == "ROUND" for a in stated)
+
+
+def shift_onto_thresholds(
+    layout: Plan, step: Step, unit: np.ndarray, zero_point: np.ndarray, lsbs: int
+) -> np.ndarray | None:
+    """What is added to an accumulator, less than a cell, to have its cells end at thresholds; None where they can't.
+
+    Args:
+        unit, zero_point: of the accumulator, `(C,)`.
+    """
+    if lsbs == 0 or not meets_stated_steps(layout, step):
+        return None
+    first, *others = (
+        _shift(layout, step, point, unit, zero_point, 2.0**lsbs)
+        for point, source in layout.points.items()
+        if source == step.out
+    )
+    return first if first is not None and all(s is not None and np.all(s == first) for s in others) else None
+
+
+def _shift(layout: Plan, step: Step, point: str, unit: np.ndarray, zero_point: np.ndarray, cell: float) -> np.ndarray | None:
+    """The shift for one quantizer."""
+    added = _added(layout, step, point)
+    ratio = np.asarray(layout.graph.pinned[point].scale, np.float64) / (unit * cell)
+    cells = np.round(ratio)
+    if added is None or np.any(cells < 1) or np.any(np.abs(ratio - cells) > NOISE * cells):
+        return None
+    middle = (1 - cells) / 2 * cell + added / unit  # the zero point, but for whole cells, with which half a step ends a cell
+    return np.floor(np.mod(middle - zero_point, cell) + NOISE)
+
+
+def _added(layout: Plan, step: Step, point: str) -> np.ndarray | None:
+    """What is added to a step's result, per channel or `(1,)`, before a quantizer, if nothing else but clipping is done."""
+    total, producers, known = np.zeros(()), layout.graph.producers(), layout.graph.constants
+    name = producers[point].inputs[0]
+    while name != step.out:
+        node = producers[name]
+        if node.op == "Add" and any(i in known for i in node.inputs):
+            total = total + next(known[i] for i in node.inputs if i in known).astype(np.float64)
+        elif node.op not in CLIPPING:
+            return None
+        name = next(i for i in node.inputs if i not in known)
+    if total.ndim > len(step.shape) or np.broadcast_shapes(total.shape, step.shape) != step.shape:
+        return None
+    rows = np.broadcast_to(total, step.shape)
+    axis = channel_axis(layout, step.out)
+    first = rows if axis is None else np.moveaxis(rows, axis, 0).reshape(rows.shape[axis], -1)
+    return first[:, 0] if axis is not None else np.ravel(first)[:1]
