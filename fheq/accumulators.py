@@ -88,9 +88,11 @@ def fit_accumulator(
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
         least = removable(bounds, rounding.n_bits)
-        fitted = (accumulator_affine(layout, qparams, step, bounds, worst, least + i, mode, weights) for i in range(2))
-        first = next(fitted)
-        return first if _room_for_thresholds(layout, step, first) else next(fitted)
+        first = accumulator_affine(layout, qparams, step, bounds, worst, least, mode, weights)
+        if _lies_on_steps(layout, step, first) is not False:
+            return first
+        roomier = accumulator_affine(layout, qparams, step, bounds, worst, least + 1, mode, weights)
+        return roomier if _lies_on_steps(layout, step, roomier) else first
     limit = table_bits(len(worst.low))
     if step.out not in layout.points.values() or aligned(bounds, 0)[1] <= limit:
         return accumulator_affine(layout, qparams, step, bounds, worst, 0, "exact", weights)
@@ -99,11 +101,11 @@ def fit_accumulator(
     return accumulator_affine(layout, qparams, step, widest, worst, removable(widest, limit), "exact", weights)
 
 
-def _room_for_thresholds(layout: Plan, step: Step, affine: Affine) -> bool:
-    """Whether an accumulator's cells lie on stated steps, or can't with another range either."""
+def _lies_on_steps(layout: Plan, step: Step, affine: Affine) -> bool | None:
+    """Whether an accumulator's cells end at thresholds of stated quantizers; None where they can't."""
     unit, zero_point = np.atleast_1d(affine.scale), np.atleast_1d(affine.zero_point)
     shift = shift_onto_thresholds(layout, step, unit, zero_point, int(np.max(affine.lsbs)))
-    return shift is None or not np.any(shift)
+    return None if shift is None else not np.any(shift)
 
 
 def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds, rounding: Rounding) -> QParams:
