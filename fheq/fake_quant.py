@@ -149,10 +149,10 @@ def tensor_values(
             continue
         if step:
             given = env if blocks is None else {**env, **_from_other_blocks(layout, blocks, step, env)}
-            value, whole = run_step(qparams, prepared, step, given, disturbed)
-            env[step.out] = value
+            y = run_step(qparams, prepared, step, given, disturbed)
+            env[step.out] = rounded(qparams, prepared, step, y)
             if step.out in layout.unrounded:
-                env[as_decrypted(step.out)] = whole
+                env[as_decrypted(step.out)] = rounded(qparams, prepared, step, y, decrypted=True)
             continue
         values = run_node(node, read, layout.graph.constants)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
@@ -210,15 +210,13 @@ def run_step(
     step: Step,
     env: Mapping[str, Array],
     disturbed: Callable[[Step, Array], Array] | None,
-) -> tuple[Array, Array]:
-    """The real value of a step's result, its accumulator rounded, and as it is."""
+) -> Array:
+    """The real value of a step's result before its accumulator is rounded."""
     xs = [operand_values(qparams, operand, env) for operand in step.operands]
     if isinstance(step, Maximum):
-        top = step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
-        return top, top
+        return step.sign * jnp.max(step.sign * jnp.concatenate(xs, axis=-1), axis=-1)
     if isinstance(step, Join):
-        joined = join_pieces(step, xs, step.fill)
-        return joined, joined
+        return join_pieces(step, xs, step.fill)
     known = prepared[step.out]
     y: Array
     if isinstance(step, Linear):
@@ -232,13 +230,15 @@ def run_step(
         assert isinstance(step, Product)
         y = jnp.sum(xs[0] * xs[1], axis=-1) if step.contract else xs[0] * xs[1]
     y = y.reshape(step.shape)
-    y = y if disturbed is None else disturbed(step, y)
-    lsbs = qparams.accumulators[step.out].lsbs
-    return rounded(step, y, known, lsbs), rounded(step, y, known, lsbs * 0)
+    return y if disturbed is None else disturbed(step, y)
 
 
-def rounded(step: Step, y: Array, known: Prepared, lsbs: Array) -> Array:
-    """A real accumulator value with its low bits removed."""
+def rounded(qparams: QParams, prepared: Mapping[str, Prepared], step: Step, y: Array, *, decrypted: bool = False) -> Array:
+    """The real value of a step's result on the grid of its accumulator, with low bits removed unless it is `decrypted`."""
+    known = prepared.get(step.out)
+    if known is None:
+        return y
+    lsbs = qparams.accumulators[step.out].lsbs * (0 if decrypted else 1)
     acc = (y - known.offset) / known.scale
     anchor = 0.0 if known.anchor is None else known.anchor
     low = affine.round_accumulator(jnp.round(acc) + anchor, lsbs) - anchor
