@@ -10,7 +10,6 @@ program that rounds nothing, and has an accumulator that is a little wider, comp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -30,8 +29,6 @@ from fheq.steps import Linear, counts_decisions
 DEPTH = 3  # how many bits fewer are tried
 ATTEMPTS = 3
 SPARE = 1.25  # of the observed range and its margin: a value beyond the range of a table that rounds nothing costs most
-ENDS = 8  # that are rounded outwards
-SLIGHTLY = 1.5  # times that the scale of weights may grow to save a bit of a table, a seventh to a half of its cost
 COARSEST = 4.0  # how many times the scale of weights may grow for the sake of a table that exists
 
 
@@ -102,15 +99,15 @@ def _within_table(
     """
     seen = lambda known: chosen_bounds(layout, qparams, stats, step, spec, known.worst, known.weights)
     limit = table_bits(len(known.worst.low))
-    if not layout.points or counts_decisions(step):
+    if not layout.points or counts_decisions(step) or aligned(seen(known), 0)[1] <= limit:
         return affine
-    width = aligned(seen(known), 0)[1]
-    if width <= limit:
-        return _bit_less(layout, qparams, step, affine, known, seen, width)
     each = affine.axis is not None and channel_axis(layout, step.out) is not None
     fitted, found, coarser = affine, known, np.ones(())
     for _ in range(ATTEMPTS):  # other weights have another worst case
-        worst, least = (coarser * (bounds.high - bounds.low) / (2.0**limit - ENDS) for bounds in (found.worst, seen(found)))
+        worst, least = (
+            coarser * (bounds.high - bounds.low) / (2.0**limit - 8)  # ends are rounded outwards
+            for bounds in (found.worst, seen(found))
+        )
         wanted = np.minimum(worst, SPARE * least)
         coarser = np.maximum(coarser, wanted if each else np.max(wanted))  # from 1 on
         if np.max(coarser) > COARSEST:
@@ -120,26 +117,6 @@ def _within_table(
         if aligned(found.worst, 0)[1] <= limit:
             return fitted
     return fitted if aligned(seen(found), 0)[1] <= limit else affine
-
-
-def _bit_less(
-    layout: Plan,
-    qparams: QParams,
-    step: Linear,
-    affine: Affine,
-    known: Weighed,
-    seen: Callable[[Weighed], Bounds],
-    width: int,
-) -> Affine:
-    """Scales with which the accumulator takes a bit less, where its channels are a little wider than that at most."""
-    bounds = seen(known)
-    factor = np.maximum((bounds.high - bounds.low) / (2.0 ** (width - 1) - ENDS), 1)
-    if np.max(factor) > SLIGHTLY:
-        return affine
-    each = affine.axis is not None and channel_axis(layout, step.out) is not None
-    coarser = replace(affine, scale=as_float32(affine.scale * (factor if each else np.max(factor))))
-    found = weighed(layout, replace(qparams, weights={step.weight_name: coarser}), step, known.weights.reading)
-    return coarser if aligned(seen(found), 0)[1] < width else affine
 
 
 def candidate(
