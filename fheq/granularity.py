@@ -50,6 +50,15 @@ def channel_axis(layout: Plan, name: str) -> int | None:
     return _axes(layout)[name]
 
 
+def channel_numbers(shape: tuple[int, ...], axis: int | None) -> np.ndarray:
+    """The channel of each element of a tensor, flat; 0 without a channel axis."""
+    if axis is None:
+        return np.zeros(int(np.prod(shape)), np.int64)
+    view = [1] * len(shape)
+    view[axis] = shape[axis]
+    return np.broadcast_to(np.arange(shape[axis]).reshape(view), shape).ravel()
+
+
 @dataclass(frozen=True)
 class Sharing:
     """Granularity of the quantized tensors.
@@ -216,13 +225,8 @@ class _Resolver:
         return self.numbers[of]
 
     def _of_quantized(self, key: str, numbered: bool) -> np.ndarray:
-        shape, axis = self.layout.shape(key), self.axis[key]
-        number = np.zeros(shape, np.int64)
-        if axis is not None:
-            view = [1] * len(shape)
-            view[axis] = shape[axis]
-            number = np.broadcast_to(np.arange(shape[axis]).reshape(view), shape)
-        return (number + (self.keys.index(key) << 32 if numbered else 0)).ravel()
+        number = channel_numbers(self.layout.shape(key), self.axis[key])
+        return number + (self.keys.index(key) << 32 if numbered else 0)
 
     def _of_step(self, step: Step, numbered: bool) -> np.ndarray:
         if isinstance(step, Maximum):

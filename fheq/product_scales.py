@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fheq.granularity import channel_numbers
 from fheq.plan import Plan
 from fheq.steps import Operand, Product
 
@@ -56,10 +57,5 @@ def _relative(layout: Plan, known: Mapping[str, Interval], operand: Operand) -> 
 
 def _channels(layout: Plan, interval: Interval, operand: Operand) -> np.ndarray:
     """The channel at each element of an operand; 0 at fillers."""
-    shape = layout.shape(operand.key)
-    number = np.zeros(shape, np.int64)
-    if interval.axis is not None:
-        view = [1] * len(shape)
-        view[interval.axis] = shape[interval.axis]
-        number = np.broadcast_to(np.arange(shape[interval.axis]).reshape(view), shape)
-    return np.where(operand.elements < 0, 0, number.ravel()[np.maximum(operand.elements, 0)])
+    number = channel_numbers(layout.shape(operand.key), interval.axis)
+    return np.where(operand.elements < 0, 0, number[np.maximum(operand.elements, 0)])
