@@ -16,7 +16,7 @@ from fheq.affine import Affine
 from fheq.bounds import Bounds, channel_bounds, worst_case
 from fheq.cell_thresholds import meets_stated_steps, shift_onto_thresholds
 from fheq.errors import QuantizationError
-from fheq.granularity import channel_axis
+from fheq.granularity import channel_axis, first_of_channel
 from fheq.integer_weights import Reading, Weights, quantize_weight
 from fheq.namespace import array_namespace
 from fheq.plan import Plan
@@ -275,9 +275,3 @@ def whole_shift(layout: Plan, step: Step, affine: Affine, scale: np.ndarray, off
     floor = a.scale * (a.qmin - a.zero_point)  # real value at the lower end
     cell = 1.0 if meets_stated_steps(layout, step) else 2.0 ** np.max(a.lsbs)
     return np.asarray(-np.round((floor - constant) / np.where(unit == 0, 1, unit) / cell) * cell)
-
-
-def first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:
-    """The first element of each channel, with the other axes kept as 1."""
-    index = tuple(slice(None) if axis is not None and i == axis % v.ndim else slice(0, 1) for i in range(v.ndim))
-    return v[index]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fheq.granularity import channel_axis
+from fheq.granularity import channel_axis, first_of_channel
 from fheq.plan import Plan
 from fheq.steps import Step
 
@@ -18,8 +18,12 @@ NOISE = 1e-6  # relative; scales are float32
 
 def meets_stated_steps(layout: Plan, step: Step) -> bool:
     """Whether all tables of an accumulator are stated quantizers of one scale each, which round to the nearest."""
-    stated = [layout.graph.pinned.get(point) for point, source in layout.points.items() if source == step.out]
+    stated = [layout.graph.pinned.get(point) for point in _points(layout, step)]
     return bool(stated) and all(a is not None and a.axis is None and a.mode == "ROUND" for a in stated)
+
+
+def _points(layout: Plan, step: Step) -> list[str]:
+    return [point for point, source in layout.points.items() if source == step.out]
 
 
 def shift_onto_thresholds(
@@ -32,11 +36,7 @@ def shift_onto_thresholds(
     """
     if lsbs == 0 or not meets_stated_steps(layout, step):
         return None
-    first, *others = (
-        _shift(layout, step, point, unit, zero_point, 2.0**lsbs)
-        for point, source in layout.points.items()
-        if source == step.out
-    )
+    first, *others = (_shift(layout, step, point, unit, zero_point, 2.0**lsbs) for point in _points(layout, step))
     return first if first is not None and all(s is not None and np.all(s == first) for s in others) else None
 
 
@@ -64,7 +64,4 @@ def _added(layout: Plan, step: Step, point: str) -> np.ndarray | None:
         name = next(i for i in node.inputs if i not in known)
     if total.ndim > len(step.shape) or np.broadcast_shapes(total.shape, step.shape) != step.shape:
         return None
-    rows = np.broadcast_to(total, step.shape)
-    axis = channel_axis(layout, step.out)
-    first = rows if axis is None else np.moveaxis(rows, axis, 0).reshape(rows.shape[axis], -1)
-    return first[:, 0] if axis is not None else np.ravel(first)[:1]
+    return np.ravel(first_of_channel(np.broadcast_to(total, step.shape), channel_axis(layout, step.out)))

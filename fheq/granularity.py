@@ -59,6 +59,12 @@ def channel_numbers(shape: tuple[int, ...], axis: int | None) -> np.ndarray:
     return np.broadcast_to(np.arange(shape[axis]).reshape(view), shape).ravel()
 
 
+def first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:
+    """The first element of each channel, with the other axes kept as 1."""
+    index = tuple(slice(None) if axis is not None and i == axis % v.ndim else slice(0, 1) for i in range(v.ndim))
+    return v[index]
+
+
 @dataclass(frozen=True)
 class Sharing:
     """Granularity of the quantized tensors.

@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.accumulator_decoders import summands, sums_accumulators
-from fheq.accumulators import first_of_channel, rounding_of
+from fheq.accumulators import rounding_of
 from fheq.affine import Affine, as_float32
 from fheq.decoders import step_of
-from fheq.granularity import channel_axis
+from fheq.granularity import channel_axis, first_of_channel
 from fheq.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec

@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fheq.accumulator_decoders import accumulator_decoder
-from fheq.accumulators import first_of_channel, whole_shift
-from fheq.granularity import channel_axis
+from fheq.accumulators import whole_shift
+from fheq.granularity import channel_axis, first_of_channel
 from fheq.onnx.writer import OPSET
 from fheq.plan import Plan
 from fheq.qparams import QParams

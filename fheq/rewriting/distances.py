@@ -6,6 +6,8 @@ take a table for each feature of each pair of points.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fheq.graph import Node
@@ -40,7 +42,7 @@ def _cdist(draft: Draft, node: Node) -> bool:
         return True
     if power == 2 and b in draft.constants:
         points = draft.constants[b].astype(np.float64)
-        if metric == "sqeuclidean" and not _rooted(draft, out):
+        if metric == "sqeuclidean" and not _rooted(draft.graph.consumers(), out):
             squared_distances(draft, node, a, points, out=out)
             return True
         squares = squared_distances(draft, node, a, points)  # below 0 by rounding only
@@ -69,11 +71,11 @@ def _cdist(draft: Draft, node: Node) -> bool:
     return True
 
 
-def _rooted(draft: Draft, name: str) -> bool:
+def _rooted(consumers: Mapping[str, list[Node]], name: str) -> bool:
     """Whether a root or a logarithm is taken of a tensor, as it is or moved."""
-    readers = draft.graph.consumers().get(name, [])
+    readers = consumers.get(name, [])
     moved = [out for node in readers if lookup(node).kind is Kind.MOVEMENT for out in node.outputs if out]
-    return any(node.op in ("Sqrt", "Pow", "Log") for node in readers) or any(_rooted(draft, out) for out in moved)
+    return any(node.op in ("Sqrt", "Pow", "Log") for node in readers) or any(_rooted(consumers, out) for out in moved)
 
 
 def _solve(draft: Draft, node: Node) -> bool:
