@@ -14,7 +14,7 @@ from fheq.accumulator_decoders import accumulator_decoder, sums_accumulators
 from fheq.accumulator_ranges import chosen_bounds
 from fheq.affine import Affine
 from fheq.bounds import Bounds, channel_bounds, worst_case
-from fheq.cell_thresholds import meets_stated_steps, shift_onto_thresholds
+from fheq.cell_thresholds import block_bits, meets_stated_steps, shift_onto_blocks, shift_onto_thresholds
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis, first_of_channel
 from fheq.integer_weights import Reading, Weights, quantize_weight
@@ -30,6 +30,7 @@ TABLE_BUDGET = 1 << 25  # entries of all channels of one table: what keeps table
 FINER = 2  # bits that a sum may have more of: with 4 parts of a unit and up, a fifth of the range at most is left unused
 FULL = 0.8  # of the range
 SPARE = 15 / 16  # of it is filled, for what wraps around costs more than resolution
+BLOCKS = 4  # bits of a table that is read in blocks: fewer cost more to reach than they save
 WORST_CASE_BITS = 6  # low bits that are given up so that an accumulator too wide for tables can never overflow
 
 
@@ -203,13 +204,30 @@ def accumulator_affine(
     decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights)]
     scale, constant = (np.ravel(first_of_channel(v, axis)) for v in decoded)
     scale = np.maximum(np.abs(scale), 1e-300)
-    shift = shift_onto_thresholds(layout, step, scale, offset - constant / scale, lsbs)
-    offset = offset + (0.0 if shift is None else np.where(shift <= slack, shift, 0))
+    spare = Bounds(bounds.low + offset, slack)
+    offset = offset + _onto_steps(layout, step, scale, offset - constant / scale, lsbs, width, spare)
     zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included
     if axis is None:
         scale, zero_point = scale[0], zero_point[0]
     whole = lambda v: np.full_like(scale, v)
     return Affine(scale, zero_point, whole(0.0), whole(2.0**width - 1), np.asarray(float(lsbs)), axis, rounding=mode)
+
+
+def _onto_steps(
+    layout: Plan, step: Step, unit: np.ndarray, zero_point: np.ndarray, lsbs: int, width: int, slack: Bounds
+) -> np.ndarray:
+    """What is added to an offset, within its slack, to have cells, or blocks of a table, end at steps of stated quantizers.
+
+    Args:
+        slack: below and above.
+    """
+    bits = lsbs or block_bits(layout, step, unit, width - BLOCKS)
+    find = shift_onto_thresholds if lsbs else shift_onto_blocks
+    up = find(layout, step, unit, zero_point, bits)
+    if up is None:
+        return np.zeros(())
+    down = up - 2.0**bits
+    return np.where(up <= slack.high, up, np.where((lsbs == 0) & (-down <= slack.low), down, 0))
 
 
 def _share_below(slack: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Cells of rounded accumulators that end where a stated quantizer's steps do.
+"""Cells of accumulators that end where a stated quantizer's steps do.
 
 Where a model's scales are powers of two, one step of an activation is a power of two of steps of its accumulator. Rounding
-that removes as many low bits then loses nothing but the direction of ties, if its cells lie on the quantizer's steps.
+that removes as many low bits then loses nothing but the direction of ties, if its cells lie on the quantizer's steps. Of an
+accumulator that is not rounded, tables may still be read in such blocks (`fheq.passes.blocks`): it starts with one.
 """
 
 from __future__ import annotations
@@ -38,6 +39,20 @@ def shift_onto_thresholds(
         return None
     first, *others = (_shift(layout, step, point, unit, zero_point, 2.0**lsbs) for point in _points(layout, step))
     return first if first is not None and all(s is not None and np.all(s == first) for s in others) else None
+
+
+def block_bits(layout: Plan, step: Step, unit: np.ndarray, most: int) -> int:
+    """The low bits, up to `most`, that all steps of the stated quantizers of an accumulator span; 0 where there are none."""
+    if not meets_stated_steps(layout, step):
+        return 0
+    ratios = np.stack([np.asarray(layout.graph.pinned[p].scale, np.float64) / unit for p in _points(layout, step)])
+    whole = lambda lsbs: np.all(np.abs(ratios / 2**lsbs - np.round(ratios / 2**lsbs)) <= NOISE * ratios / 2**lsbs)
+    return next((lsbs for lsbs in range(most, 0, -1) if np.all(ratios >= 2**lsbs - 0.5) and whole(lsbs)), 0)
+
+
+def shift_onto_blocks(layout: Plan, step: Step, unit: np.ndarray, zero_point: np.ndarray, lsbs: int) -> np.ndarray | None:
+    """As `shift_onto_thresholds`, to have blocks of 2^lsbs integers, counted from 0, start at thresholds."""
+    return shift_onto_thresholds(layout, step, unit, zero_point + (1 << lsbs >> 1), lsbs)
 
 
 def _shift(layout: Plan, step: Step, point: str, unit: np.ndarray, zero_point: np.ndarray, cell: float) -> np.ndarray | None:

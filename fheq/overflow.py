@@ -13,7 +13,7 @@ from jax.experimental import enable_x64
 from fheq.batching import split_all
 from fheq.compiled import compiled_for
 from fheq.console import shorten, text_table
-from fheq.program import IntProgram, Lookup, Round, Shift
+from fheq.program import IntProgram, Lookup, Shift
 from fheq.simulate import check_integers, sample_values
 
 Array = Any
@@ -78,11 +78,15 @@ def overflow(program: IntProgram, *inputs: Array) -> Overflow:
 
 def _unrounded(program: IntProgram, lookup: Lookup) -> str:
     """The value of the accumulator that a table reads, before its low bits are removed."""
-    made = {i.out: i for i in program.instructions if isinstance(i, Round | Shift)}
+    made = {i.out: i for i in program.instructions}
     name = lookup.args[0]
-    name = made[name].args[0] if lookup.lsbs else name
-    moved_for_blocks = lookup.lsbs and not program.accumulators[lookup.accumulator].lsbs
-    return made[name].args[0] if moved_for_blocks else name
+    if lookup.lsbs and program.accumulators[lookup.accumulator].lsbs:
+        return made[name].args[0]
+    if lookup.lsbs:  # removed for blocks
+        while not isinstance(made[name], Shift):
+            name = made[name].args[0]
+        return made[name].args[0]
+    return name
 
 
 @compiled_for(1)

@@ -266,14 +266,18 @@ def test_powers_of_two_lose_ties_alone_to_rounding(step, approximate):
     graph = load(nodes, constants, ("N", 6))
     x = (2.0 * rng.integers(-8, 8, (400, 6))).astype(np.float32)
     stats = fheq.calibrate(graph, x)
-    answers, removed = [], []
+    answers, removed, tables = [], [], []
     for rounding in (None, fheq.Rounding(6, approximate=approximate)):
         qparams = fheq.fit(graph, stats, fheq.Spec(None, rounding=rounding))
         program = fheq.lower(graph, qparams)
         answers.append(program.dequantize(fheq.simulate(program, *program.quantize(x)))[0])
         removed.append(int(qparams.accumulators["m"].lsbs))
+        tables.append([lookup.bits for lookup in program.lookups])
         np.testing.assert_array_equal(np.asarray(fheq.fake_quant(graph, qparams, x)), answers[-1])
     assert removed == [0, 3]  # of steps of 1/8
+    assert tables[0] == [5, 5]  # of 9 bits, less 4: one table for the direction of ties, and one for what is left
+    steps = np.round(np.maximum(x @ weights + constants["b"], 0) / step)
+    np.testing.assert_array_equal(answers[0], step * np.minimum(steps, np.max(answers[0]) / step))
     halves = np.mod((x @ weights + constants["b"]) / step, 1) == 0.5
     np.testing.assert_array_equal(answers[0][~halves], answers[1][~halves])
     assert halves.any() and np.all(answers[1] - answers[0] <= step) and np.all(answers[1] >= answers[0])

@@ -3,6 +3,10 @@
 A table costs two to three times as much with each bit that it reads; removing a bit exactly takes one small table (that of
 concrete's truncate_bit_pattern). Where a table is constant on blocks of 2^k integers, as a comparison or the sign of an
 accumulator is, it may read k bits fewer and give the same.
+
+Rounding to the nearest by a power of two, ties to even as in ONNX, makes such blocks but for their first integers, which go
+with the block or with the one before. There the bits are removed twice: once to see by the block which way its first integer
+goes, and once after 1 was subtracted where that is down.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import numpy as np
 
 from fheq.optimizer.solve import solve
 from fheq.passes.ranges import element_ranges
-from fheq.program import Instruction, IntProgram, Lookup, Round, Shift, Value
+from fheq.program import Instruction, IntProgram, Lookup, Plus, Round, Shift, Value
 
 LEAST = 5  # bits of the narrowest table that is tried
 LEFT = (5, 4, 3, 2, 1)  # bits that tables are left with
@@ -25,39 +29,50 @@ P_ERROR = 1e-5  # at which costs are compared
 class Blocks(NamedTuple):
     """How a table repeats its entries: `table[g, v]` depends on `(v + start[g]) >> lsbs` alone.
 
-    lsbs: low bits that decide nothing; start: `(G,)` from 0 to 2^lsbs - 1; low, high: `(G,)` the entries that are read.
+    lsbs: low bits that decide nothing; start: `(G,)` from 0 to 2^lsbs - 1; low, high: `(G,)` the entries that are read;
+    ties: whether the first integers of some blocks go with the block before.
     """
 
     lsbs: int
     start: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    ties: bool
 
 
 def read_in_blocks(program: IntProgram) -> IntProgram:
     """The program with low bits removed before tables that do not need them, where that is predicted to be cheaper."""
-    found = _found(program)
-    if not found:
-        return program
-    tried = [program, *(_rounded(program, found, left) for left in LEFT)]
-    return min(tried, key=lambda one: solve(one, P_ERROR, None).solution.total)
+    plain = _found(program, ties=False)
+    found = [plain, {**_found(program, ties=True), **{name: b for name, b in plain.items() if b.lsbs > 1}}]
+    tried = [_rounded(program, each, left) for each in found[: 1 + (found[1] != plain)] if each for left in LEFT]
+    return min([program, *tried], key=lambda one: solve(one, P_ERROR, None).solution.total) if tried else program
 
 
-def blocks(table: np.ndarray, low: np.ndarray, high: np.ndarray) -> Blocks | None:
+def blocks(table: np.ndarray, low: np.ndarray, high: np.ndarray, ties: bool) -> Blocks | None:
     """The longest blocks of a table `(G, entries)` of which each row is read from low to high, both `(G,)`."""
     lsbs, first = table.shape[1].bit_length() - 1, np.zeros(len(table), np.int64)
     for g, row in enumerate(table):
         changes = np.flatnonzero(row[low[g] + 1 : high[g] + 1] != row[low[g] : high[g]]) + low[g] + 1
         if len(changes):
-            first[g] = changes[0]
-            step = int(np.gcd.reduce(np.diff(changes))) if len(changes) > 1 else 0
-            lsbs = min(lsbs, (step & -step).bit_length() - 1) if step else lsbs
+            lsbs, first[g] = _longest(changes, lsbs, ties)
         if lsbs == 0:
             return None
-    return Blocks(lsbs, -first % (1 << lsbs), low, high)
+    return Blocks(lsbs, -first % (1 << lsbs), low, high, ties)
 
 
-def _found(program: IntProgram) -> dict[str, Blocks]:
+def _longest(changes: np.ndarray, most: int, ties: bool) -> tuple[int, int]:
+    """The low bits of the longest blocks by the places where entries change, and where a block starts."""
+    if ties and np.any(np.diff(changes) < 2):  # an entry of its own
+        return 0, 0
+    for lsbs in range(most, int(ties), -1):
+        places = np.unique(changes % (1 << lsbs))
+        for first in places if len(places) <= 1 + ties else ():
+            if np.all((places - first) % (1 << lsbs) <= ties):
+                return lsbs, int(first)
+    return 0, 0
+
+
+def _found(program: IntProgram, ties: bool) -> dict[str, Blocks]:
     """By the name of their results, the tables that repeat their entries."""
     wide = [lookup for lookup in program.lookups if lookup.lsbs == 0 and lookup.bits >= LEAST]
     if not wide:
@@ -72,7 +87,7 @@ def _found(program: IntProgram) -> dict[str, Blocks]:
         ends[0] = top
         np.minimum.at(ends[0], group, np.where(wraps, 0, low).ravel())
         np.maximum.at(ends[1], group, np.where(wraps, top, high).ravel())
-        repeats = blocks(lookup.table, np.minimum(*ends), ends[1])
+        repeats = blocks(lookup.table, np.minimum(*ends), ends[1], ties)
         if repeats is not None:
             found[lookup.out] = repeats
     return found
@@ -84,28 +99,36 @@ def _rounded(program: IntProgram, found: Mapping[str, Blocks], left: int) -> Int
     for instruction in program.instructions:
         repeats = found.get(instruction.out)
         lsbs = 0 if repeats is None else min(repeats.lsbs, instruction.bits - left)  # type: ignore[attr-defined]
-        if repeats is None or lsbs <= 0:
+        if repeats is None or lsbs <= (1 if repeats.ties else 0):
             instructions.append(instruction)
-        else:
-            assert isinstance(instruction, Lookup)
-            made = _instead(instruction, repeats, lsbs)
-            shape, top = values[instruction.args[0]].shape, (1 << made[2].bits + lsbs) - 1
-            values |= {one.out: Value(shape, 0, high) for one, high in zip(made, (top, top >> lsbs << lsbs))}
-            instructions += made
+            continue
+        assert isinstance(instruction, Lookup)
+        made = _instead(instruction, repeats, lsbs)
+        shape, top = values[instruction.args[0]].shape, (1 << made[-1].bits + lsbs) - 1  # type: ignore[attr-defined]
+        high = {Round: top >> lsbs << lsbs, Lookup: 1}
+        values |= {one.out: Value(shape, 0, high.get(type(one), top)) for one in made[:-1]}
+        instructions += made
     return replace(program, instructions=tuple(instructions), values=values)
 
 
-def _instead(lookup: Lookup, repeats: Blocks, lsbs: int) -> tuple[Shift, Round, Lookup]:
+def _instead(lookup: Lookup, repeats: Blocks, lsbs: int) -> list[Instruction]:
     """The table that reads `lsbs` bits fewer, after what removes them."""
     start = repeats.start % (1 << lsbs)
+    if repeats.ties and np.any(lookup.table[start == 0, 0] != lookup.table[start == 0, 1]):
+        start = start + (1 << lsbs)  # a block for what goes down from 0
     bits = max(1, int(np.max(repeats.high + start)).bit_length() - lsbs)
-    entries = (np.arange(1 << bits)[None, :] << lsbs) - start[:, None]
-    at = np.clip(entries, repeats.low[:, None], repeats.high[:, None])
-    table = np.take_along_axis(lookup.table, at, axis=1)
-    moved, rounded = f"{lookup.out}.moved", f"{lookup.out}.rounded"
+    first = (np.arange(1 << bits)[None, :] << lsbs) - start[:, None]
+    entries = lambda at: np.take_along_axis(lookup.table, np.clip(at, repeats.low[:, None], repeats.high[:, None]), axis=1)
+    table = entries(first + repeats.ties)
+    moved, settled = f"{lookup.out}.moved", f"{lookup.out}.settled"
     amount = (start - (1 << lsbs >> 1))[lookup.group]  # rounding is to the nearest
-    return (
-        Shift(moved, lookup.args, amount),
-        Round(rounded, (moved,), lsbs),
-        replace(lookup, args=(rounded,), table=table, lsbs=lsbs, bits=bits),
-    )
+    made: list[Instruction] = [Shift(moved, lookup.args, amount)]
+    if repeats.ties:
+        block, down = f"{lookup.out}.block", f"{lookup.out}.down"
+        goes_down = (entries(first) != table).astype(np.uint8)
+        made.append(Round(block, (moved,), lsbs))
+        made.append(replace(lookup, out=down, args=(block,), table=goes_down, lsbs=lsbs, bits=bits))
+        made.append(Plus(settled, (moved, down), -1))
+    rounded = f"{lookup.out}.rounded"
+    made.append(Round(rounded, (made[-1].out,), lsbs))
+    return [*made, replace(lookup, args=(rounded,), table=table, lsbs=lsbs, bits=bits)]
