@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fheq.alternatives import alternatives
 from fheq.errors import UnsupportedError, describe
 from fheq.graph import Node
 from fheq.interpret import run_node
@@ -145,7 +146,8 @@ def _matmul(planner: Planner, node: Node) -> Step:
     if node.inputs[0] in planner.regions:
         weight = used_weight(node, 1, _constant(planner, node, 1))
         x = planner.operand(node.inputs[0], along(-1))
-        options = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
+        stated = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
+        options = {**_alternatives(planner, x), **stated}
         return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1, options)
     weight = used_weight(node, 0, _constant(planner, node, 0))
     x = planner.operand(node.inputs[1], along(-2))
@@ -163,7 +165,14 @@ def _gemm(planner: Planner, node: Node) -> Step:
         x = x.take(np.arange(len(x.elements)).reshape(x.shape).T, x.shape[::-1])
     weight = alpha * used_weight(node, 1 - data, _constant(planner, node, 1 - data))
     form, channel = ("matmul", -1) if data == 0 else ("left", -2)
-    return Linear(out, node, shape, x, form, node.inputs[1 - data], weight, bias, channel)
+    options = _alternatives(planner, x) if data == 0 else {}
+    return Linear(out, node, shape, x, form, node.inputs[1 - data], weight, bias, channel, options)
+
+
+def _alternatives(planner: Planner, x: Operand) -> dict[str, np.ndarray]:
+    """The option of a product with one-hot rows."""
+    groups = alternatives(planner, x)
+    return {} if groups is None else {"exclusive": groups}
 
 
 def _channel_bias(bias: np.ndarray, rank: int) -> np.ndarray:

@@ -74,7 +74,7 @@ class Linear(Step):
         weight: float64, as the form uses it.
         bias: broadcasts against `out`.
         options: strides, dilations and group of a convolution. Of a product with rows of bits: `exact`, what follows needs
-            every integer of it; `exclusive`, a number per bit, of those with equal numbers at most one being 1.
+            every integer of it; `exclusive`, a number per bit (feature), of those with equal numbers at most one being 1.
         channel: output channel axis, from the end.
     """
 
@@ -180,7 +180,7 @@ def makes_accumulator(step: Step) -> bool:
 
 def counts_decisions(step: Step) -> bool:
     """Whether a step counts or weighs decisions: its worst case is tight, and any input may reach it."""
-    return isinstance(step, Linear) and ("exact" in step.options or "exclusive" in step.options)
+    return isinstance(step, Linear) and ("exact" in step.node.attrs or "exclusive" in step.node.attrs)
 
 
 def varies_only_along(labels: np.ndarray, axis: int) -> bool:

@@ -44,7 +44,8 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
-    known = {key: Interval(*ranges[key], _scale(*ranges[key]), sharing.axis[key]) for key in keys}
+    axes = {key: sharing.axis[key] if ranges[key][0].size > 1 else None for key in keys}  # of integers, one for all
+    known = {key: Interval(*ranges[key], _scale(*ranges[key]), axes[key]) for key in keys}
     scales = steps_in_products(layout, known, [key for key in keys if key in stats and not _of_whole(layout, key, whole)])
     scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}
     result: dict[str, Affine] = {}

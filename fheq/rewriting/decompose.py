@@ -13,7 +13,18 @@ import numpy as np
 from fheq.estimators.features import mapping_of
 from fheq.graph import Graph, Node
 from fheq.regions import elementwise_source
-from fheq.rewriting import distances, einsum, gather, matrices, normalizations, primitives, recurrent, scatter, selection
+from fheq.rewriting import (
+    distances,
+    division,
+    einsum,
+    gather,
+    matrices,
+    normalizations,
+    primitives,
+    recurrent,
+    scatter,
+    selection,
+)
 from fheq.rewriting.edit import Draft
 
 DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
@@ -35,19 +46,6 @@ def _rewritten(draft: Draft, node: Node) -> bool:
 
 def _is_float(draft: Draft, name: str) -> bool:
     return draft.types[name].dtype.kind not in "biu"
-
-
-def _division(draft: Draft, node: Node) -> bool:
-    """a / b as a * (1 / b)."""
-    a, b = node.inputs
-    if not draft.depends(b) or not _is_float(draft, b):
-        return False
-    is_one = a in draft.constants and np.all(draft.constants[a] == 1)
-    if is_one and draft.types[node.outputs[0]] == draft.types[b]:
-        draft.apply(node, "Reciprocal", b, out=node.outputs[0])
-    else:
-        draft.apply(node, "Mul", a, draft.apply(node, "Reciprocal", b), out=node.outputs[0])
-    return True
 
 
 def _power(draft: Draft, node: Node) -> bool:
@@ -230,11 +228,11 @@ RULES = {
     **dict.fromkeys(("And", "Or", "Xor"), _logic),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), _chain),
     "Clip": _clip,
-    "Div": _division,
     "PRelu": _prelu,
     "Pow": _power,
     "Where": _where,
     **distances.RULES,
+    **division.RULES,
     **einsum.RULES,
     **gather.RULES,
     **matrices.RULES,
