@@ -21,6 +21,7 @@ from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
+from fheq.regions import is_boolean
 from fheq.steps import Add, Linear, Step, makes_accumulator
 
 TAKEN = 1e-6  # relative; scales are float32
@@ -138,8 +139,9 @@ class _Export:
 
     def read(self, tensor: str, key: str) -> str:
         """The quantized form of a tensor that holds the integers of `key`, moved."""
-        if key not in self.layout.points or self.layout.graph.types[key].dtype.kind != "f":
-            return self.raw(tensor)
+        graph = self.layout.graph
+        if key not in self.layout.points or graph.types[key].dtype.kind != "f" or is_boolean(graph, key):
+            return self.raw(tensor)  # integers and decisions are what they are quantized to
         if tensor not in self.made:
             made = (tensor,) if tensor == key else self.producers[tensor].outputs
             self.made.update({name: f"{name}/quantized" for name in made})
