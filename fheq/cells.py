@@ -25,10 +25,12 @@ from fheq.qparams import QParams
 from fheq.spec import MAX_TABLE_BITS, Spec
 from fheq.statistics import Stats
 from fheq.steps import Linear, counts_decisions
+from fheq.weight_quantizers import fit_weight, is_exact
 
 DEPTH = 3  # how many bits fewer are tried
 ATTEMPTS = 3
 SPARE = 1.25  # of the observed range and its margin: a value beyond the range of a table that rounds nothing costs most
+CLEARLY = 1.25  # times less error is expected of weights on steps of their own: few integers to a cell are mostly rounded up
 COARSEST = 4.0  # how many times the scale of weights may grow for the sake of a table that exists
 
 
@@ -59,23 +61,51 @@ def fill_cells(
         return affine
     if stats[step.out].squares is None:  # the trade needs variances
         return affine
+    read = known.weights.reading
+    exact = _exact(step, affine, read)
+    filled, error = _filled(layout, stats, spec, qparams, step, affine, known, rounding.n_bits, exact)
+    if error == 0 or not np.any(exact):
+        return filled
+    plain = fit_weight(read, step, spec, own=False)
+    weighed_plainly = weighed(layout, replace(qparams, weights={step.weight_name: plain}), step, read)
+    other, other_error = _filled(
+        layout, stats, spec, qparams, step, plain, weighed_plainly, rounding.n_bits, np.zeros_like(exact)
+    )
+    return other if other_error < CLEARLY * error else filled
+
+
+def _filled(
+    layout: Plan,
+    stats: Stats,
+    spec: Spec,
+    qparams: QParams,
+    step: Linear,
+    affine: Affine,
+    known: Weighed,
+    bits: int,
+    exact: np.ndarray,
+) -> tuple[Affine, float]:
+    """The quantizer of a weight with the scales that fill the cells best, and the error to expect, 0 where nothing is
+    rounded. Channels whose weights are `exact` keep their scales: coarser ones would miss all weights by as much."""
     weights, worst = known
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
-    least = removable(bounds, rounding.n_bits)
+    least = removable(bounds, bits)
     if least == 0:
-        return affine
+        return affine, 0.0
+    axis = channel_axis(layout, step.out)
     variance = channel_variance(stats, step)
-    noise = input_power(stats, weights.reading, step)
     unit = np.broadcast_to(weights.scale, step.shape)
     unit = channel_bounds(Bounds(unit, unit), axis).high
-    best = min(
-        (
-            candidate(bounds, lsbs, rounding.n_bits, unit, noise, variance)
-            for lsbs in range(max(least - DEPTH, 0), least + 1)
-        ),
-        key=lambda found: found[0],
-    )
-    return affine if np.all(best[1] == 1) else replace(affine, scale=as_float32(affine.scale * best[1]))
+    noise = np.where(exact, 0.0, input_power(stats, weights.reading, step))
+    tried = range(least if np.any(exact) else max(least - DEPTH, 0), least + 1)
+    error, factor = min((candidate(bounds, lsbs, bits, unit, noise, variance, exact) for lsbs in tried), key=lambda f: f[0])
+    return affine if np.all(factor == 1) else replace(affine, scale=as_float32(affine.scale * factor)), error
+
+
+def _exact(step: Linear, affine: Affine, read: Reading) -> np.ndarray:
+    """By output channel, whether the weights lie on their grid."""
+    rows = np.moveaxis(read.absorbed(step), step.weight_axis, 0).reshape(step.weight.shape[step.weight_axis], -1)
+    return is_exact(rows, affine.scale)
 
 
 def rounds_nothing(spec: Spec) -> bool:
@@ -120,12 +150,13 @@ def _within_table(
 
 
 def candidate(
-    bounds: Bounds, lsbs: int, bits: int, unit: np.ndarray, noise: float, variance: np.ndarray
+    bounds: Bounds, lsbs: int, bits: int, unit: np.ndarray, noise: np.ndarray, variance: np.ndarray, kept: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Expected error relative to each channel's variance, and the factor of each channel's weight scale."""
+    """Expected error relative to each channel's variance, and the factor of each channel's weight scale, 1 where it is
+    `kept`."""
     cell = 2.0**lsbs
     room = 2.0 ** (bits + lsbs) - 1 - 2 * cell - cell / 2
-    factor = np.maximum(1.0, (bounds.high - bounds.low) / max(room, 1.0))
+    factor = np.where(kept, 1.0, np.maximum(1.0, (bounds.high - bounds.low) / max(room, 1.0)))
     error = (unit * factor) ** 2 * (cell**2 + noise) / 12
     return float(np.sum(error / variance)), factor
 

@@ -20,6 +20,8 @@ from fheq.interpret import run_node
 from fheq.ops.table import Kind, find, lookup
 
 FILLER = -1
+RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
+"""Movements that keep the order of elements."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,18 @@ def copied_from(graph: Graph, name: str) -> Iterator[str]:
 
 
 def elementwise_source(graph: Graph, name: str) -> str:
-    """The tensor of which another is a function, element by element, through operators of ONNX alone; itself without one."""
+    """The tensor of which another is a function, element by element in the same order, through operators of ONNX alone;
+    itself without one."""
     producers = graph.producers()
     found: dict[str, str] = {}
 
     def visit(name: str) -> str:
         if name not in found:
             node, row = producers.get(name), None
-            if node is not None and not node.domain:
+            if node is not None and node.domain in ("", "ai.onnx.ml"):
                 row = find(node)
             sources = {name}
-            if node is not None and row is not None and row.kind is Kind.ELEMENTWISE:
+            if node is not None and row is not None and (row.kind is Kind.ELEMENTWISE or node.op in RESHAPES):
                 sources = {visit(n) for n in node.inputs if n and n not in graph.constants}
             found[name] = sources.pop() if len(sources) == 1 else name
         return found[name]

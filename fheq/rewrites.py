@@ -57,18 +57,25 @@ def remove_identities(graph: Graph) -> Graph:
     return prune(graph.replace(nodes=tuple(nodes), pinned=pinned))
 
 
-def know_empty(graph: Graph) -> Graph:
-    """Computed tensors without elements as known ones, and what follows from them folded: a sum over nothing is 0."""
+def know_zeros(graph: Graph) -> Graph:
+    """Computed tensors without elements, and products with zeros, as known ones, and what follows from them folded: a sum
+    over nothing is 0."""
     ports = {port.name for port in graph.outputs}
     sizes = {name: math.prod(kind.shape) for name, kind in graph.types.items()}
-    made = [name for node in graph.nodes for name in node.outputs if name]
-    known = {n: np.zeros(graph.types[n].shape, graph.types[n].dtype) for n in made if not sizes[n] and n not in ports}
+    made = {name: node for node in graph.nodes for name in node.outputs if name and name not in ports}
+    zero = [name for name, node in made.items() if not sizes[name] or _is_product_with_zeros(graph, node)]
+    known = {name: np.zeros(graph.types[name].shape, graph.types[name].dtype) for name in zero}
     nodes = tuple(n for n in graph.nodes if not {name for name in n.outputs if name} <= set(known))
     if len(nodes) == len(graph.nodes):
         return graph
     kept = {name for node in nodes for name in node.outputs}  # beside others of its node, as those of a Split
     known = {name: value for name, value in known.items() if name not in kept}
     return fold(graph.replace(nodes=nodes, constants={**graph.constants, **known}))
+
+
+def _is_product_with_zeros(graph: Graph, node: Node) -> bool:
+    factors = [graph.constants[name] for name in node.inputs if name in graph.constants]
+    return (node.domain, node.op) == ("", "Mul") and any(not np.any(factor) for factor in factors)
 
 
 def untie_constants(graph: Graph) -> Graph:
@@ -106,7 +113,7 @@ def separate_sums(graph: Graph) -> Graph:
 
 
 DEFAULT_REWRITES: tuple[Rewrite, ...] = (
-    know_empty,
+    know_zeros,
     expand_estimators,
     separate_sums,
     normalise_quantizers,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from fheq.affine import Affine, as_float32
 from fheq.errors import describe
+from fheq.function_grids import Grid, grid_of, grid_on
 from fheq.granularity import Sharing, share
 from fheq.observers import observed_range
 from fheq.plan import Plan
@@ -16,7 +18,7 @@ from fheq.product_scales import Interval, steps_in_products
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
 from fheq.statistics import Stats, TensorStats, per_tensor
-from fheq.steps import Add, Linear
+from fheq.steps import Add, Join, Linear
 from fheq.thresholds import on_edges
 from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit_fraction
 
@@ -31,7 +33,9 @@ def _names(layout: Plan, key: str) -> tuple[str, str]:
 def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     """Quantizers of inputs and points."""
     keys = list(dict.fromkeys([*layout.inputs, *layout.points]))
-    stated = {k: a for k in keys if (a := _stated(layout, k)) is not None}
+    joined = {operand.key for step in layout.steps if isinstance(step, Join) for operand in step.operands}
+    copied = {k: a for k in keys if (a := _copied(layout, k)) is not None}
+    stated = {k: a for k in keys if (a := _stated(layout, k) or (None if k in joined else copied.get(k))) is not None}
     wanted = {}
     for key in keys:
         granularity = spec.override(*_names(layout, key)).granularity or spec.activations
@@ -44,9 +48,12 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
     whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
+    alone = [key for key in keys if key in stats and key not in stated and key not in layout.inputs]
+    grids = _take_grids(layout, stats, sharing, ranges, alone, joined, copied)
     axes = {key: sharing.axis[key] if ranges[key][0].size > 1 else None for key in keys}  # of integers, one for all
-    known = {key: Interval(*ranges[key], _scale(*ranges[key]), axes[key]) for key in keys}
-    scales = steps_in_products(layout, known, [key for key in keys if key in stats and not _of_whole(layout, key, whole)])
+    known = {key: Interval(*ranges[key], grids.get(key, _scale(*ranges[key])), axes[key]) for key in keys}
+    free = [key for key in keys if key in stats and key not in grids and not _of_whole(layout, key, whole)]
+    scales = steps_in_products(layout, known, free)
     scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}
     result: dict[str, Affine] = {}
     for key in keys:
@@ -83,6 +90,47 @@ def _take_whole(
     return whole, steps
 
 
+def _take_grids(
+    layout: Plan,
+    stats: Stats,
+    sharing: Sharing,
+    ranges: dict[str, Range],
+    keys: Iterable[str],
+    joined: Container[str],
+    copied: Mapping[str, Affine],
+) -> dict[str, np.ndarray]:
+    """The steps of those of `keys` that are on a grid of no more integers than their bits count; `ranges` are fitted to them
+    in place. Not of those that share steps with others.
+
+    Of those that are `joined` with channels on other grids the steps are parts of the grid's, lest weights that take in all
+    of them have few bits left for the others.
+
+    Args:
+        copied: the grids of integers that tensors are casts of.
+    """
+    steps = {}
+    groups = Counter(sharing.group.values())
+    for key in keys:
+        grid = grid_on(copied[key]) if key in copied else grid_of(layout.graph, key)
+        if key in joined and grid is None and is_integer(layout.graph, key):
+            grid = Grid(1.0, -np.inf, np.inf)
+        if grid is None or groups[sharing.group[key]] > 1:
+            continue
+        seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
+        exact = is_integer(layout.graph, key)
+        low, high = (seen.minimum, seen.maximum) if exact else ranges[key][:2]
+        bits = ranges[key][2]
+        low, high = (np.clip(np.round(end / grid.step) * grid.step, grid.low, grid.high) for end in (low, high))
+        if grid.high - grid.low < grid.step * 2.0**bits:
+            low, high = np.full_like(low, grid.low), np.full_like(high, grid.high)
+        if np.all(high - low < grid.step * 2.0**bits) and np.any(high > low):
+            count = np.max(np.round((high - low) / grid.step))
+            parts = np.floor((2.0**bits - 1) / count) if key in joined else 1.0
+            ranges[key] = low, high, max(1, int(np.ceil(np.log2(parts * count + 1))))
+            steps[key] = np.full_like(low, grid.step / parts)
+    return steps
+
+
 def _of_whole(layout: Plan, key: str, whole: Mapping[str, np.ndarray]) -> bool:
     """Whether a tensor's steps are given by the whole numbers that it holds."""
     return not _divisible(layout, key) or is_integer(layout.graph, key) or bool(np.any(whole.get(key, False)))
@@ -94,12 +142,14 @@ def _divisible(layout: Plan, key: str) -> bool:
 
 
 def _stated(layout: Plan, key: str) -> Affine | None:
-    """The quantizer that the model or a rewrite states for a tensor, or for integers that it copies."""
-    found = layout.adopted.get(key) or layout.graph.pinned.get(key)
-    if found is not None:
-        return found
-    copied = (layout.graph.pinned.get(n) for n in copied_from(layout.graph, key) if layout.graph.types[n].dtype.kind in "iu")
-    return next((affine for affine in copied if affine is not None and affine.axis is None), None)
+    """The quantizer that the model or a rewrite states for a tensor."""
+    return layout.adopted.get(key) or layout.graph.pinned.get(key)
+
+
+def _copied(layout: Plan, key: str) -> Affine | None:
+    """The quantizer that the model or a rewrite states for integers that a tensor copies."""
+    found = (layout.graph.pinned.get(n) for n in copied_from(layout.graph, key) if layout.graph.types[n].dtype.kind in "iu")
+    return next((affine for affine in found if affine is not None and affine.axis is None), None)
 
 
 def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:

@@ -1,4 +1,8 @@
-"""Quantizers of weights, fitted to their extremes."""
+"""Quantizers of weights, fitted to their extremes.
+
+Weights that are whole multiples of a step of their own, as those of binary, ternary and baked-in quantized networks are,
+keep it: they are exact in the smallest integers, and accumulators as narrow as can be.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ from fheq.integer_weights import Reading
 from fheq.spec import BitsError, Granularity, Spec, Symmetry
 from fheq.steps import Linear
 
+MULTIPLE = 2.0**-20  # relative error of what counts as a whole multiple; weights are float32
 
-def fit_weight(read: Reading, step: Linear, spec: Spec) -> Affine:
-    """The quantizer of a weight, fitted to its extremes."""
+
+def fit_weight(read: Reading, step: Linear, spec: Spec, own: bool = True) -> Affine:
+    """The quantizer of a weight, fitted to its extremes, or to the steps that are its own."""
     override = spec.override(step.weight_name, step.out, step.node.name)
     granularity = override.granularity or spec.weights
     if override.n_bits is None and spec.n_bits is None:
@@ -25,6 +31,7 @@ def fit_weight(read: Reading, step: Linear, spec: Spec) -> Affine:
     if granularity is Granularity.PER_TENSOR:
         rows, axis = rows.reshape(1, -1), None
     leaves = weight_quantizer(rows, bits, spec.symmetry)
+    leaves = on_own_steps(rows, leaves) if own else leaves
     if axis is None:
         leaves = tuple(leaf[0] for leaf in leaves)
     return Affine(*leaves, np.zeros_like(leaves[0]), axis, signed=True)
@@ -48,6 +55,46 @@ def weight_quantizer(
         return asymmetric
     better = _row_error(rows, asymmetric) < _row_error(rows, symmetric)
     return tuple(np.where(better, a, s) for a, s in zip(asymmetric, symmetric))  # type: ignore[return-value]
+
+
+def on_own_steps(
+    rows: np.ndarray, leaves: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A quantizer of rows `(C, n)` with the steps of those that have their own, where no more integers are needed."""
+    scale, zero, qmin, qmax = leaves
+    steps = own_steps(rows, np.maximum((qmax - qmin) // 2, 1))
+    own = steps > 0
+    reach = np.round(np.max(np.abs(rows), axis=1) / np.where(own, steps, 1))
+    return (
+        np.where(own, as_float32(steps), scale),
+        np.where(own, 0, zero),
+        np.where(own, -reach, qmin),
+        np.where(own, reach, qmax),
+    )
+
+
+def own_steps(rows: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """The largest step of which each row `(C, n)` holds multiples, up to `most` `(C,)` of it; 0 where there is none."""
+    size = np.abs(rows)
+    top = np.max(size, axis=1, initial=0.0)
+    size = np.where(size <= MULTIPLE * top[:, None], 0, size)
+    least = np.min(np.where(size > 0, size, np.inf), axis=1, initial=np.inf)
+    steps = np.zeros(len(rows))
+    for parts in range(1, int(np.max(most, initial=0)) + 1):  # of the smallest weight
+        tried = np.flatnonzero((steps == 0) & (top > 0) & (parts * top <= (most + 0.5) * least))
+        if not len(tried):
+            break
+        multiple = size[tried] / (least[tried, None] / parts)
+        whole = np.round(multiple)
+        fits = np.all(np.abs(multiple - whole) <= MULTIPLE * multiple, axis=1)
+        steps[tried[fits]] = top[tried[fits]] / np.max(whole[fits], axis=1)
+    return steps
+
+
+def is_exact(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Whether rows `(C, n)`, not all of zeros, are whole multiples of their scales `(C,)`."""
+    multiple = rows / scale[:, None]
+    return np.any(rows != 0, axis=1) & np.all(np.abs(multiple - np.round(multiple)) <= MULTIPLE * np.abs(multiple), axis=1)
 
 
 def _row_error(rows: np.ndarray, quantizer: tuple[np.ndarray, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fheq.graph import Graph, Node, TensorType
-from fheq.rewriting.edit import VERSION, Draft
+from fheq.rewriting.edit import CODES, VERSION, Draft
 
 
 def with_known_inputs(node: Node, types: Mapping[str, TensorType], known: Mapping[str, np.ndarray]) -> list[Node] | None:
@@ -64,13 +64,17 @@ def _one_hot(draft: Draft, node: Node) -> bool:
 
 
 def _gather(draft: Draft, node: Node) -> bool:
-    """Gather with computed indices: a product of one-hot rows with the table."""
+    """Gather with computed indices: a product of one-hot rows with the table; of known numbers, one for each index, a
+    function of the index."""
     table, indices = node.inputs
     shape, kind = draft.types[table].shape, draft.types[table].dtype
     if not draft.depends(indices) or kind.kind == "b":
         return False
     axis, places = node.attrs["axis"] % len(shape), draft.types[indices].shape
     before, after = shape[:axis], shape[axis + 1 :]
+    if table in draft.constants and np.prod((*before, *after)) == 1 and shape[axis] > 2:
+        _looked_up(draft, node, draft.constants[table].ravel(), indices, (*before, *places, *after))
+        return True
     rows = _rows(draft, node, table, axis)
     hot = draft.cast(node, _hot(draft, node, indices, shape[axis], len(places)), kind)
     product = draft.apply(node, "MatMul", draft.reshape(node, hot, (-1, shape[axis])), rows)
@@ -82,6 +86,20 @@ def _gather(draft: Draft, node: Node) -> bool:
     if not done:
         draft.apply(node, "Transpose", product, out=node.outputs[0], perm=order)
     return True
+
+
+def _looked_up(draft: Draft, node: Node, values: np.ndarray, indices: str, shape: tuple[int, ...]) -> None:
+    """Known numbers by computed indices, as an operator on each index; the result has the given shape."""
+    out, kind = node.outputs[0], values.dtype
+    wide = np.dtype(np.int64 if kind.kind in "iu" else np.float32)
+    entries = "values_int64s" if wide.kind == "i" else "values_floats"
+    attrs = {"keys_int64s": tuple(range(-len(values), len(values))), entries: tuple(np.tile(values, 2).tolist())}
+    indices = draft.reshape(node, draft.cast(node, indices, np.int64), shape)
+    found = out if wide == kind else draft.fresh(f"{out}/LabelEncoder")
+    name = f"{node.name or out}/LabelEncoder"
+    draft.write(Node(name, "LabelEncoder", (indices,), (found,), MappingProxyType(attrs), "ai.onnx.ml", 2))
+    if found != out:
+        draft.apply(node, "Cast", found, out=out, to=CODES[kind])
 
 
 def _gather_elements(draft: Draft, node: Node) -> bool:
