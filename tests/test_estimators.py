@@ -24,7 +24,7 @@ skl2onnx = pytest.importorskip("skl2onnx", reason='needs pip install "fheq[sklea
 
 from sklearn import cluster, datasets, decomposition, ensemble, linear_model, naive_bayes, neural_network, svm, tree  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.preprocessing import StandardScaler  # noqa: E402
+from sklearn.preprocessing import QuantileTransformer, StandardScaler  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning", "ignore::sklearn.exceptions.ConvergenceWarning")
 X, NUMBERS = (np.asarray(v) for v in datasets.load_iris(return_X_y=True))
@@ -41,6 +41,7 @@ CLASSIFIERS: dict[str, Any] = {
     "boosting": ensemble.GradientBoostingClassifier(n_estimators=3, max_depth=2, random_state=0),
     "network": make_pipeline(StandardScaler(), neural_network.MLPClassifier((8,), max_iter=300, random_state=0)),
     "naive bayes": naive_bayes.GaussianNB(),
+    "binarized": naive_bayes.BernoulliNB(binarize=1.5),
 }
 REGRESSORS: dict[str, Any] = {
     "ridge": linear_model.Ridge(),
@@ -92,6 +93,20 @@ def test_quantized_classifiers_keep_their_labels(name: str) -> None:
     labels, scores = module(name).forward(X)
     assert labels.shape == (150,) and len(scores) == 150
     assert np.mean(labels == fitted(name).predict(X)) >= 1 - 4 / 150
+
+
+def test_a_piecewise_linear_transform_takes_one_table_per_feature() -> None:
+    """skl2onnx writes QuantileTransformer as a search among known numbers by computed indices. Between two of its quantiles,
+    the steps of which are at least as far apart as those of 10 bits, the result moves by no more than its own step."""
+    x = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    transformer = QuantileTransformer(n_quantiles=20).fit(x)
+    graph = fheq.from_sklearn(transformer, x)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 10))
+    assert sum(int(np.prod(program.values[table.out].shape)) for table in program.lookups) == 3
+    got = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    steepest = 1 / 19 / np.min(np.diff(transformer.quantiles_, axis=0))
+    bound = steepest * np.max(program.inputs[0].affine.scale) / 2 + 1 / 2**10
+    assert np.abs(got - transformer.transform(x)).max() < bound
 
 
 @pytest.mark.parametrize("name", REGRESSORS)
@@ -210,7 +225,7 @@ def test_the_circuit_gives_labels() -> None:
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["tree", "boosting", "network", "svc with probabilities"])
+@pytest.mark.parametrize("name", ["tree", "boosting", "network", "svc with probabilities", "binarized"])
 def test_an_exported_estimator_decides_and_comes_back_as_the_quantized_one(name: str) -> None:
     """Thresholds lie on the edges of quantizers whose zero points are fractional, labels come of ai.onnx.ml."""
     graph = fheq.import_onnx(exported(name))

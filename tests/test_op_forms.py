@@ -17,6 +17,7 @@ import fheq
 from benchmarks.op_cases import onnx_cases, with_known_inputs
 from fheq.errors import UnsupportedError
 from fheq.evaluate import evaluate_sample
+from fheq.program import MatMul
 from fheq.rewrites import decompose
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -238,6 +239,48 @@ def test_the_place_of_a_maximum_holds_for_samples_beyond_calibration(classes: in
     assert not any(a.can_wrap for name, a in program.accumulators.items() if name != "h")
     (got,) = program.dequantize(fheq.simulate(program, *program.quantize(3 * x)))
     np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, 3 * x), atol=1e-5)
+
+
+@pytest.mark.parametrize("indices", [(3,), (2, 3)])
+@pytest.mark.parametrize("columns", [0, 1])
+def test_known_numbers_by_index_are_one_table_each(indices: tuple[int, ...], columns: int) -> None:
+    """Of numbers in a row, or in rows of one; indices count from the end where they are negative."""
+    values = tensor(7, *([1] * columns))
+    nodes = [node("Gather", ["e", "x"], ["g"]), node("Tanh", ["g"], ["y"])]
+    proto = model(
+        nodes, {"x": ["N", *indices]}, ["y"], {"e": values}, kinds={"x": TensorProto.INT64, "y": TensorProto.FLOAT}
+    )
+    graph, x = fheq.import_onnx(proto), np.random.default_rng(0).integers(-7, 7, (200, *indices))
+    want = reference(proto, x)[0]
+    np.testing.assert_allclose(fheq.evaluate(graph, x), want, rtol=1e-6)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    program = fheq.lower(graph, qparams)
+    assert sum(int(np.prod(program.values[table.out].shape)) for table in program.lookups) == int(np.prod(indices))
+    got = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    np.testing.assert_allclose(got, want, atol=np.max(qparams.tensors["y"].scale) / 2 * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_of_a_table_reach_no_further_than_their_largest_numbers(flat: bool) -> None:
+    """A product with one-hot rows: the range of its accumulator is what all choices of rows make of it."""
+    count, size = 9, 3
+    nodes = [node("Gather", ["e", "x"], ["g"])]
+    nodes += [node("Reshape", ["g", "shape"], ["f"])] if flat else []
+    nodes += [node("MatMul", [nodes[-1].output[0], "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    known = {"e": tensor(count, 4), "w": tensor(8 if flat else 4, size, low=-2.0)}
+    known |= {"shape": np.array([-1, 8])} if flat else {}
+    proto = model(nodes, {"x": ["N", 2]}, ["y"], known, kinds={"x": TensorProto.INT64, "y": TensorProto.FLOAT})
+    graph, x = fheq.import_onnx(proto), np.stack(np.mgrid[:count, :count], axis=-1).reshape(-1, 2)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 6))
+    (made,) = (i for i in program.instructions if isinstance(i, MatMul))
+    chosen = made.weight.reshape(-1, count, made.weight.shape[1])  # a block of rows for each index
+    ends = [end(chosen, axis=1).sum(axis=0) for end in (np.min, np.max)]
+    (accumulator,) = program.accumulators.values()
+    assert accumulator.high - accumulator.low == np.max(ends[1] - ends[0]) and not accumulator.can_wrap
+    want = reference(proto, x)[0]
+    got = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    step = np.max(program.outputs[0].affine.scale)
+    np.testing.assert_allclose(got, want, atol=step / 2 + len(chosen) * np.abs(want).max() / 2**5)
 
 
 def test_indices_that_nobody_reads_are_no_part_of_a_pool():
