@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import scores as score_functions
-from fheq.accumulator_decoders import accumulator_decoder
+from fheq.accumulator_decoders import accumulator_decoder, summands, sums_accumulators
 from fheq.affine import Affine
 from fheq.console import number, shorten, text_table
 from fheq.evaluate import unwrap
@@ -24,7 +24,7 @@ from fheq.noise import DEFAULT_P_ERROR
 from fheq.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
-from fheq.steps import Linear, makes_accumulator
+from fheq.steps import Add, Linear, Step, makes_accumulator
 from fheq.sweep import BATCH, CHUNK, sweep
 from fheq.table_noise import TableNoise, table_noise, tabulated
 
@@ -64,14 +64,24 @@ def switch(layout: Plan, qparams: QParams, on: Mapping[str, Mapping[str, Array]]
         tensors={name: choose("tensors", name) for name in qparams.tensors},
         weights={name: choose("weights", name) for name in qparams.weights},
     )
-    accumulators = {}
     for step in layout.steps:
-        if makes_accumulator(step):  # its integers are finer where what it reads is: as much of it is rounded away
-            before, after = (jnp.max(jnp.abs(accumulator_decoder(layout, q, step)[0])) for q in (qparams, switched))
+        if makes_accumulator(step):
             affine = qparams.accumulators[step.out]
+            if isinstance(step, Add) and sums_accumulators(layout, step):  # its unit is to be as fine as what it adds up
+                operands = zip(summands(layout, switched, step), summands(layout, qparams, step))
+                affine = replace(
+                    affine, scale=affine.scale * jnp.minimum(*(jnp.min(x.scale / y.scale) for x, y in operands))
+                )
+            switched = _with_accumulator(switched, step, affine)
+            # its integers are finer where what it reads is: as much of it is rounded away
+            before, after = (jnp.max(jnp.abs(accumulator_decoder(layout, q, step)[0])) for q in (qparams, switched))
             lsbs = jnp.where(on["accumulators"][step.out] & (affine.lsbs > 0), affine.lsbs + jnp.log2(before / after), 0.0)
-            accumulators[step.out] = replace(affine, lsbs=lsbs)
-    return replace(switched, accumulators=accumulators)
+            switched = _with_accumulator(switched, step, replace(affine, lsbs=lsbs))
+    return switched
+
+
+def _with_accumulator(qparams: QParams, step: Step, affine: Affine) -> QParams:
+    return replace(qparams, accumulators={**qparams.accumulators, step.out: affine})
 
 
 @dataclass(frozen=True)

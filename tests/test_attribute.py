@@ -18,7 +18,13 @@ from fheq.table_noise import missed
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 GEMM = "gemm_with_alpha_beta_and_transposes"
-SEVERAL = (GEMM, "concat_of_different_scales", "matmul_of_two_encrypted")
+SEVERAL = (
+    GEMM,
+    "concat_of_different_scales",
+    "matmul_of_two_encrypted",
+    "residual_with_different_scales",
+    "results_added_to_the_residual_and_to_each_other",
+)
 
 
 def switched(graph: fheq.Graph, q: fheq.QParams, on: bool) -> fheq.QParams:
