@@ -179,6 +179,8 @@ class Planner:
             self.regions[out] = Region(regions[0].source, seen[0], out, everything, np.zeros(len(everything)), affine)
 
     def is_affine(self, node: Node) -> bool:
+        if node.op == "Cast" and self.graph.types[node.outputs[0]].dtype.kind == "f":
+            return True
         positions = [i for i, name in enumerate(node.inputs) if name in self.regions]
         allowed = lookup(node).affine
         return set(positions) <= set(allowed) and (len(positions) == 1 or node.op in ("Add", "Sub", "Sum", "Mean"))

@@ -18,7 +18,7 @@ from fheq.product_scales import Interval, steps_in_products
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
 from fheq.statistics import Stats, TensorStats, per_tensor
-from fheq.steps import Add, Join, Linear
+from fheq.steps import Add, Join, Linear, Sum
 from fheq.thresholds import on_edges
 from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit_fraction
 
@@ -43,10 +43,12 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         wanted[key] = axis is not None and _divisible(layout, key)
     sharing = share(layout, wanted)
     compared = {sharing.group[key] for key in stated} & sharing.identical  # these take over the stated quantizer
-    if spec.n_bits is None:
+    chosen = spec.n_bits is not None
+    if not chosen:
         _check_stated(layout, stats, spec, [key for key in keys if key not in stated and sharing.group[key] not in compared])
         spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
-    ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key]) for key in keys}
+    coarse = {port.name for port in layout.graph.inputs if chosen and port.labels is None and _is_weighed(layout, port.name)}
+    ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key], key in coarse) for key in keys}
     whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
     alone = [key for key in keys if key in stats and key not in stated and key not in layout.inputs]
     grids = _take_grids(layout, stats, sharing, ranges, alone, joined, copied)
@@ -177,8 +179,19 @@ def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> No
 Range = tuple[np.ndarray, np.ndarray, int]
 
 
-def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None) -> Range:
-    """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it."""
+def _is_weighed(layout: Plan, key: str) -> bool:
+    """Whether a tensor is read by products with weights and by sums alone, which tell no integer from the next."""
+    readers = [step for step in layout.steps if any(o.key == key for o in step.operands)]
+    read_otherwise = key in layout.points.values() or any(o is not None and o.key == key for o in layout.outputs.values())
+    return bool(readers) and not read_otherwise and all(isinstance(step, Linear | Sum) for step in readers)
+
+
+def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None, coarse: bool) -> Range:
+    """Lowest and highest value to represent, `()` or `(C,)`, and the bits for it.
+
+    Args:
+        coarse: whether integers may lose low bits.
+    """
     if stats is None:  # decisions
         return np.zeros(()), np.ones(()), 1
     port = next((p for p in layout.graph.inputs if p.name == key), None)
@@ -189,8 +202,11 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
         low, high = seen.minimum, seen.maximum
         if port is not None and port.labels is not None:  # categories that calibration lacks, and unknown ones
             low, high = np.zeros_like(low), np.full_like(high, len(port.labels))
-        bits = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
-        low, high = np.min(low, keepdims=True), np.min(low, keepdims=True) + 2.0**bits - 1
+        needed = max(1, int(np.ceil(np.log2(np.max(high) - np.min(low) + 1))))
+        step = 2.0 ** max(needed - bits, 0) if coarse else 1.0
+        low = np.floor(np.min(low, keepdims=True) / step) * step
+        bits = max(1, int(np.ceil(np.log2((np.max(high) - np.max(low)) // step + 1))))
+        high = low + step * (2.0**bits - 1)
     elif is_integer(layout.graph, key) and np.max(seen.maximum) - np.min(seen.minimum) < 2.0**bits:
         low = np.min(seen.minimum, keepdims=True)
         high = low + 2.0**bits - 1

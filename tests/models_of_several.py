@@ -196,6 +196,40 @@ def embedding_of_tokens() -> onnx.ModelProto:
     return proto
 
 
+@case(inputs={"x": tokens(16, 8)}, bits=6)
+def rounded_by_powers_of_two() -> onnx.ModelProto:
+    """Ties to even: a table for their direction, and one on what is left of the accumulator."""
+    nodes = [
+        node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        node("MatMul", ["f", "w"], ["h"]),
+        node("Div", ["h", "two"], ["d"]),
+        node("Round", ["d"], ["r"]),
+        node("Clip", ["r", "low", "high"], ["c"]),
+        node("MatMul", ["c", "v"], ["g"]),
+        node("Relu", ["g"], ["y"]),
+    ]
+    known = {"w": np.round(weights(8, 4) * 31) / 16, "v": np.round(weights(4, 3) * 7) / 8}
+    known |= {"two": np.asarray(2.0), "low": np.asarray(-7.0), "high": np.asarray(8.0)}
+    constants = {name: value.astype(np.float32) for name, value in known.items()}
+    return model(nodes, {"x": ["N", 8]}, ["y"], constants, kinds={"x": TensorProto.INT64, "y": TensorProto.FLOAT})
+
+
+@case(inputs={"x": lambda rng, n: rng.integers(0, 256, (n, 2, 4, 4)).astype(np.uint8)}, lookups=1)
+def normalized_pixels() -> onnx.ModelProto:
+    """Bytes that become floats, as images do: the weights of the convolution take in all that is done to them before."""
+    nodes = [
+        node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        node("Div", ["f", "most"], ["d"]),
+        node("Sub", ["d", "mean"], ["c"]),
+        node("Div", ["c", "deviation"], ["n"]),
+        node("Conv", ["n", "w"], ["h"]),
+        node("Relu", ["h"], ["y"]),
+    ]
+    channels = lambda *values: np.float32(values).reshape(1, 2, 1, 1)
+    known = {"most": np.float32(255), "mean": channels(0.5, 0.4), "deviation": channels(0.2, 0.3), "w": weights(3, 2, 2, 2)}
+    return model(nodes, {"x": ["N", 2, 4, 4]}, ["y"], known, kinds={"x": TensorProto.UINT8, "y": TensorProto.FLOAT})
+
+
 @case(inputs={"x": normal(1, 3, 3)}, lookups=1)
 def exported_with_a_batch_of_one() -> onnx.ModelProto:
     nodes = [

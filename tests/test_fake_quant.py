@@ -82,7 +82,7 @@ def test_gradients_reach_scales(name: str) -> None:
         wanted = as_tuple(fheq.evaluate(found.graph, *found.data))
         return sum(jnp.mean((a - b) ** 2) for a, b in zip(outputs, wanted))
 
-    slopes = jax.grad(loss)(q)
+    slopes = jax.jit(jax.grad(loss))(q)
     for part in (slopes.tensors, slopes.weights):
         for key, slope in part.items():
             assert np.all(np.isfinite(slope.scale)), key

@@ -195,11 +195,11 @@ def test_rounding_removes_no_more_than_it_must() -> None:
     assert int(np.max(acc.qmax)).bit_length() - int(np.max(acc.lsbs)) == 8
 
 
-def test_worst_case_ranges_contain_the_observed_ones() -> None:
-    for name in CASES:
-        observed, worst = (fitted(name, Spec(4, accumulators=ranges)).accumulators for ranges in AccumulatorRange)
-        for key in observed:
-            assert levels(observed[key]) <= levels(worst[key]), (name, key)
+@pytest.mark.parametrize("name", [CONV, GEMM, "residual_with_different_scales", "matmul_of_two_encrypted"])
+def test_worst_case_ranges_contain_the_observed_ones(name: str) -> None:
+    observed, worst = (fitted(name, Spec(4, accumulators=ranges)).accumulators for ranges in AccumulatorRange)
+    for key in observed:
+        assert levels(observed[key]) <= levels(worst[key]), key
 
 
 def test_a_margin_widens_the_observed_range() -> None:

@@ -9,7 +9,7 @@ import pytest
 from build_models import model, node
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import as_tuple
+from models import CASES, as_tuple
 
 import fheq
 from fheq import MinMax, Spec
@@ -102,3 +102,23 @@ def test_a_tree_on_categories_decides_as_scikit_learn_does() -> None:
     )
     labels, _ = program.dequantize(*as_tuple(fheq.simulate(program, *program.quantize(wide))))
     np.testing.assert_array_equal(labels, estimator.predict(wide))
+
+
+@pytest.mark.parametrize(("bits", "step"), [(8, 1), (6, 4), (5, 8)])
+def test_integers_that_weights_alone_read_lose_low_bits(bits: int, step: int) -> None:
+    """Pixels in as many bits as inputs are to have; fake quantization, which keeps their type, takes the same ones."""
+    case = CASES["normalized_pixels"]
+    graph, (x,) = fheq.import_onnx(case.build()), case.data(200)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), bits)
+    assert np.all(qparams.tensors["x"].scale == step) and np.all(qparams.tensors["x"].qmax == 2**bits - 1)
+    program = fheq.lower(graph, qparams)
+    got = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    np.testing.assert_allclose(got, np.asarray(fheq.fake_quant(graph, qparams, x)), atol=1e-4)
+
+
+def test_integers_that_are_compared_keep_all_bits() -> None:
+    nodes = [node("Equal", ["x", "k"], ["e"]), node("Cast", ["e"], ["f"], to=1), node("MatMul", ["f", "w"], ["y"])]
+    known = {"k": np.array(200), "w": RNG.normal(size=(3, 2)).astype(np.float32)}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], known, kinds={"x": 7, "y": 1}))
+    x = RNG.integers(0, 256, (300, 3))
+    assert np.all(fheq.fit(graph, fheq.calibrate(graph, x), 4).tensors["x"].scale == 1)
