@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from fheq.affine import Affine, as_float32
 from fheq.errors import describe
-from fheq.function_grids import Grid, grid_of, grid_on
+from fheq.exact_steps import Range, meets_filler, take_grids, take_whole
 from fheq.granularity import Sharing, share
 from fheq.observers import observed_range
 from fheq.plan import Plan
@@ -20,7 +19,7 @@ from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
 from fheq.statistics import Stats, TensorStats, per_tensor
 from fheq.steps import Add, Join, Linear, Sum
 from fheq.thresholds import on_edges
-from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole, unit_fraction
+from fheq.whole_numbers import unit_fraction
 
 TINY = 1e-12  # relative width below which a range counts as a point
 
@@ -49,9 +48,9 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
         spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
     coarse = {port.name for port in layout.graph.inputs if chosen and port.labels is None and _is_weighed(layout, port.name)}
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key], key in coarse) for key in keys}
-    whole, steps = _take_whole(layout, stats, sharing, ranges, stated)
+    whole, steps = take_whole(layout, stats, sharing, ranges, stated)
     alone = [key for key in keys if key in stats and key not in stated and key not in layout.inputs]
-    grids = _take_grids(layout, stats, sharing, ranges, alone, joined, copied)
+    grids = take_grids(layout, stats, sharing, ranges, alone, joined, copied)
     axes = {key: sharing.axis[key] if ranges[key][0].size > 1 else None for key in keys}  # of integers, one for all
     known = {key: Interval(*ranges[key], grids.get(key, _scale(*ranges[key])), axes[key]) for key in keys}
     free = [key for key in keys if key in stats and key not in grids and not _of_whole(layout, key, whole)]
@@ -65,72 +64,6 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
             seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
             result[key] = on_edges(layout, key, result[key], seen, ranges[key][2])
     return result
-
-
-def _take_whole(
-    layout: Plan, stats: Stats, sharing: Sharing, ranges: dict[str, Range], stated: Mapping[str, Affine]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Float inputs that hold whole numbers, by channel, and the steps of those that share none; `ranges` are fitted to them
-    in place."""
-    whole, steps = {}, {}
-    for port in layout.graph.inputs:
-        key = port.name
-        if port.type.dtype.kind != "f" or key in stated or key not in ranges:
-            continue
-        low, high, bits = ranges[key]
-        seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
-        if _meets_filler(layout, key):
-            seen = seen._replace(minimum=np.minimum(seen.minimum, 0), maximum=np.maximum(seen.maximum, 0))
-        whole[key] = is_whole(seen, bits).reshape(low.shape)
-        interval = holding(seen, (np.atleast_1d(low), np.atleast_1d(high)), np.atleast_1d(whole[key]))
-        if list(sharing.group.values()).count(sharing.group[key]) == 1:
-            interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
-            weighted = any(isinstance(step, Linear) and step.operands[0].key == key for step in layout.steps)
-            filled = filling(*interval, bits, np.atleast_1d(whole[key]))
-            steps[key] = filled.reshape(low.shape) if weighted else np.ones(low.shape)
-        ranges[key] = interval[0].reshape(low.shape), interval[1].reshape(high.shape), bits
-    return whole, steps
-
-
-def _take_grids(
-    layout: Plan,
-    stats: Stats,
-    sharing: Sharing,
-    ranges: dict[str, Range],
-    keys: Iterable[str],
-    joined: Container[str],
-    copied: Mapping[str, Affine],
-) -> dict[str, np.ndarray]:
-    """The steps of those of `keys` that are on a grid of no more integers than their bits count; `ranges` are fitted to them
-    in place. Not of those that share steps with others.
-
-    Of those that are `joined` with channels on other grids the steps are parts of the grid's, lest weights that take in all
-    of them have few bits left for the others.
-
-    Args:
-        copied: the grids of integers that tensors are casts of.
-    """
-    steps = {}
-    groups = Counter(sharing.group.values())
-    for key in keys:
-        grid = grid_on(copied[key]) if key in copied else grid_of(layout.graph, key)
-        if key in joined and grid is None and is_integer(layout.graph, key):
-            grid = Grid(1.0, -np.inf, np.inf)
-        if grid is None or groups[sharing.group[key]] > 1:
-            continue
-        seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])
-        exact = is_integer(layout.graph, key)
-        low, high = (seen.minimum, seen.maximum) if exact else ranges[key][:2]
-        bits = ranges[key][2]
-        low, high = (np.clip(np.round(end / grid.step) * grid.step, grid.low, grid.high) for end in (low, high))
-        if grid.high - grid.low < grid.step * 2.0**bits:
-            low, high = np.full_like(low, grid.low), np.full_like(high, grid.high)
-        if np.all(high - low < grid.step * 2.0**bits) and np.any(high > low):
-            count = np.max(np.round((high - low) / grid.step))
-            parts = np.floor((2.0**bits - 1) / count) if key in joined else 1.0
-            ranges[key] = low, high, max(1, int(np.ceil(np.log2(parts * count + 1))))
-            steps[key] = np.full_like(low, grid.step / parts)
-    return steps
 
 
 def _of_whole(layout: Plan, key: str, whole: Mapping[str, np.ndarray]) -> bool:
@@ -176,9 +109,6 @@ def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> No
             raise BitsError(f"tensor {key!r}{made} has no quantizer in the model: give n_bits, or quantize it there")
 
 
-Range = tuple[np.ndarray, np.ndarray, int]
-
-
 def _is_weighed(layout: Plan, key: str) -> bool:
     """Whether a tensor is read by products with weights and by sums alone, which tell no integer from the next."""
     readers = [step for step in layout.steps if any(o.key == key for o in step.operands)]
@@ -214,16 +144,11 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
         observer = spec.override(*_names(layout, key)).observer
         observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
         low, high = observed_range(observer, seen, bits)
-        if _meets_filler(layout, key):
+        if meets_filler(layout, key):
             low, high = np.minimum(low, 0), np.maximum(high, 0)
     if axis is None:
         low, high = np.min(low), np.max(high)
     return np.asarray(low, np.float64), np.asarray(high, np.float64), bits
-
-
-def _meets_filler(layout: Plan, key: str) -> bool:
-    """Whether zeros are put beside its values (padding), so that 0 must be one of its steps."""
-    return any(o.key == key and np.any(o.elements < 0) for step in layout.steps for o in step.operands)
 
 
 def _scale(low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
