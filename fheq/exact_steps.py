@@ -17,7 +17,7 @@ from fheq.granularity import Sharing
 from fheq.plan import Plan
 from fheq.regions import is_integer
 from fheq.statistics import Stats, per_tensor
-from fheq.steps import Linear
+from fheq.steps import Linear, Sum
 from fheq.whole_numbers import filling, holding, in_steps_of_one, is_whole
 
 Range = tuple[np.ndarray, np.ndarray, int]
@@ -93,3 +93,10 @@ def take_grids(
 def meets_filler(layout: Plan, key: str) -> bool:
     """Whether zeros are put beside its values (padding), so that 0 must be one of its steps."""
     return any(o.key == key and np.any(o.elements < 0) for step in layout.steps for o in step.operands)
+
+
+def is_weighed(layout: Plan, key: str) -> bool:
+    """Whether a tensor is read by products with weights and by sums alone, which tell no integer from the next."""
+    readers = [step for step in layout.steps if any(o.key == key for o in step.operands)]
+    read_otherwise = key in layout.points.values() or any(o is not None and o.key == key for o in layout.outputs.values())
+    return bool(readers) and not read_otherwise and all(isinstance(step, Linear | Sum) for step in readers)

@@ -169,7 +169,7 @@ class Planner:
         fused = len({r.source for r in regions}) == 1 and all(np.array_equal(seen[0], s) for s in seen[1:])
         if not fused:
             self.pair(node, dynamic)
-        elif self.same_quantizer(node, regions[0]):
+        elif self.same_quantizer(node, regions[0]) or self.same_numbers(node, regions[0]):
             self.regions[out] = regions[0]
             nothing = np.zeros(len(seen[0]), np.int64)  # a copy, also of values between the grid's
             self.moves[out] = Movement((node.inputs[0],), nothing, np.arange(len(nothing)), np.zeros(len(nothing)))
@@ -201,6 +201,15 @@ class Planner:
             return True
         held = self.held(region.source)
         return held is not None and stated.axis is None and _same(held, stated)
+
+    def same_numbers(self, node: Node, region: Region) -> bool:
+        """Whether a Cast keeps the numbers of a quantized source: integers that become floats, or floats on a whole grid."""
+        if node.op != "Cast" or region.source not in self.quantized or region.root != region.source:
+            return False
+        given, made = (self.graph.types[name].dtype.kind for name in (node.inputs[0], node.outputs[0]))
+        held = self.held(region.source)
+        whole = held is not None and all(np.all(np.mod(v, 1) == 0) for v in (held.scale, held.scale * held.zero_point))
+        return (given in "iu" and made == "f") or (whole and made in "iu")
 
     def held(self, source: str) -> Affine | None:
         """The stated quantizer of all of a quantized source, if there is one."""

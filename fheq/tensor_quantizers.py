@@ -9,7 +9,7 @@ import numpy as np
 
 from fheq.affine import Affine, as_float32
 from fheq.errors import describe
-from fheq.exact_steps import Range, meets_filler, take_grids, take_whole
+from fheq.exact_steps import Range, is_weighed, meets_filler, take_grids, take_whole
 from fheq.granularity import Sharing, share
 from fheq.observers import observed_range
 from fheq.plan import Plan
@@ -17,7 +17,7 @@ from fheq.product_scales import Interval, steps_in_products
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
 from fheq.statistics import Stats, TensorStats, per_tensor
-from fheq.steps import Add, Join, Linear, Sum
+from fheq.steps import Add, Join
 from fheq.thresholds import on_edges
 from fheq.whole_numbers import unit_fraction
 
@@ -46,7 +46,7 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     if not chosen:
         _check_stated(layout, stats, spec, [key for key in keys if key not in stated and sharing.group[key] not in compared])
         spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
-    coarse = {port.name for port in layout.graph.inputs if chosen and port.labels is None and _is_weighed(layout, port.name)}
+    coarse = {port.name for port in layout.graph.inputs if chosen and port.labels is None and is_weighed(layout, port.name)}
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key], key in coarse) for key in keys}
     whole, steps = take_whole(layout, stats, sharing, ranges, stated)
     alone = [key for key in keys if key in stats and key not in stated and key not in layout.inputs]
@@ -107,13 +107,6 @@ def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> No
             producer = layout.graph.producers().get(key)
             made = f", made by {describe(producer)}," if producer else ""
             raise BitsError(f"tensor {key!r}{made} has no quantizer in the model: give n_bits, or quantize it there")
-
-
-def _is_weighed(layout: Plan, key: str) -> bool:
-    """Whether a tensor is read by products with weights and by sums alone, which tell no integer from the next."""
-    readers = [step for step in layout.steps if any(o.key == key for o in step.operands)]
-    read_otherwise = key in layout.points.values() or any(o is not None and o.key == key for o in layout.outputs.values())
-    return bool(readers) and not read_otherwise and all(isinstance(step, Linear | Sum) for step in readers)
 
 
 def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None, coarse: bool) -> Range:

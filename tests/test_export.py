@@ -94,6 +94,7 @@ MODELS = {
     "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
     "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
     "known channels": (CASES["known_channels_beside_an_input"].build(), (1, 3, 3)),
+    "pixels": (CASES["normalized_pixels"].build(), (2, 4, 4)),
 }
 
 
@@ -151,6 +152,8 @@ TRIED = [
     ("decrypted", "8 bits, rounded"),
     ("pads", "8 bits, rounded"),
     ("known channels", "8 bits, rounded"),
+    ("pixels", "8 bits"),
+    ("pixels", "4 bits, per tensor"),
 ]
 
 
@@ -158,9 +161,10 @@ TRIED = [
 def test_the_exported_model_is_the_quantized_one_and_comes_back_as_the_same_program(name, how):
     proto, shape = MODELS[name]
     graph = fheq.import_onnx(proto)
-    whole = graph.inputs[0].type.dtype.kind == "i"
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 5, (60, *shape)) if whole else rng.normal(size=(60, *shape)).astype(np.float32)
+    kind, rng = graph.inputs[0].type.dtype, np.random.default_rng(0)
+    whole = kind.kind in "iu"
+    x = rng.integers(0, 5 if kind.kind == "i" else 256, (60, *shape)) if whole else rng.normal(size=(60, *shape))
+    x = x.astype(kind)
     qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPECS[how])
     exported = fheq.export_qdq(graph, qparams)
     onnx.checker.check_model(exported, full_check=True)

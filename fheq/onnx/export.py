@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from fheq.accumulator_decoders import multipliers, summands, sums_accumulators
 from fheq.encodings import is_encoding
+from fheq.exact_steps import is_weighed
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.lower import check_complete
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
@@ -67,11 +68,16 @@ class _Export:
     def model(self, graph: Graph) -> onnx.ModelProto:
         layout = self.layout
         for port in layout.graph.inputs:
+            affine, name = self.qparams.tensors[port.name], port.name
             if port.type.dtype.kind == "f":
-                affine = self.qparams.tensors[port.name]
-                write_quantizer(self.writer, self.given_in(port), affine, port.type.shape, self.raw(port.name))
-            else:
-                self.writer.emit("Identity", [port.name], self.raw(port.name))
+                write_quantizer(self.writer, self.given_in(port), affine, port.type.shape, self.raw(name))
+            elif not is_weighed(layout, name):
+                self.writer.emit("Identity", [name], self.raw(name))
+            else:  # integers that may lose low bits
+                real = self.writer.emit("Cast", [name], f"{name}/given", to=TensorProto.FLOAT)
+                write_quantizer(self.writer, real, affine, port.type.shape, f"{name}/rounded")
+                code = helper.np_dtype_to_tensor_dtype(port.type.dtype)
+                self.writer.emit("Cast", [f"{name}/rounded"], self.raw(name), to=code)
         steps = {step.out: step for step in layout.steps}
         for node in layout.graph.nodes:
             self.node(node, steps.get(node.outputs[0]))
