@@ -87,8 +87,20 @@ def own_steps(rows: np.ndarray, most: np.ndarray) -> np.ndarray:
         multiple = size[tried] / (least[tried, None] / parts)
         whole = np.round(multiple)
         fits = np.all(np.abs(multiple - whole) <= MULTIPLE * multiple, axis=1)
-        steps[tried[fits]] = top[tried[fits]] / np.max(whole[fits], axis=1)
-    return steps
+        exact = np.sum(size[tried] * whole, axis=1) / np.maximum(np.sum(whole * whole, axis=1), 1)  # least squares
+        steps[tried[fits]] = exact[fits]
+    return _equalled(steps)
+
+
+def _equalled(steps: np.ndarray) -> np.ndarray:
+    """Steps that float32 weights cannot tell apart made equal: what is equal in two channels (a tie of classes) is to stay
+    so."""
+    order = np.argsort(steps)
+    ascending = steps[order]
+    group = np.cumsum(np.diff(ascending, prepend=ascending[:1]) > ascending * MULTIPLE)
+    found = np.empty_like(steps)
+    found[order] = (np.bincount(group, ascending) / np.bincount(group))[group]
+    return found
 
 
 def is_exact(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
