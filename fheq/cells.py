@@ -104,8 +104,7 @@ def _filled(
 
 def _exact(step: Linear, affine: Affine, read: Reading) -> np.ndarray:
     """By output channel, whether the weights lie on their grid."""
-    rows = np.moveaxis(read.absorbed(step), step.weight_axis, 0).reshape(step.weight.shape[step.weight_axis], -1)
-    return is_exact(rows, affine.scale)
+    return is_exact(step.rows(read.absorbed(step)), affine.scale)
 
 
 def rounds_nothing(spec: Spec) -> bool:

@@ -50,15 +50,14 @@ def stated_weight(layout: Plan, qparams: QParams, step: Linear) -> Affine | None
         reach = np.maximum(-leaves["qmin"], leaves["qmax"])
         leaves["qmin"], leaves["qmax"] = -reach, reach
     leaves["scale"] = leaves["scale"] * np.abs(factor)
-    channels = lambda v: np.moveaxis(v, step.weight_axis, 0).reshape(v.shape[step.weight_axis], -1)
-    rows, size = {leaf: channels(v) for leaf, v in leaves.items()}, channels(np.abs(factor))
+    rows, size = {leaf: step.rows(v) for leaf, v in leaves.items()}, step.rows(np.abs(factor))
     matters, top = size > 0, np.argmax(size, axis=1)
     first = {leaf: np.take_along_axis(v, top[:, None], axis=1) for leaf, v in rows.items()}
     apart = [np.abs(rows[leaf] - first[leaf]) > NOISE * np.abs(first[leaf]) for leaf in LEAVES]
     if np.any(np.stack(apart) & matters) or np.any(first["scale"] <= 0):
         sizes = np.where(matters, rows["scale"], np.nan)
         return _common_grid(
-            step, channels(step.weight * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)), sizes
+            step, step.rows(step.weight * np.broadcast_to(along_inputs(step, ratio), step.weight.shape)), sizes
         )
     one = all(np.ndim(getattr(stated, leaf)) == 0 for leaf in LEAVES) and all(np.all(v == v[0]) for v in first.values())
     first["scale"] = _exactly(layout, step, first["scale"], unit)

@@ -95,6 +95,10 @@ class Linear(Step):
         """The output channel axis of `weight`, from the end."""
         return {"matmul": -1, "left": -2, "conv": -self.weight.ndim}[self.form]
 
+    def rows(self, weight: np.ndarray) -> np.ndarray:
+        """An array in the weight's shape as `(C, n)`, a row for each output channel."""
+        return np.moveaxis(weight, self.weight_axis, 0).reshape(weight.shape[self.weight_axis], -1)
+
 
 @dataclass(frozen=True, eq=False)
 class Sum(Step):

@@ -27,7 +27,7 @@ def fit_weight(read: Reading, step: Linear, spec: Spec, own: bool = True) -> Aff
     bits = override.n_bits or spec.bits()["op_weights"]
     weight = read.absorbed(step)
     axis: int | None = step.weight_axis
-    rows = np.moveaxis(weight, step.weight_axis, 0).reshape(weight.shape[step.weight_axis], -1)
+    rows = step.rows(weight)
     if granularity is Granularity.PER_TENSOR:
         rows, axis = rows.reshape(1, -1), None
     leaves = weight_quantizer(rows, bits, spec.symmetry)

@@ -11,7 +11,7 @@ goes, and once after 1 was subtracted where that is down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,8 +42,9 @@ class Blocks(NamedTuple):
 
 def read_in_blocks(program: IntProgram) -> IntProgram:
     """The program with low bits removed before tables that do not need them, where that is predicted to be cheaper."""
-    plain = _found(program, ties=False)
-    found = [plain, {**_found(program, ties=True), **{name: b for name, b in plain.items() if b.lsbs > 1}}]
+    wide = _wide(program)
+    plain = _found(wide, ties=False)
+    found = [plain, {**_found(wide, ties=True), **{name: b for name, b in plain.items() if b.lsbs > 1}}]
     tried = [_rounded(program, each, left) for each in found[: 1 + (found[1] != plain)] if each for left in LEFT]
     return min([program, *tried], key=lambda one: solve(one, P_ERROR, None).solution.total) if tried else program
 
@@ -72,12 +73,10 @@ def _longest(changes: np.ndarray, most: int, ties: bool) -> tuple[int, int]:
     return 0, 0
 
 
-def _found(program: IntProgram, ties: bool) -> dict[str, Blocks]:
-    """By the name of their results, the tables that repeat their entries."""
+def _wide(program: IntProgram) -> list[tuple[Lookup, np.ndarray, np.ndarray]]:
+    """The tables that are wide enough to be tried, and by their rows the lowest and the highest entry that is read."""
     wide = [lookup for lookup in program.lookups if lookup.lsbs == 0 and lookup.bits >= LEAST]
-    if not wide:
-        return {}
-    ranges, found = element_ranges(program), {}
+    ranges, found = element_ranges(program) if wide else {}, []
     for lookup in wide:
         top = (1 << lookup.bits) - 1
         low, high = ranges[lookup.args[0]]
@@ -87,10 +86,14 @@ def _found(program: IntProgram, ties: bool) -> dict[str, Blocks]:
         ends[0] = top
         np.minimum.at(ends[0], group, np.where(wraps, 0, low).ravel())
         np.maximum.at(ends[1], group, np.where(wraps, top, high).ravel())
-        repeats = blocks(lookup.table, np.minimum(*ends), ends[1], ties)
-        if repeats is not None:
-            found[lookup.out] = repeats
+        found.append((lookup, np.minimum(*ends), ends[1]))
     return found
+
+
+def _found(wide: Sequence[tuple[Lookup, np.ndarray, np.ndarray]], ties: bool) -> dict[str, Blocks]:
+    """By the name of their results, the tables that repeat their entries."""
+    tried = {lookup.out: blocks(lookup.table, low, high, ties) for lookup, low, high in wide}
+    return {name: repeats for name, repeats in tried.items() if repeats is not None}
 
 
 def _rounded(program: IntProgram, found: Mapping[str, Blocks], left: int) -> IntProgram:
@@ -99,7 +102,7 @@ def _rounded(program: IntProgram, found: Mapping[str, Blocks], left: int) -> Int
     for instruction in program.instructions:
         repeats = found.get(instruction.out)
         lsbs = 0 if repeats is None else min(repeats.lsbs, instruction.bits - left)  # type: ignore[attr-defined]
-        if repeats is None or lsbs <= (1 if repeats.ties else 0):
+        if repeats is None or lsbs <= repeats.ties:
             instructions.append(instruction)
             continue
         assert isinstance(instruction, Lookup)
