@@ -65,8 +65,6 @@ FINDINGS = (
     "KBinsDiscretizer (1.080, 1.080, 1.080): two of 2,000 numbers lie next to an edge and fall into the next bin. "
     "QuantileTransformer (0.506, 0.503, 0.502): one feature has 27 different values, and the transform jumps at those that "
     "are many; the other nine are within 0.09 at 8 bits.",
-    "OrdinalEncoder before a tree (labels 96.0%): the other six flowers are in a leaf with as many of one class as of "
-    "another. Their probabilities equal scikit-learn's to 1e-7, and the last digit decides which is the greatest.",
     "OneClassSVM (0.449, 0.136, 0.024; labels 94.7%, 94.7%, 95.3%): 14 of 150 flowers lie on the boundary, with scores "
     "below 0.0005 where the standard deviation is 0.2, so that their labels are a matter of the solver's tolerance. "
     "Squares, exponentials and the weights after them cost alike.",

@@ -12,12 +12,11 @@ such end.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
-from fheq.graph import Graph, Node, Port, TensorType
+from fheq.graph import Graph, Node, Port
 from fheq.ops.table import Kind, lookup
 from fheq.rewriting.prune import prune
 from fheq.stated_accumulators import states_accumulator
@@ -131,16 +130,7 @@ def _port(graph: Graph, name: str) -> Port:
 
 
 def _of_client(graph: Graph, nodes: tuple[Node, ...], server: Graph) -> Graph:
-    """The client's graph, in float64: what it reads is decoded so."""
-    inputs = tuple(replace(port, type=_wide(port.type)) for port in server.outputs)
+    """The client's graph."""
     read = {name for node in nodes for name in node.inputs} | {port.name for port in graph.outputs}
-    known = {n: v.astype(_wide_dtype(v.dtype)) for n, v in graph.constants.items() if n in read}
-    return Graph(nodes, inputs, graph.outputs, known, graph.types)
-
-
-def _wide(kind: TensorType) -> TensorType:
-    return TensorType(kind.shape, _wide_dtype(kind.dtype))
-
-
-def _wide_dtype(dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.float64) if dtype == np.float32 else dtype
+    known = {name: value for name, value in graph.constants.items() if name in read}
+    return Graph(nodes, server.outputs, graph.outputs, known, graph.types)

@@ -12,6 +12,7 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.batching import filled, numbered
+from fheq.errors import DataError
 from fheq.evaluate import evaluate
 from fheq.graph import Graph, Port
 
@@ -222,12 +223,25 @@ class IntProgram:
     def dequantize(self, *outputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Integer outputs of the program to the model's outputs, in its layout.
 
-        They are real values (float64), and labels where the client computes those, strings included. A value that leaves the
-        domain of a client's function (the root of a distance a little below 0) gives 0, as in tables.
+        They are real values (float64), or integers, decisions and labels of the model's own type, strings included. The
+        client computes in the model's precision, in which equal scores tie as they do there. A value that leaves the domain
+        of its function (the root of a distance a little below 0) gives 0, as in tables.
+
+        Raises:
+            DataError: not an array for each of `outputs`.
         """
-        real = tuple(entry.affine.dequantize(np.asarray(q)) for entry, q in zip(self.outputs, outputs))
+        if len(outputs) != len(self.outputs):
+            names = ", ".join(entry.name for entry in self.outputs)
+            raise DataError(f"{len(outputs)} outputs were given, where the program has {len(self.outputs)} ({names})")
+        real = tuple(_typed(entry, entry.affine.dequantize(np.asarray(q))) for entry, q in zip(self.outputs, outputs))
         if self.client is None:
             return real
         results = evaluate(self.client, *(r.astype(port.type.dtype) for port, r in zip(self.client.inputs, real)))
         arrays = (np.asarray(r) for r in (results if isinstance(results, tuple) else (results,)))
-        return tuple(np.where(np.isnan(r), 0, r) if r.dtype.kind == "f" else r for r in arrays)
+        return tuple(np.where(np.isnan(r), 0, r).astype(np.float64) if r.dtype.kind == "f" else r for r in arrays)
+
+
+def _typed(entry: Entry, real: np.ndarray) -> np.ndarray:
+    """Decoded values, those of integers and decisions in the model's type."""
+    dtype = entry.port.type.dtype
+    return np.round(real).astype(dtype) if dtype.kind in "iub" else real

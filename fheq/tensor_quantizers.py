@@ -52,7 +52,7 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     alone = [key for key in keys if key in stats and key not in stated and key not in layout.inputs]
     grids = take_grids(layout, stats, sharing, ranges, alone, joined, copied)
     axes = {key: sharing.axis[key] if ranges[key][0].size > 1 else None for key in keys}  # of integers, one for all
-    known = {key: Interval(*ranges[key], grids.get(key, _scale(*ranges[key])), axes[key]) for key in keys}
+    known = {key: Interval(*ranges[key], grids.get(key, _steps(layout, key, *ranges[key])), axes[key]) for key in keys}
     free = [key for key in keys if key in stats and key not in grids and not _of_whole(layout, key, whole)]
     scales = steps_in_products(layout, known, free)
     scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}
@@ -77,8 +77,13 @@ def _divisible(layout: Plan, key: str) -> bool:
 
 
 def _stated(layout: Plan, key: str) -> Affine | None:
-    """The quantizer that the model or a rewrite states for a tensor."""
-    return layout.adopted.get(key) or layout.graph.pinned.get(key)
+    """The quantizer that the model or a rewrite states for a tensor, or for the whole steps that integers are cast from."""
+    graph, maker = layout.graph, layout.graph.producers().get(key)
+    if maker is not None and maker.op == "Cast" and graph.types[key].dtype.kind in "iu":
+        found = graph.pinned.get(maker.inputs[0])
+        if found is not None and np.all(found.scale == np.round(found.scale)):
+            return found
+    return layout.adopted.get(key) or graph.pinned.get(key)
 
 
 def _copied(layout: Plan, key: str) -> Affine | None:
@@ -142,6 +147,12 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
     if axis is None:
         low, high = np.min(low), np.max(high)
     return np.asarray(low, np.float64), np.asarray(high, np.float64), bits
+
+
+def _steps(layout: Plan, key: str, low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:
+    """Steps of which `bits` hold a range; whole ones for integers, which stay integers."""
+    scale = _scale(low, high, bits)
+    return np.ceil(scale) if layout.graph.types[key].dtype.kind in "iu" and np.all(scale > 1) else scale
 
 
 def _scale(low: np.ndarray, high: np.ndarray, bits: int) -> np.ndarray:

@@ -41,6 +41,7 @@ def test_sums_of_what_is_decrypted_are_the_clients(bits: int) -> None:
     assert sum(int(np.prod(program.values[table.out].shape)) for table in program.lookups) == X.shape[1]  # the squares
     got = program.dequantize(*fheq.simulate(program, *program.quantize(X)))
     faked = fheq.fake_quant(graph, qparams, X)
+    assert got[0].dtype == label.dtype
     np.testing.assert_array_equal(got[0], label)
     np.testing.assert_array_equal(faked[0], label)
     # Half a step of each square and, times what multiplies it, of each feature and of each weight (-2 times a centre).
@@ -51,3 +52,11 @@ def test_sums_of_what_is_decrypted_are_the_clients(bits: int) -> None:
     assert np.max(np.abs(got[1] ** 2 - distances**2)) < bound
     np.testing.assert_allclose(got[1] ** 2, np.square(faked[1]), atol=1e-3)
     assert np.all(np.isfinite(faked[1]))  # also at the centres, where the root may be of less than 0
+
+
+def test_as_many_integers_as_the_program_has_outputs_are_decoded() -> None:
+    graph = fheq.import_onnx(nearest_centre())
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, X), 6))
+    outputs = fheq.simulate(program, *program.quantize(X))
+    with pytest.raises(fheq.FheqError, match=r"1 outputs were given, where the program has 2 \(.+, .+\)"):
+        program.dequantize(outputs[0])

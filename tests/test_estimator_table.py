@@ -30,6 +30,7 @@ QUICK = (
 )
 QUANTIZED = ("LinearSVC after PCA", "KNeighborsClassifier", "IsolationForest", "MultiOutputClassifier", "BernoulliNB")
 EXACT = ("OneHotEncoder", "OrdinalEncoder")
+TIED = ("OrdinalEncoder before a tree",)  # flowers in a leaf with as many of one class as of another
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -49,6 +50,11 @@ def test_the_others_too(name: str) -> None:
             raise
         pytest.skip(str(error))
     test_as_scikit_learn_predicts(name)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_equal_probabilities_give_the_label_that_they_give_in_the_model(name: str) -> None:
+    assert cases.quantized(TABLE[name]).labels == 1
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from fheq.accumulator_decoders import multipliers, summands, sums_accumulators
+from fheq.affine import Affine
 from fheq.encodings import is_encoding
 from fheq.exact_steps import is_weighed
 from fheq.graph import Graph, Node, Port, TensorType
@@ -18,6 +19,7 @@ from fheq.lower import check_complete
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
 from fheq.onnx.estimator_functions import estimator_functions
 from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantizer, write_rounded
+from fheq.onnx.samples import for_any_number
 from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.plan import Plan, plan
@@ -29,7 +31,9 @@ TAKEN = 1e-6  # relative; scales are float32
 
 
 def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
-    """The quantized model as ONNX, of opset 21, for one sample: it computes what `fake_quant` does.
+    """The quantized model as ONNX, of opset 21: it computes what `fake_quant` does.
+
+    It takes any number of samples at once, as far as the plan keeps them apart, and one sample else.
 
     Activations get QuantizeLinear and DequantizeLinear, with the integers clipped between them where fewer are used than the
     container (8 or 16 bits) has; weights are integers and DequantizeLinear. Scales are written as float32, as `fit` makes
@@ -73,11 +77,8 @@ class _Export:
                 write_quantizer(self.writer, self.given_in(port), affine, port.type.shape, self.raw(name))
             elif not is_weighed(layout, name):
                 self.writer.emit("Identity", [name], self.raw(name))
-            else:  # integers that may lose low bits
-                real = self.writer.emit("Cast", [name], f"{name}/given", to=TensorProto.FLOAT)
-                write_quantizer(self.writer, real, affine, port.type.shape, f"{name}/rounded")
-                code = helper.np_dtype_to_tensor_dtype(port.type.dtype)
-                self.writer.emit("Cast", [f"{name}/rounded"], self.raw(name), to=code)
+            else:
+                self.quantized(port.type, name, affine, self.raw(name))
         steps = {step.out: step for step in layout.steps}
         for node in layout.graph.nodes:
             self.node(node, steps.get(node.outputs[0]))
@@ -92,7 +93,7 @@ class _Export:
                 code = helper.np_dtype_to_tensor_dtype(port.type.dtype)
                 self.writer.emit("Cast", [self.inner(port.name)], stated.name, to=code)
         functions = [accumulator_function(), *quantizer_functions(), *estimator_functions()]
-        return self.writer.model(graph.inputs, outputs, functions)
+        return for_any_number(self.writer.model(graph.inputs, outputs, functions), graph.inputs)
 
     def output(self, name: str) -> str:
         """The name of an output: another one where it is an input, which it holds quantized."""
@@ -146,19 +147,31 @@ class _Export:
     def read(self, tensor: str, key: str) -> str:
         """The quantized form of a tensor that holds the integers of `key`, moved."""
         graph = self.layout.graph
-        if key not in self.layout.points or graph.types[key].dtype.kind != "f" or is_boolean(graph, key):
+        if key not in self.layout.points or is_boolean(graph, key) or self.in_ones(key):
             return self.raw(tensor)  # integers and decisions are what they are quantized to
         if tensor not in self.made:
             made = (tensor,) if tensor == key else self.producers[tensor].outputs
             self.made.update({name: f"{name}/quantized" for name in made})
             if tensor == key:
-                shape = self.layout.graph.types[key].shape
-                write_pair(self.writer, self.raw(key), self.qparams.tensors[key], shape, self.made[tensor])
+                self.quantized(graph.types[key], self.raw(key), self.qparams.tensors[key], self.made[tensor])
             else:
                 node = self.producers[tensor]
                 inputs = [self.read(n, key) if n in self.layout.regions else self.raw(n) if n else "" for n in node.inputs]
                 self.writer.copy(node, inputs, [f"{o}/quantized" if o else "" for o in node.outputs])
         return self.made[tensor]
+
+    def in_ones(self, key: str) -> bool:
+        """Whether a point holds integers that are quantized in steps of 1."""
+        return self.layout.graph.types[key].dtype.kind in "iu" and bool(np.all(self.qparams.tensors[key].scale == 1))
+
+    def quantized(self, kind: TensorType, source: str, affine: Affine, out: str) -> None:
+        """A tensor with its quantizer, whose steps are whole numbers where it holds integers."""
+        if kind.dtype.kind not in "iu":
+            write_pair(self.writer, source, affine, kind.shape, out)
+            return
+        real = self.writer.emit("Cast", [source], f"{source}/real", to=TensorProto.FLOAT)
+        write_quantizer(self.writer, real, affine, kind.shape, f"{out}/rounded")
+        self.writer.emit("Cast", [f"{out}/rounded"], out, to=helper.np_dtype_to_tensor_dtype(kind.dtype))
 
     def node(self, node: Node, step: Step | None) -> None:
         """A node on the quantized forms of what its step reads; a sum with its accumulator and what known channels add."""

@@ -48,8 +48,8 @@ def write_weight(writer: Writer, layout: Plan, qparams: QParams, step: Linear, p
         axis = _common_axis(scale)
     q = integers + zero
     factor = np.abs(ratio)
-    # onnxruntime makes MatMulNBits of a product with 8-bit weights, which rounds what it multiplies.
-    bits = 16 if node.op == "MatMul" and np.all(factor == 1) else 8
+    # onnxruntime makes MatMulNBits or QGemm of a product with 8-bit weights, which round what they multiply.
+    bits = 16 if node.op in ("Gemm", "MatMul") and np.all(factor == 1) else 8
     dtype = container(name, float(min(q.min(), zero.min())), float(max(q.max(), zero.max())), bits)
     values = writer.constant(f"{name}/q", q.astype(dtype))
     if axis == -1:  # channels along several stored axes

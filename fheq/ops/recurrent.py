@@ -80,11 +80,11 @@ def unroll(
     ]
     hidden, count = parameters[1].shape[-1], len(directions)
     every = [y for t in range(time) for y in (d[0][t] for d in directions)]
-    results: list[tuple[Any, ...]] = [(every, (time, count, samples, hidden), (2, 0, 1, 3))]
-    results += [([d[k] for d in directions], (count, samples, hidden), (1, 0, 2)) for k in range(1, len(_outputs(node)))]
+    results: list[tuple[Any, ...]] = [(every, (samples, time, count, hidden), (1, 2, 0, 3))]
+    results += [([d[k] for d in directions], (samples, count, hidden), (1, 0, 2)) for k in range(1, len(_outputs(node)))]
     names = names or ["y"] * len(results)
     return [
-        _stacked(algebra, parts, shape, order if by_sample else None, name) if name else None
+        _stacked(algebra, parts, shape, None if by_sample else order, name) if name else None
         for (parts, shape, order), name in zip(results, names)
     ]
 
@@ -169,7 +169,8 @@ def _taken(algebra: Algebra, value: Value | None, index: Any) -> Value | None:
 def _stacked(
     algebra: Algebra, parts: Sequence[Value], shape: tuple[int, ...], order: tuple[int, ...] | None, name: str
 ) -> Value:
-    joined = algebra.apply("Concat", *parts, axis=0)
+    """The parts of each sample one after the other, in a shape that begins with samples, and moved to an order."""
+    joined = algebra.apply("Concat", *parts, axis=1)
     target = algebra.known(np.asarray(shape, np.int64))
     whole = algebra.apply("Reshape", joined, target, allowzero=0, out="" if order else name)
     return algebra.apply("Transpose", whole, perm=order, out=name) if order else whole

@@ -267,8 +267,7 @@ def _moved_to(draft: Draft, node: Node, f: Decided, bits: str) -> str:
     at = np.where(f.elements.ravel() == FILLER, own % size, f.elements.ravel())
     if size == at.size and np.array_equal(at, own):
         return draft.reshape(node, bits, f.elements.shape)
-    places = draft.constant(f"{f.decision}/elements", at.reshape(f.elements.shape), np.dtype(np.int64))
-    return draft.apply(node, "Gather", draft.reshape(node, bits, (size,)), places, axis=0)
+    return draft.pick(node, bits, at.reshape(f.elements.shape))
 
 
 def _numbers(draft: Draft, node: Node, f: Decided, dtype: np.dtype, numbers: Numbers) -> str:

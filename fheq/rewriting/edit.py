@@ -94,6 +94,13 @@ class Draft:
         target = self.constant(f"{name}/shape", np.asarray(shape, np.int64))
         return self.apply(origin, "Reshape", name, target, out=out, allowzero=int(-1 not in shape))
 
+    def pick(self, origin: Node, name: str, places: np.ndarray) -> str:
+        """The elements of a tensor at flat places, in their shape; a first axis of 1, perhaps of samples, stays."""
+        kept = self.types[name].shape[:1] == places.shape[:1] == (1,)
+        flat = self.reshape(origin, name, (1, -1) if kept else (-1,))
+        index = self.constant(f"{name}/places", places[0] if kept else places, np.dtype(np.int64))
+        return self.apply(origin, "Gather", flat, index, axis=int(kept))
+
     def cast(self, origin: Node, name: str, dtype: Any) -> str:
         """A tensor in another type, itself where it has it."""
         dtype = np.dtype(dtype)

@@ -43,10 +43,8 @@ def masked(draft: Draft, node: Node, axes: tuple[int, ...]) -> Masked | None:
         return None
     stand_in = np.take_along_axis(rows, np.argmin(covered, axis=1)[:, None], axis=1)
     index = np.where(covered, stand_in, rows).reshape(places.shape).transpose(np.argsort(order))
-    flat = draft.reshape(node, scores, (-1,))
-    chosen = draft.constant(f"{node.outputs[0]}/unmasked", index.astype(np.int64))
     kept = draft.constant(f"{node.outputs[0]}/kept", ~hidden, draft.types[scores].dtype)
-    return Masked(draft.apply(node, "Gather", flat, chosen, axis=0), kept)
+    return Masked(draft.pick(node, scores, index), kept)
 
 
 def bounded(draft: Draft, node: Node, name: str) -> str:
