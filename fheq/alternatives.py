@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fheq.one_hot import equality
 from fheq.regions import FILLER, broadcast_elements
 from fheq.steps import Operand
 
@@ -43,10 +44,8 @@ def _group(element: np.ndarray, number: np.ndarray) -> np.ndarray | None:
 
 def _compared(planner: Planner, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Of a tensor of comparisons for equality: the element that each one compares, and with what; None for other tensors."""
-    node, known = planner.producers.get(name), planner.graph.constants
-    while node is not None and node.op == "Cast" and not node.domain:
-        node = planner.producers.get(node.inputs[0])
-    if node is None or node.op != "Equal" or node.domain or sum(n in known for n in node.inputs) != 1:
+    node, known = equality(planner.graph, planner.producers, name), planner.graph.constants
+    if node is None:
         return None
     computed, constant = sorted(node.inputs, key=lambda n: n in known)
     shape, region = planner.graph.types[name].shape, planner.regions[computed]

@@ -34,7 +34,7 @@ def read_by_linear(layout: Plan) -> list[Group]:
         for operand in step.operands:
             readers.setdefault(operand.key, []).append(step)
     kept = {operand.key for operand in layout.outputs.values() if operand is not None}
-    tables = sum(int(np.prod(layout.shape(point))) for point in layout.points)
+    tables = sum(int(np.prod(layout.shape(point))) for point in layout.points if point not in layout.encoded_ahead)
     found = []
     for key, steps in readers.items():
         if key in layout.inputs or key in kept or not all(_changeable(layout, step) for step in steps):

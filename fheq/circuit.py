@@ -158,9 +158,11 @@ def compile(
     """
     p_error, global_p_error = failure_probabilities(p_error, global_p_error)
     clear = frozenset(clear)
-    unknown = clear - {entry.name for entry in program.inputs}
+    names = [entry.code.port.name if entry.code else entry.name for entry in program.inputs]
+    unknown = clear.difference(names)
     if unknown:
-        raise ValueError(f"clear names unknown inputs {sorted(unknown)}; there are {[e.name for e in program.inputs]}")
+        raise ValueError(f"clear names unknown inputs {sorted(unknown)}; there are {list(dict.fromkeys(names))}")
+    clear = frozenset(entry.name for entry, name in zip(program.inputs, names) if name in clear)
     return Circuit(program, p_error, global_p_error, _compile(program, p_error, global_p_error, clear))
 
 

@@ -15,8 +15,9 @@ from fheq.decoders import Decoder, key_decoder, operand_axis, operand_decoder
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
 from fheq.granularity import channel_axis
-from fheq.graph import Graph
+from fheq.graph import Graph, Port, TensorType
 from fheq.integer_weights import lacking, quantize_weight
+from fheq.one_hot import Code
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import read_in_blocks, simplify
 from fheq.plan import Plan, plan
@@ -27,6 +28,7 @@ from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, 
 from fheq.tables import tabulate
 
 NOTHING = np.zeros(())
+BIT = Affine(1.0, 0.0, 0.0, 1.0, 0.0)
 
 
 def lower(graph: Graph, qparams: QParams) -> IntProgram:
@@ -75,21 +77,23 @@ class _Lowering:
         self.accs: dict[str, str] = {}  # accumulators, offset included
         self.decoders: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # flat scale, offset of `accs` and quantized sources
         self.accumulators: dict[str, Accumulator] = {}
+        self.inputs: dict[str, list[Entry]] = {}  # with the codes that the client encrypts of each
         self.known: dict[str, Decoder] = {}  # of quantized tensors, as they are found
 
     def program(self, graph: Graph) -> IntProgram:
-        inputs = []
         ports = {port.name: port for port in graph.inputs}
         for name in self.layout.inputs:
             encodes = self.layout.encoded.get(name, "")
             affine, port = self.qparams.tensors[name], replace(ports[encodes or name], name=name)
             value = self.emit.input(name, port.type.shape, int(np.max(affine.qmax)))
-            inputs.append(Entry(port, value, affine, encodes))
+            self.inputs[name] = [Entry(port, value, affine, encodes)]
             self.hold(name, value)
         for step in self.layout.steps:
             self.step(step)
         outputs = tuple(self.output(port) for port in self.layout.graph.outputs)
         emitted = self.emit.finish([o.value for o in outputs])
+        read = {a for i in emitted for a in i.args} | {o.value for o in outputs}
+        inputs = [e for own in self.inputs.values() for e in own if e.value in read or (e is own[-1] and len(own) == 1)]
         return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators, self.layout.client)
 
     def hold(self, key: str, value: str) -> None:
@@ -141,12 +145,25 @@ class _Lowering:
             source_of, group, at = found.source[found.place], found.group[found.place], shape
         else:
             source_of, group, at = found.source, found.group, (len(found.source),)
+        if point in self.layout.encoded_ahead:
+            out = self.ahead(point, source, source_of.reshape(at), group.reshape(at), found.table)
+            return out if whole else self.emit.gather((out,), found.place, None, shape)
         moved = self.emit.gather((value,), source_of, np.zeros(len(source_of), np.int64), at)
         if source in self.accs:  # after the movement: concrete pays for a table between a rounding and an index
             moved = self.emit.round(moved, lsbs, self.accumulators[source].approximate)
         accumulator = source if source in self.accs else ""
         out = self.emit.lookup(moved, found.table, group.reshape(at), lsbs, bits, point, accumulator)
         return out if whole else self.emit.gather((out,), found.place, None, shape)
+
+    def ahead(self, point: str, source: str, elements: np.ndarray, group: np.ndarray, table: np.ndarray) -> str:
+        """Declares what the client encrypts of an input in place of its integers."""
+        given = self.inputs[source][0]
+        model = replace(given.port, name=given.encodes or given.name)
+        code = Code(model, given.affine, np.maximum(elements, 0), group, table)  # what is known is so of any element
+        port = Port(point, TensorType(elements.shape, np.dtype(np.int64)), None)
+        out = self.emit.input(point, elements.shape, 1)
+        self.inputs[source].append(Entry(port, out, BIT, model.name, code))
+        return out
 
     # Steps
 

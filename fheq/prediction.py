@@ -46,7 +46,7 @@ def tables_by_node(layout: Plan, nodes: Iterable[Node]) -> list[tuple[Node, int]
 
 def _applications(layout: Plan) -> Iterator[tuple[str, str, int]]:
     """Kind, tensor and number of table applications."""
-    for point in layout.points:
+    for point in (p for p in layout.points if p not in layout.encoded_ahead):
         yield "activations", point, int(np.sum(layout.regions[point].elements >= 0))
     for step in layout.steps:
         if isinstance(step, Product):

@@ -15,6 +15,7 @@ from fheq.batching import filled, numbered
 from fheq.errors import DataError
 from fheq.evaluate import evaluate
 from fheq.graph import Graph, Port
+from fheq.one_hot import Code
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,14 @@ class Entry:
         affine: its quantizer or decoder, `real = scale * (q - zero_point)`; an output's zero_point may be fractional.
         encodes: the model's input of which an input is a further encoding: a model that quantizes an input in several ways
             has an entry for each of them. Empty for others.
+        code: what is encrypted of that input, where it is not its integers; None for others.
     """
 
     port: Port
     value: str
     affine: Affine
     encodes: str = ""
+    code: Code | None = None
 
     @property
     def name(self) -> str:
@@ -178,14 +181,18 @@ class Entry:
         """Shape of one sample, without the batch axis."""
         return self.port.shape
 
+    def encode(self, real: np.ndarray) -> np.ndarray:
+        """The integers that are encrypted for an input, from real values in the model's layout."""
+        return self.affine.quantize(real) if self.code is None else self.code.encode(real)
+
 
 @dataclass(frozen=True, eq=False)
 class IntProgram:
     """An integer program.
 
     Args:
-        inputs, outputs: in the model's order (further encodings of an input after all others); outputs are what `client`
-            reads, where there is one.
+        inputs, outputs: in the model's order (codes of an input in its place, further encodings of one after all others);
+            outputs are what `client` reads, where there is one.
         instructions: in order of evaluation.
         values: shape and range of every value.
         accumulators: by name, what lowering knows of them.
@@ -207,13 +214,17 @@ class IntProgram:
     @property
     def given(self) -> tuple[Port, ...]:
         """The model's inputs."""
-        return tuple(entry.port for entry in self.inputs if not entry.encodes)
+        ports = [entry.code.port if entry.code else entry.port for entry in self.inputs if entry.code or not entry.encodes]
+        return tuple({port.name: port for port in ports}.values())
 
     def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Real inputs, in the model's layout, to the integers of every entry."""
+        """Real inputs, in the model's layout, to the integers of every entry (of a code with the samples first)."""
         real = {port.name: filled(port, numbered(port, np.asarray(x))) for port, x in zip(self.given, inputs)}
-        entries = [(entry.affine, entry.encodes or entry.name) for entry in self.inputs]
-        return tuple(affine.quantize(real[name]) for affine, name in entries if name in real)
+        entries = [
+            (entry.code.encode if entry.code else entry.affine.quantize, entry.encodes or entry.name)
+            for entry in self.inputs
+        ]
+        return tuple(encode(real[name]) for encode, name in entries if name in real)
 
     @property
     def results(self) -> tuple[Port, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from fheq.affine import LEAVES, Affine
 from fheq.circuit import Circuit
 from fheq.graph import Graph
+from fheq.one_hot import Code
 from fheq.program import Entry, IntProgram
 from fheq.qparams import QParams
 
@@ -29,7 +30,13 @@ def _entry(entry: Entry) -> dict[str, Any]:
     shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
     stated = {name: getattr(port, name) for name in ("labels", "missing") if getattr(port, name) is not None}
     encodes = {"encodes": entry.encodes} if entry.encodes else {}
-    return {"name": entry.name, **encodes, **shape, **stated, "quantizer": affine_as_dict(entry.affine)}
+    found = {"name": entry.name, **encodes, **shape, **stated, "quantizer": affine_as_dict(entry.affine)}
+    return found if entry.code is None else {**found, "code": _code(entry.code)}
+
+
+def _code(code: Code) -> dict[str, Any]:
+    parts = {name: getattr(code, name).tolist() for name in ("elements", "group", "table")}
+    return {**parts, "quantizer": affine_as_dict(code.affine)}
 
 
 def graph_as_dict(graph: Graph) -> dict[str, Any]:
@@ -58,7 +65,8 @@ def graph_as_dict(graph: Graph) -> dict[str, Any]:
 def program_as_dict(program: IntProgram) -> dict[str, Any]:
     """What a client needs: names, shapes (a batch axis being 1) and quantizers of inputs and outputs.
 
-    Inputs that have "encodes" are further encodings of the input of that name, by another quantizer.
+    Inputs that have "encodes" are further encodings of the input of that name, by another quantizer, or what a "code" makes
+    of it: `table[group, q.ravel()[elements]]` of the integers q that its own quantizer gives for a sample.
     "client" is what it computes from the decoded outputs, as operators of ONNX; null where they are the model's outputs.
     """
     return {

@@ -139,10 +139,12 @@ def test_predicted_tables_are_those_of_the_program(name: str):
 
 
 def test_the_heaviest_node_is_named_with_what_needs_fewer_tables():
-    """A table compares the index with each of 9 rows; choosing 2 of 6 elements takes 15 comparisons of pairs, and more."""
+    """A table compares a computed index with each of 9 rows; choosing 2 of 6 elements takes 15 comparisons, and more."""
     known = {"rows": np.eye(9, 6, dtype=np.float32), "w": np.ones((6, 4), np.float32), "k": np.array([2])}
-    look_up = [node("Gather", ["rows", "x"], ["e"]), node("MatMul", ["e", "w"], ["h"]), node("Relu", ["h"], ["y"])]
-    found = survey(model(look_up, {"x": ["N"]}, ["y"], known, kinds={"x": onnx.TensorProto.INT64})).heaviest
+    look_up = [node("Add", ["x", "z"], ["i"]), node("Gather", ["rows", "i"], ["e"])]
+    look_up += [node("MatMul", ["e", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    kinds = dict.fromkeys("xz", onnx.TensorProto.INT64)
+    found = survey(model(look_up, {"x": ["N"], "z": ["N"]}, ["y"], known, kinds=kinds)).heaviest
     assert found is not None and (found.node, found.tables) == ("node 'make_e' (Gather, output 'e')", 9)
     assert "make the rows an input" in found.remedy
     best = [node("TopK", ["x", "k"], ["v", "i"]), node("Tanh", ["v"], ["t"]), node("MatMul", ["t", "u"], ["y"])]
