@@ -19,7 +19,7 @@ from fheq.graph import Graph, Port, TensorType
 from fheq.integer_weights import lacking, quantize_weight
 from fheq.one_hot import Code
 from fheq.optimizer.leveled import WIDEST_CAST
-from fheq.passes import read_in_blocks, simplify
+from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
@@ -44,7 +44,7 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
     layout = plan(graph)
     check_complete(layout, qparams)
     qparams = unsigned(qparams)
-    return read_in_blocks(simplify(_Lowering(layout, qparams).program(graph)))
+    return narrow_wide(read_in_blocks(merge_tables(simplify(_Lowering(layout, qparams).program(graph)))))
 
 
 def check_complete(layout: Plan, qparams: QParams) -> None:

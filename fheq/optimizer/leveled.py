@@ -88,9 +88,8 @@ def leveled(program: IntProgram) -> Leveled:
 
 class _Builder:
     def __init__(self, program: IntProgram):
-        ranges = Tracing(program, frozenset()).sizes
         self.program = program
-        self.own = {name: Value((), *pair).bits for name, pair in ranges.items()}
+        self.own = own_widths(program)
         rounds = any(isinstance(instruction, Round) for instruction in program.instructions)
         self.made = Leveled(widths=_widths(program, self.own), rounds=rounds)
         self.at: dict[str, int] = {}
@@ -225,6 +224,16 @@ def _constant(instruction: Instruction) -> int:
     else:
         return 1
     return Value((), int(array.min()), int(array.max())).bits
+
+
+def own_widths(program: IntProgram) -> dict[str, int]:
+    """The width of every value as concrete is told its range."""
+    return {name: Value((), *pair).bits for name, pair in Tracing(program, frozenset()).sizes.items()}
+
+
+def connected_widths(program: IntProgram) -> dict[str, int]:
+    """The width of every value once concrete has made connected ones equally wide."""
+    return _widths(program, own_widths(program))
 
 
 def _widths(program: IntProgram, own: dict[str, int]) -> dict[str, int]:

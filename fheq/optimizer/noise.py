@@ -120,7 +120,7 @@ def glwe_table() -> Glwe:
 
 def keyswitch_table(dimension: np.ndarray) -> np.ndarray:
     """Variance of key switches to each dimension by level, per coefficient; infinite where another level dominates."""
-    bases, levels = np.arange(1, MODULUS_BITS + 1)[:, None], _levels()[None, :]
+    bases, levels = np.arange(1, MODULUS_BITS + 1)[:, None], keyswitch_levels()[None, :]
     base = np.where(bases * levels <= MODULUS_BITS, bases, np.nan)
     variance = keyswitch_variance(base, levels, np.asarray(dimension).reshape(-1, 1, 1))
     return _pareto(np.nanmin(variance, axis=1))
@@ -128,7 +128,7 @@ def keyswitch_table(dimension: np.ndarray) -> np.ndarray:
 
 def keyswitch_levels() -> np.ndarray:
     """The levels of `keyswitch_table`'s columns."""
-    return _levels()
+    return np.arange(1, 21)
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,9 @@ one to the small key of the other, or a conversion between large keys. The sum o
     sum_p fresh_p V_fresh + sum_p boot_p V_boot + sum_pq conv_pq V_conv + V_keyswitch + V_modulus_switch <= bound
 
 for every table and output. Source: `compilers/concrete-optimizer/concrete-optimizer/src/optimization/dag/multi_parameters/
-optimize/mod.rs`, a descent over partitions; here it starts from the best common parameters, and (k, N) are chosen with n in
-steps of 32 before n is searched.
+optimize/mod.rs`, a descent over partitions, from the last one to the first. It starts with none decided: those that still
+are open are taken to have the candidate's keys, and bootstraps at once as cheap and as precise as there are. Here (k, N)
+are chosen with n in steps of 16 before n is searched.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fheq.optimizer import noise
 from fheq.optimizer.partition import Pair, Problem
 from fheq.optimizer.points import Points, chosen
 
-STEP = 32
+STEP = 16
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
 DESCENTS = 6
 PROMISING = 4
@@ -59,21 +60,9 @@ def search(problem: Problem, kappa: float) -> Solution:
 def _search(problem: Problem, kappa: float) -> Solution:
     if not problem.switches:
         return _without_tables(problem, kappa)
-    common = _Search(problem.merged(), kappa)
-    point = common.step(0, None, np.inf)[0]
-    count = len(problem.boots)
-    if point is None:
-        return Solution(None, (np.inf,) * count, {}, {}, {}, np.inf)
-    if count == 1:
-        return common.solution(point)
-    full = _Search(problem, kappa)
-    start = Points(
-        point.glwe * count,
-        point.small * count,
-        point.level * count,
-        {pair: np.zeros(1, int) for pair, _ in problem.conversions},
-    )
-    return full.solution(full.descend(start))
+    found = _Search(problem, kappa)
+    point = found.descend()
+    return Solution(None, (np.inf,) * len(problem.boots), {}, {}, {}, np.inf) if point is None else found.solution(point)
 
 
 def _without_tables(problem: Problem, kappa: float) -> Solution:
@@ -90,20 +79,30 @@ class _Search:
     """A problem with its tables: variances and costs of every operation."""
 
     def __init__(self, problem: Problem, kappa: float):
-        self.problem = problem
+        self.problem, self.kappa = problem, kappa
         self.bounds = [noise.variance_bound(c.bits, kappa) for c in problem.constraints]
         self.glwe = noise.glwe_table()
         self.small = noise.small_keyswitch_table()
         self.large = noise.large_keyswitch_table()
         self.levels = noise.keyswitch_levels()
+        self.open: frozenset[int] = frozenset()  # partitions that are still to be decided
 
     # Cost of candidates
 
     def boot_cost(self, points: Points, p: int) -> np.ndarray:
-        return points.small[p] * self.glwe.cost[points.glwe[p], points.level[p]]
+        level = 0 if p in self.open else points.level[p]
+        return points.small[p] * self.glwe.cost[points.glwe[p], level]
+
+    def boot_variance(self, points: Points, p: int) -> np.ndarray:
+        """Noise of a bootstrap."""
+        g = points.glwe[p]
+        each = self.glwe.variance[g].min(axis=1) if p in self.open else self.glwe.variance[g, points.level[p]]
+        return points.small[p] * each
 
     def conversion(self, points: Points, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """Variance and cost of a conversion between large keys; nothing if they are of one kind."""
+        if not self.open.isdisjoint(pair):
+            return np.zeros(1), np.zeros(1)
         source, target = (points.glwe[p] for p in pair)
         level = points.conversion[pair]
         variance = self.glwe.dimension[source] * self.large[target, level]
@@ -116,7 +115,7 @@ class _Search:
 
     def lefts(self, points: Points, bounds: Sequence[float]) -> list[np.ndarray]:
         """What each constraint leaves to its key switch."""
-        boots = [n * self.glwe.variance[g, level] for g, n, level in zip(points.glwe, points.small, points.level)]
+        boots = [self.boot_variance(points, p) for p in range(len(points.glwe))]
         switched = self.modulus_switches(points)
         conversions = {pair: self.conversion(points, pair)[0] for pair, _ in self.problem.conversions}
         lefts = []
@@ -176,10 +175,16 @@ class _Search:
 
     # Descent
 
-    def descend(self, point: Points) -> Points:
-        """Improves one partition, then one conversion, at a time."""
-        best = float(self.total(point)[0])
-        for _ in range(DESCENTS):
+    def descend(self) -> Points | None:
+        """Decides one partition after the other, then improves one, then one conversion, at a time; None where nothing is
+        secure and precise enough."""
+        several = len(self.problem.boots) > 1
+        point, best = self.decided()
+        if point is None and several:
+            point, best = self.common()
+        if point is None:
+            return None
+        for _ in range(DESCENTS * several):
             before = best
             for p in reversed(range(len(self.problem.boots))):
                 found, total = self.step(p, point, best)
@@ -191,8 +196,35 @@ class _Search:
                 break
         return point
 
-    def step(self, p: int, point: Points | None, best: float) -> tuple[Points | None, float]:
-        """The best parameters of one partition that cost less than `best`, the others' being given."""
+    def decided(self) -> tuple[Points | None, float]:
+        """The best parameters of each partition in turn, those before it being given; their cost."""
+        count, unknown, best = len(self.problem.boots), np.zeros(1, int), np.inf
+        point = Points((unknown,) * count, (unknown,) * count, (unknown,) * count, dict.fromkeys(self.conversions, unknown))
+        for p in reversed(range(count)):
+            self.open = frozenset(range(p))
+            found, best = self.step(p, point, np.inf)
+            if found is None:
+                self.open = frozenset()
+                return None, np.inf
+            point = found
+        return point, best
+
+    def common(self) -> tuple[Points | None, float]:
+        """The best parameters that all partitions can have in common; their cost."""
+        point = _Search(self.problem.merged(), self.kappa).descend()
+        if point is None:
+            return None, np.inf
+        count, none = len(self.problem.boots), np.zeros(1, int)
+        point = Points(point.glwe * count, point.small * count, point.level * count, dict.fromkeys(self.conversions, none))
+        return point, float(self.total(point)[0])
+
+    @property
+    def conversions(self) -> list[Pair]:
+        """Pairs of partitions between whose large keys values are converted."""
+        return [pair for pair, _ in self.problem.conversions]
+
+    def step(self, p: int, point: Points, best: float) -> tuple[Points | None, float]:
+        """The best parameters of one partition that cost less than `best`, the others' being given or open."""
         found: Points | None = None
         glwes = np.arange(len(self.glwe.k))
         shares: tuple[float, ...] = SHARES
@@ -211,17 +243,15 @@ class _Search:
         return found, best
 
     def candidates(
-        self, p: int, point: Points | None, g: np.ndarray, n: np.ndarray, best: float, shares: tuple[float, ...]
+        self, p: int, point: Points, g: np.ndarray, n: np.ndarray, best: float, shares: tuple[float, ...]
     ) -> Points:
         """All bootstrap levels and shares of conversions for the given (k, N) and n; hopeless ones are left out."""
         room = min((b / c.boot[p] for b, c in zip(self.bounds, self.problem.constraints) if c.boot[p]), default=np.inf)
         bound = min(
             (b for b, c in zip(self.bounds, self.problem.constraints) if c.switch and c.switch[1] == p), default=np.inf
         )
-        budget = best
-        if point is not None:
-            others = [q for q in range(len(self.problem.boots)) if q != p]
-            budget = best - sum(self.problem.boots[q] * float(self.boot_cost(point, q)[0]) for q in others)
+        others = [q for q in range(len(self.problem.boots)) if q != p and q not in self.open]
+        budget = best - sum(self.problem.boots[q] * float(self.boot_cost(point, q)[0]) for q in others)
         fits = noise.modulus_switch_variance(n, self.glwe.log2_size[g]) < bound
         g, n = g[fits], n[fits]
         hopeful = (n[:, None] * self.glwe.variance[g] < room) & (
@@ -229,16 +259,15 @@ class _Search:
         )
         row, level = np.nonzero(hopeful)
         g, n = g[row], n[row]
-        if point is None:
-            return Points((g,), (n,), (level,), {})
-        swap = lambda arrays, mine: tuple(mine if q == p else a for q, a in enumerate(arrays))
+        swap = lambda arrays, mine: tuple(mine if q == p or q in self.open else a for q, a in enumerate(arrays))
         points = Points(swap(point.glwe, g), swap(point.small, n), swap(point.level, level), {})
-        return self.shared(points, shares) if self.problem.conversions else points
+        met = [pair for pair in self.conversions if self.open.isdisjoint(pair)]
+        return self.shared(points, met, shares) if met else replace(points, conversion=point.conversion)
 
-    def shared(self, points: Points, shares: tuple[float, ...]) -> Points:
-        """The candidates once for each share of the noise bounds that conversions may use up."""
-        parts: dict[Pair, list[np.ndarray]] = {}
-        for pair, _ in self.problem.conversions:
+    def shared(self, points: Points, pairs: list[Pair], shares: tuple[float, ...]) -> Points:
+        """The candidates once for each share of the noise bounds that conversions of some pairs may use up."""
+        parts: dict[Pair, list[np.ndarray]] = {pair: [np.zeros(1, int)] * len(shares) for pair in self.conversions}
+        for pair in pairs:
             weights = [
                 (b, dict(c.conv)[pair]) for b, c in zip(self.bounds, self.problem.constraints) if pair in dict(c.conv)
             ]
