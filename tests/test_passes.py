@@ -16,7 +16,7 @@ import fheq
 from fheq.affine import Affine
 from fheq.emit import Emitter
 from fheq.graph import Port, TensorType
-from fheq.passes import read_in_blocks, simplify
+from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.program import Entry, IntProgram
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -101,11 +101,11 @@ class Drawn:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_simplified_programs_compute_the_same_integers(seed: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.sampled_from([simplify, merge_tables]))
+def test_simplified_programs_compute_the_same_integers(seed: int, improve: Callable[[IntProgram], IntProgram]) -> None:
     """For inputs at the corners of their ranges and inside of them, by the definitions of the instructions alone."""
     program = Drawn(seed).program()
-    simple = simplify(program)
+    simple = improve(program)
     assert applications(simple) <= applications(program)
     entry = program.inputs[0]
     affine = entry.affine.expanded(len(entry.port.type.shape))
@@ -114,6 +114,50 @@ def test_simplified_programs_compute_the_same_integers(seed: int) -> None:
     for x in (low, high, *(rng.integers(low, high + 1) for _ in range(6))):
         for want, got in zip(run_program(program, x), run_program(simple, x), strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+def of_one_input(emit: Emitter, shape: tuple[int, ...], high: int, outputs: list[str]) -> IntProgram:
+    """A program of the input "x", which goes from 0 to `high`."""
+    port = lambda name, shape: Port(name, TensorType(shape, np.dtype(np.float32)))
+    affine = lambda top: Affine(np.ones(()), np.zeros(()), np.zeros(()), np.asarray(float(top)), np.zeros(()))
+    values = [emit.values[name] for name in outputs]
+    ends = tuple(Entry(port(name, v.shape), name, affine(v.high)) for name, v in zip(outputs, values))
+    return IntProgram((Entry(port("x", shape), "x", affine(high)),), ends, emit.finish(outputs), emit.values, {})
+
+
+def test_a_table_of_a_table_is_one_and_one_that_changes_nothing_none() -> None:
+    emit, rng = Emitter(), np.random.default_rng(0)
+    x = emit.input("x", (1, 3), 7)
+    copied = emit.lookup(
+        emit.gather((x,), np.array([2, 0, 1]), None, (1, 3)), np.arange(8)[None], np.zeros(3, int), 0, 3, "c"
+    )
+    total = emit.plus(x, copied, 1)
+    first = emit.lookup(total, rng.integers(0, 8, (2, 16)), np.array([0, 1, 1]), 0, 4, "a")
+    then = emit.lookup(first, rng.integers(0, 4, (3, 8)), np.array([2, 0, 1]), 0, 3, "b")
+    program = of_one_input(emit, (1, 3), 7, [then])
+    merged = merge_tables(program)
+    assert (applications(program), applications(merged), len(merged.lookups)) == (9, 3, 1)
+    for x in np.ndindex(8, 8, 8):
+        assert_equal(run_program(merged, np.array([x])), run_program(program, np.array([x])), f"at {x}")
+    both = of_one_input(emit, (1, 3), 7, [first, then])  # whoever reads the first table's result still needs it
+    assert len(merge_tables(both).lookups) == 2
+
+
+def test_a_table_beside_a_sum_too_wide_for_tables_reads_its_own_bits() -> None:
+    """concrete gives a value and what sums of it reach one width, of which tables read 16 bits at most."""
+    emit = Emitter()
+    x = emit.input("x", (1, 2), 63)
+    wide = emit.scale(x, np.array([1 << 13, 12345]))
+    high = emit.lookup(emit.round(wide, 14, True), np.arange(32)[None], np.zeros(2, int), 14, 5, "wide")
+    low = emit.lookup(x, (np.arange(64) ** 2 % 61)[None], np.zeros(2, int), 0, 6, "own")
+    program = narrow_wide(of_one_input(emit, (1, 2), 63, [high, low]))
+    assert program.lookups[-1].lsbs > 0
+    circuit = fheq.compile(program)
+    assert fheq.cost(program).complexity == pytest.approx(circuit.complexity, rel=1e-3)
+    for value in (0, 1, 31, 62, 63):
+        got = circuit.evaluate(np.full((1, 2), value), quantized=True)
+        assert_equal(got, run_program(program, np.full((1, 2), value)), f"at {value}")
+        np.testing.assert_array_equal(got[1], np.full((1, 2), value**2 % 61))
 
 
 def repeating(rng: np.random.Generator, bits: int, ties: bool) -> IntProgram:
@@ -126,10 +170,7 @@ def repeating(rng: np.random.Generator, bits: int, ties: bool) -> IntProgram:
     cells = np.maximum(cells - (ties & (place == 0) & (cells % 2 == rng.integers(0, 2, (rows, 1)))), 0)
     table = np.take_along_axis(rng.integers(0, 8, (rows, cells.max() + 1)), cells, axis=1)
     y = emit.lookup(x, table, np.arange(rows), 0, bits, "t")
-    port = lambda name: Port(name, TensorType((1, rows), np.dtype(np.float32)))
-    affine = lambda top: Affine(np.ones(()), np.zeros(()), np.zeros(()), np.asarray(float(top)), np.zeros(()))
-    entries = (Entry(port("x"), x, affine((1 << bits) - 1)),), (Entry(port("y"), y, affine(7)),)
-    return IntProgram(*entries, emit.finish([y]), emit.values, {})
+    return of_one_input(emit, (1, rows), (1 << bits) - 1, [y])
 
 
 @settings(max_examples=20, deadline=None)
