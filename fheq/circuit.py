@@ -207,7 +207,7 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         measure = graph.measure_bounds
         graph.measure_bounds = lambda inputset: tracing.bounds(measure(inputset))
         return compiler.compile([sample], configuration)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, NotImplementedError) as error:
         raise CompileError(_explain(program, error)) from error
 
 

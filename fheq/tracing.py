@@ -139,7 +139,7 @@ class Tracing:
 
         shape = self.program.values[instruction.out].shape
         if instruction.index is None:
-            return args[0].reshape(shape)
+            return _reshaped(args[0], shape)
         flats = [self._note(name, x.reshape((_size(x.shape),))) for name, x in zip(instruction.args, args)]
         index = instruction.index
         if len(flats) == 1 and flats[0].shape == (1,) and index.ndim and instruction.fill is None:
@@ -154,7 +154,7 @@ class Tracing:
             flats.append(self._note(instruction.out, constant + fills) if np.any(fills) else constant)
         flat = flats[0] if len(flats) == 1 else self._note(instruction.out, np.concatenate(tuple(flats)))
         moved = self._pick(instruction.out, flat, index.ravel()) if flat.shape != (1,) or index.size != 1 else flat
-        return moved if moved.shape == shape else self._note(instruction.out, moved).reshape(shape)
+        return moved if moved.shape == shape else _reshaped(self._note(instruction.out, moved), shape)
 
     def _pick(self, name: str, flat: Any, index: np.ndarray) -> Any:
         """Elements of a vector, whose range is that of the value `name`."""
@@ -203,6 +203,11 @@ class Tracing:
             parts.append(self._note(instruction.out, np.transpose(self._note(instruction.out, patches @ rows.T))))
         joined = parts[0] if group == 1 else self._note(instruction.out, np.concatenate(tuple(parts), axis=0))
         return joined.reshape(out)
+
+
+def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
+    """A traced value in another shape; concrete fails to make a scalar by a reshape."""
+    return x.reshape(shape) if shape else np.sum(x)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -121,6 +121,15 @@ CIRCUITS = {
         ),
         [tensor(4, 3)],
     ),
+    "a scalar of a vector": (
+        model(
+            [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("MatMul", ["r", "v"], ["y"])],
+            {"x": [4]},
+            ["y"],
+            {"w": tensor(4, 3), "v": tensor(3)},
+        ),
+        [tensor(4)],
+    ),
     "six axes inside": (
         model(
             [
