@@ -121,15 +121,6 @@ CIRCUITS = {
         ),
         [tensor(4, 3)],
     ),
-    "a scalar of a vector": (
-        model(
-            [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("MatMul", ["r", "v"], ["y"])],
-            {"x": [4]},
-            ["y"],
-            {"w": tensor(4, 3), "v": tensor(3)},
-        ),
-        [tensor(4)],
-    ),
     "six axes inside": (
         model(
             [
@@ -173,6 +164,16 @@ def test_corner_cases_of_shapes_run_as_circuits(name: str) -> None:
     simulated, clear = fheq.simulate(program, *integers), fheq.compile(program).evaluate(*integers, quantized=True)
     np.testing.assert_array_equal(simulated, clear)
     assert program.dequantize(simulated)[0].shape == reference(proto, *arrays)[0].shape
+
+
+def test_a_vector_without_samples_gives_a_scalar_in_a_circuit() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("MatMul", ["r", "v"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": [4]}, ["y"], {"w": tensor(4, 3), "v": tensor(3)}))
+    x = tensor(60, 4)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 3))
+    want = program.dequantize(fheq.simulate(program, *program.quantize(x[:4])))[0]
+    assert want.shape == (4,)
+    np.testing.assert_array_equal(fheq.compile(program).evaluate(x[:4]), want)
 
 
 @pytest.mark.parametrize("name", FORMS)
