@@ -28,6 +28,7 @@ from fheq.regions import Elements
 from fheq.rewrites import (
     activate_before_maximum,
     compose,
+    compose_joined,
     decompose,
     quantize_before_movement,
     separate_known_parts,
@@ -123,7 +124,7 @@ def plan(graph: Graph) -> Plan:
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         exact = bypassed(server, lambda node: is_float_cast(node, server.types))
         simple = settle_decisions(separate_known_parts(decompose(quantize_before_movement(exact))))
-        found = Planner(separate_encodings(compose(activate_before_maximum(simple))))
+        found = Planner(separate_encodings(compose(compose_joined(activate_before_maximum(simple)))))
         outputs = found.outputs()  # which may make points
         parts = found.graph, tuple(found.steps), found.regions, found.points, outputs, found.adopted
         return Plan(*parts, stated, found.evaluator(), client)

@@ -21,6 +21,7 @@ from fheq.rewriting.decisions import settle_decisions as settle_decisions
 from fheq.rewriting.decompose import decompose as decompose
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.fold import fold
+from fheq.rewriting.joined import compose_joined as compose_joined
 from fheq.rewriting.known_parts import separate_known_parts as separate_known_parts
 from fheq.rewriting.monotone import activate_before_maximum as activate_before_maximum
 from fheq.rewriting.monotone import quantize_before_movement as quantize_before_movement

@@ -47,7 +47,7 @@ def category_and_number() -> onnx.ModelProto:
     return model(nodes, {"ids": ["N", 3], "x": ["N", 3]}, ["y"], known, kinds=KINDS)
 
 
-MODELS = {"embedding": (embedding(), 10, ["x"]), "category and number": (category_and_number(), 0, ["ids", "x"])}
+MODELS = {"embedding": (embedding(), 4, ["x"]), "category and number": (category_and_number(), 0, ["ids", "x"])}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,7 +84,8 @@ def test_what_is_saved_for_the_client_says_how_to_encode() -> None:
 @pytest.mark.parametrize("clear", [(), ("ids",)])
 def test_encrypted_rows_give_what_the_simulation_does(clear: tuple[str, ...]) -> None:
     graph = fheq.import_onnx(embedding())
-    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, IDS, NUMBERS), 4))
+    bits = {"op_inputs": 2, "op_weights": 3, "model_inputs": 2, "model_outputs": 3}
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, IDS, NUMBERS), bits))
     circuit = fheq.compile(program, clear=clear)
     want = program.dequantize(fheq.simulate(program, *program.quantize(IDS[:2], NUMBERS[:2])))[0]
     np.testing.assert_array_equal(circuit(IDS[:2], NUMBERS[:2]), want)

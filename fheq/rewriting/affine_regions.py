@@ -39,13 +39,15 @@ def affine_regions(graph: Graph) -> Iterator[AffineRegion]:
 
     Nobody outside reads a tensor in between, and neither such a tensor nor a weight has a quantizer of its own.
     """
-    search = _Search(graph)
+    search = Search(graph)
     for node in graph.nodes:
         if search.is_step(node) and search.is_affine(node):
             yield from search.ending_at(node)
 
 
-class _Search:
+class Search:
+    """What is asked of the nodes of a graph."""
+
     def __init__(self, graph: Graph):
         self.graph = graph
         self.producers = graph.producers()
@@ -130,7 +132,7 @@ class _Search:
 
 def is_decrypted(graph: Graph, tensor: str) -> bool:
     """Whether an output is a movement or an affine function of a tensor, with no linear operator or table in between."""
-    search = _Search(graph)
+    search = Search(graph)
     reached = {tensor}
     for node in graph.nodes:
         if not reached.isdisjoint(node.inputs) and search.is_affine(node) and not search.is_step(node):
