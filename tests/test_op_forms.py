@@ -168,7 +168,7 @@ def test_the_client_takes_the_largest_score_without_a_table(with_labels: bool) -
     classes = np.argmax(scores, axis=1)
     wanted = (scores, np.array([10, 20, 40, 80])[classes]) if with_labels else (classes,)
     for got, want in zip(results, wanted, strict=True):
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got, want if want.dtype == np.int64 else np.float32(want))  # the model's precision
     faked = fheq.fake_quant(graph, qparams, x)
     np.testing.assert_array_equal(np.asarray(faked[-1] if with_labels else faked), wanted[-1])
     assert np.mean(wanted[-1] == reference(proto, x)[-1]) > 0.9  # the rest is what 6 bits round away
