@@ -183,6 +183,31 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, .
         ["Conv", "Relu", "GlobalAveragePool", "Gemm"],
         32 + 2,
     ),
+    "a layer joined with an activation": (
+        [
+            node("Gemm", ["x", "w1", "b"], ["h"], alpha=0.5),
+            node("Gemm", ["x", "w1"], ["g"]),
+            node("Sigmoid", ["g"], ["s"]),
+            node("Concat", ["h", "s"], ["j"], axis=-1),
+            node("Gemm", ["j", "wide", "b3"], ["y"], transB=1, beta=0.5),
+        ],
+        ROW | {"wide": weights(3, 10), "b3": weights(3)},
+        (4,),
+        ["Gemm", "Sigmoid", "Concat", "MatMul", "Add"],
+        5,
+    ),
+    "joined rows whose weights would be too many": (
+        [
+            node("Gemm", ["x", "u"], ["h"]),
+            node("Sigmoid", ["x"], ["s"]),
+            node("Concat", ["h", "s"], ["j"], axis=1),
+            node("Gemm", ["j", "wide"], ["y"]),
+        ],
+        {"u": weights(128, 1), "wide": weights(129, 64)},
+        (128,),
+        ["Gemm", "Sigmoid", "Concat", "Gemm"],
+        1 + 128,
+    ),
     "a bottleneck that is cheaper as it is": (
         [node("Gemm", ["x", "u"], ["h"]), node("Gemm", ["h", "v"], ["y"])],
         {"u": weights(128, 1), "v": weights(1, 128)},
