@@ -15,6 +15,7 @@ import numpy as np
 from fheq.affine import Affine
 from fheq.batching import split
 from fheq.graph import Graph, Node, Port
+from fheq.ops.table import Kind, lookup
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,16 @@ class Code:
         q = split(self.port, self.affine.quantize(real))
         found = self.table[self.group, q.reshape(len(q), -1)[:, self.elements]].astype(np.int64)
         return found[0] if self.port.batch_axis is None and np.shape(real) == self.port.type.shape else found
+
+
+def is_one_hot(graph: Graph, makers: Mapping[str, Node], name: str) -> bool:
+    """Whether every element of a tensor that is computed is the answer to such a comparison, moved or joined with others."""
+    node = makers.get(name)
+    if node is None or equality(graph, makers, name) is not None:
+        return node is not None
+    computed = [n for n in node.inputs if n and n not in graph.constants]
+    moves = lookup(node).kind is Kind.MOVEMENT and node.inputs[0] in computed
+    return moves and all(is_one_hot(graph, makers, n) for n in computed)
 
 
 def equality(graph: Graph, makers: Mapping[str, Node], name: str) -> Node | None:

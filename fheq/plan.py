@@ -22,7 +22,7 @@ from fheq.client import split
 from fheq.encodings import is_encoding, separate_encodings
 from fheq.errors import UnsupportedError
 from fheq.graph import Graph
-from fheq.one_hot import equality
+from fheq.one_hot import is_one_hot
 from fheq.planner import Planner, Region
 from fheq.regions import Elements
 from fheq.rewrites import (
@@ -85,7 +85,7 @@ class Plan:
     def encoded_ahead(self) -> frozenset[str]:
         """Points that say whether an input equals a known number, which the client encrypts (`fheq.one_hot`)."""
         makers = self.graph.producers()
-        return frozenset(p for p, x in self.points.items() if x in self.inputs and equality(self.graph, makers, p))
+        return frozenset(p for p, x in self.points.items() if x in self.inputs and is_one_hot(self.graph, makers, p))
 
     @cached_property
     def summed(self) -> frozenset[str]:
