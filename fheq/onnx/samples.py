@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fheq.errors import ShapeError
+from fheq.errors import FheqError
 from fheq.graph import Node, Port, TensorType
 from fheq.interpret import run_node
 from fheq.onnx.functions import expand
@@ -46,7 +46,7 @@ def for_any_number(model: onnx.ModelProto, ports: Sequence[Port]) -> onnx.ModelP
         return model
     try:
         batch = _batched(model, ports)
-    except (ShapeError, _OneSampleError):
+    except (FheqError, _OneSampleError):  # what it holds is right for one sample
         return model
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -157,7 +157,8 @@ def _apart(batch: _Batch, node: Node, changed: Node) -> bool:
         return True  # what is looked up in a known tensor is found element by element
     axis, at = batch.axes.get(first, 0), node.attrs.get("axis")
     if node.op in _AXIS:
-        at = int(batch.known[node.inputs[_AXIS[node.op]]])
+        stated = batch.known.get(node.inputs[_AXIS[node.op]]) if len(node.inputs) > _AXIS[node.op] else None
+        at = axis if stated is None else int(stated)
     if at in (axis, axis - len(batch.one[first].shape)):
         return False
     return at is not None or axis == batch.axes[node.outputs[0]] == 0 or node.op in _ANYWHERE or node.op.startswith("Reduce")
