@@ -93,7 +93,7 @@ class _Lowering:
         outputs = tuple(self.output(port) for port in self.layout.graph.outputs)
         emitted = self.emit.finish([o.value for o in outputs])
         read = {a for i in emitted for a in i.args} | {o.value for o in outputs}
-        inputs = [e for own in self.inputs.values() for e in own if e.value in read or (e is own[-1] and len(own) == 1)]
+        inputs = [e for own in self.inputs.values() for e in own if len(own) == 1 or e.value in read]
         return IntProgram(tuple(inputs), outputs, emitted, self.emit.values, self.accumulators, self.layout.client)
 
     def hold(self, key: str, value: str) -> None:

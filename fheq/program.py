@@ -220,11 +220,7 @@ class IntProgram:
     def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Real inputs, in the model's layout, to the integers of every entry (of a code with the samples first)."""
         real = {port.name: filled(port, numbered(port, np.asarray(x))) for port, x in zip(self.given, inputs)}
-        entries = [
-            (entry.code.encode if entry.code else entry.affine.quantize, entry.encodes or entry.name)
-            for entry in self.inputs
-        ]
-        return tuple(encode(real[name]) for encode, name in entries if name in real)
+        return tuple(entry.encode(real[name]) for entry in self.inputs if (name := entry.encodes or entry.name) in real)
 
     @property
     def results(self) -> tuple[Port, ...]:

@@ -26,9 +26,9 @@ def affine_as_dict(affine: Affine) -> dict[str, Any]:
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
-    port = entry.port
+    port, model = entry.port, entry.code.port if entry.code else entry.port
     shape = {"shape": list(port.type.shape), "batch_axis": port.batch_axis, "dtype": port.type.dtype.name}
-    stated = {name: getattr(port, name) for name in ("labels", "missing") if getattr(port, name) is not None}
+    stated = {name: getattr(model, name) for name in ("labels", "missing") if getattr(model, name) is not None}
     encodes = {"encodes": entry.encodes} if entry.encodes else {}
     found = {"name": entry.name, **encodes, **shape, **stated, "quantizer": affine_as_dict(entry.affine)}
     return found if entry.code is None else {**found, "code": _code(entry.code)}
