@@ -13,6 +13,7 @@ from onnx import TensorProto
 import fheq
 from fheq.errors import DataError, UnsupportedError
 from fheq.post_training import PostTrainingAffineQuantization
+from fheq.saving import program_as_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 ML = "ai.onnx.ml"
@@ -42,6 +43,18 @@ def test_strings_are_looked_up_as_onnxruntime_does() -> None:
     known = rows[:1]
     error = np.abs(found.forward(known) - fheq.evaluate(graph, known))
     assert np.max(error) < 8 / 255 * 1.5  # a step of prices, for either of two
+
+
+def test_strings_that_are_encrypted_one_hot_are_saved_with_their_numbers() -> None:
+    categories = {"cats_strings": CITIES.tolist(), "zeros": 1}
+    nodes = [node("OneHotEncoder", ["x"], ["o"], domain=ML, **categories), node("MatMul", ["o", "w"], ["y"])]
+    known, kinds = {"w": np.float32([[1.0], [0.5], [-2.0]])}, {"x": TensorProto.STRING}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 1]}, ["y"], known, kinds=kinds, domains={ML: 1}))
+    rows = CITIES[RNG.integers(0, 3, (50, 1))]
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, rows), 6))
+    (saved,) = program_as_dict(program)["inputs"]
+    assert saved["encodes"] == "x" and list(saved["labels"]) == CITIES.tolist() and not program.lookups
+    np.testing.assert_array_equal(program.quantize(rows)[0].reshape(50, 3), rows == CITIES)
 
 
 @pytest.mark.parametrize(
