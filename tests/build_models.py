@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-RNG = np.random.default_rng(0)
+# One source for each module that draws: what a test sees does not depend on which others are collected or run with it.
+SOURCES: dict[str, np.random.Generator] = {}
 
 
 def tensor(*shape: int, low: float = -1.0, high: float = 1.0) -> np.ndarray:
-    """Random float32 values."""
-    return RNG.uniform(low, high, shape).astype(np.float32)
+    """Random float32 values, the next of the calling module."""
+    source = SOURCES.setdefault(sys._getframe(1).f_globals["__name__"], np.random.default_rng(0))
+    return source.uniform(low, high, shape).astype(np.float32)
 
 
 def node(op: str, inputs: Sequence[str], outputs: Sequence[str], **attrs: Any) -> onnx.NodeProto:

@@ -3,7 +3,9 @@
 import gc
 
 import jax
+import numpy as np
 import pytest
+from build_models import SOURCES
 from hypothesis import settings
 
 from fheq.compiled import memory_maps
@@ -15,6 +17,15 @@ settings.load_profile("fheq")
 # Every function that jax compiles takes some of the 65,530 memory maps that Linux gives a process by default. At the limit,
 # compilation stands still without an error.
 MANY_MAPS = 10_000
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test draws from the start, whichever ran before it."""
+    SOURCES.clear()
+    module = item.getparent(pytest.Module)
+    if module is not None and isinstance(getattr(module.obj, "RNG", None), np.random.Generator):
+        module.obj.RNG = np.random.default_rng(0)
 
 
 @pytest.hookimpl(trylast=True)
