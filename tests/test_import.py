@@ -272,6 +272,9 @@ def test_problems_collects_all():
     assert len(problems(b"junk")) == 1
 
 
-def test_dead_nodes_do_not_matter():
+def test_what_nothing_reads_does_not_matter():
     nodes = [node("Relu", ["x"], ["y"]), node("Unknown", ["x"], ["z"], domain="own")]
-    assert ops(fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], domains={"own": 1}))) == ["Relu"]
+    known = {"left": np.float32([1, np.nan])}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], known, domains={"own": 1}))
+    assert ops(graph) == ["Relu"]
+    assert not graph.constants

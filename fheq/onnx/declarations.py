@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from fheq.errors import ModelError, UnsupportedError
+from fheq.onnx.subgraphs import read_names
 from fheq.onnx.tensors import dtype_of, to_array, to_dense
 
 
@@ -52,24 +54,19 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 
 
 def known_tensors(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
-    """The initializers of a graph, sparse ones as dense.
+    """The initializers of a graph that anything reads, or that are values of its inputs; sparse ones as dense.
 
     Raises:
         ModelError: a name twice or none, or a bad tensor.
     """
-    constants: dict[str, np.ndarray] = {}
-    for tensor in graph.initializer:
-        _check_new(tensor.name, constants)
-        constants[tensor.name] = to_array(tensor, f"initializer {tensor.name!r}", strings=True)
-    for sparse in graph.sparse_initializer:
-        _check_new(sparse.values.name, constants)
-        constants[sparse.values.name] = to_dense(sparse, f"initializer {sparse.values.name!r}")
-    return constants
-
-
-def _check_new(name: str, constants: Mapping[str, np.ndarray]) -> None:
-    if not name or name in constants:
-        raise ModelError(f"initializer {name!r} is there twice" if name else "an initializer has no name")
+    names = [*(tensor.name for tensor in graph.initializer), *(sparse.values.name for sparse in graph.sparse_initializer)]
+    if "" in names:
+        raise ModelError("an initializer has no name")
+    no_doubles(names, "initializer")
+    wanted = read_names(graph) | {value.name for value in graph.input}
+    dense = {t.name: to_array(t, f"initializer {t.name!r}", strings=True) for t in graph.initializer if t.name in wanted}
+    sparse = (sparse for sparse in graph.sparse_initializer if sparse.values.name in wanted)
+    return dense | {t.values.name: to_dense(t, f"initializer {t.values.name!r}") for t in sparse}
 
 
 def no_doubles(names: Sequence[str], what: str) -> None:
@@ -78,6 +75,6 @@ def no_doubles(names: Sequence[str], what: str) -> None:
     Raises:
         ModelError: there is one.
     """
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ModelError(f"{what} {name!r} is there twice; names must be unique")

@@ -77,5 +77,10 @@ def captured(graph: onnx.GraphProto) -> set[str]:
     """The names that a subgraph takes from around it."""
     local = {"", *(i.name for i in graph.input), *(t.name for t in graph.initializer)}
     local |= {t.values.name for t in graph.sparse_initializer} | {name for node in graph.node for name in node.output}
+    return read_names(graph) - local
+
+
+def read_names(graph: onnx.GraphProto) -> set[str]:
+    """The names that a graph's nodes, their subgraphs and its outputs read."""
     read = {o.name for o in graph.output} | {name for node in graph.node for name in node.input}
-    return read.union(*(outer_reads(node.attribute) for node in graph.node)) - local
+    return read.union(*(outer_reads(node.attribute) for node in graph.node))
