@@ -1,0 +1,135 @@
+"""Models that are exported with their quantizers, each for what its export takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from build_models import cnn, mlp, model, node, tensor
+from models import CASES, weights
+
+
+def residual() -> onnx.ModelProto:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["r"]),
+        node("ConvTranspose", ["r", "u"], ["d"], kernel_shape=[1, 1], group=2),
+        node("Add", ["d", "r"], ["s"]),
+        node("Sigmoid", ["s"], ["e"]),
+        node("GlobalAveragePool", ["e"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("Gemm", ["f", "v", "b"], ["y"], transB=1, alpha=0.5),
+    ]
+    known = {"w": weights(4, 1, 3, 3), "u": weights(4, 2, 1, 1), "v": weights(3, 4), "b": weights(3)}
+    return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], known)
+
+
+def joined() -> onnx.ModelProto:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Tanh", ["h"], ["t"]),
+        node("Concat", ["t", "x"], ["j"], axis=1),
+        node("MatMul", ["j", "v"], ["y"]),
+    ]
+    return model(nodes, {"x": ["N", 4]}, ["y"], {"w": tensor(4, 3), "v": tensor(7, 2)}, opset=11)
+
+
+def looked_up() -> onnx.ModelProto:
+    """Encrypted indices of rows of a table."""
+    nodes = [
+        node("Gather", ["table", "x"], ["e"]),
+        node("Flatten", ["e"], ["f"]),
+        node("MatMul", ["f", "w"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("MatMul", ["r", "v"], ["y"]),
+    ]
+    known = {"table": tensor(5, 3), "w": tensor(6, 4), "v": tensor(4, 2)}
+    return model(nodes, {"x": ["N", 2]}, ["y"], known, kinds={"x": onnx.TensorProto.INT64})
+
+
+def several_forms() -> onnx.ModelProto:
+    """Scales that vary within a channel (of the product), a split read twice, an accumulator that is decrypted and read by a
+    table, pads after a shift."""
+    nodes = [
+        node("Mul", ["x", "x"], ["s"]),
+        node("Mul", ["s", "x"], ["p"]),
+        node("Conv", ["p", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("Split", ["c"], ["a", "b"], axis=1, num_outputs=2),
+        node("Relu", ["a"], ["r"]),
+        node("MatMul", ["r", "v"], ["m"]),
+        node("MatMul", ["b", "v"], ["n"]),
+        node("Concat", ["m", "n", "c"], ["y"], axis=1),
+    ]
+    return model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], {"w": tensor(2, 1, 3, 3), "v": tensor(4, 4)}, opset=18)
+
+
+def opposite_columns() -> onnx.ModelProto:
+    """The scores of two classes: weights of one scale, and another zero point in each column."""
+    w = np.linspace(0.2, 1, 4, dtype=np.float32)[:, None]
+    return model([node("MatMul", ["x", "w"], ["y"])], {"x": ["N", 4]}, ["y"], {"w": np.concatenate([w, -w], axis=1)})
+
+
+def with_a_token() -> onnx.ModelProto:
+    """A token of its own before those of a sample, attention with a known mask, and rows of all samples in one product."""
+    causal = np.where(np.tri(4, dtype=bool), 0, -1e9).astype(np.float32)
+    nodes = [
+        node("Concat", ["token", "x"], ["j"], axis=1),
+        node("Transpose", ["j"], ["t"], perm=[0, 2, 1]),
+        node("MatMul", ["j", "t"], ["scores"]),
+        node("Add", ["scores", "mask"], ["a"]),
+        node("Softmax", ["a"], ["p"], axis=-1),
+        node("MatMul", ["p", "j"], ["m"]),
+        node("Reshape", ["m", "rows"], ["f"]),
+        node("Gemm", ["f", "w"], ["g"]),
+        node("Reshape", ["g", "back"], ["y"]),
+    ]
+    known = {
+        "token": tensor(1, 1, 2),
+        "w": tensor(2, 3),
+        "mask": causal,
+        "rows": np.array([-1, 2]),
+        "back": np.array([-1, 4, 3]),
+    }
+    return model(nodes, {"x": ["N", 3, 2]}, ["y"], known)
+
+
+def recurrent() -> onnx.ModelProto:
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+        node("LSTM", ["t", "w", "r"], ["", "h"], hidden_size=2, direction="bidirectional"),
+        node("Transpose", ["h"], ["s"], perm=[1, 0, 2]),
+        node("Flatten", ["s"], ["f"]),
+        node("MatMul", ["f", "v"], ["y"]),
+    ]
+    return model(nodes, {"x": ["N", 2, 3]}, ["y"], {"w": tensor(2, 8, 3), "r": tensor(2, 8, 2), "v": tensor(4, 2)})
+
+
+def whole_results() -> onnx.ModelProto:
+    """Integers that have more values than bits count: their steps are whole numbers."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Mul", ["m", "k"], ["s"]),
+        node("Cast", ["s"], ["y"], to=onnx.TensorProto.INT64),
+    ]
+    kinds = {"y": onnx.TensorProto.INT64}
+    return model(nodes, {"x": ["N", 4]}, ["y"], {"w": tensor(4, 3), "k": np.float32(300)}, kinds=kinds)
+
+
+MODELS = {
+    "mlp": (mlp(), (4,)),
+    "cnn": (cnn(), (1, 6, 6)),
+    "residual": (residual(), (1, 4, 4)),
+    "joined": (joined(), (4,)),
+    "looked up": (looked_up(), (2,)),
+    "opposite columns": (opposite_columns(), (4,)),
+    "several forms": (several_forms(), (1, 4, 4)),
+    "layers added": (CASES["two_convolutions_added"].build(), (3, 6, 6)),
+    "dead channel": (CASES["residual_whose_layer_has_a_dead_channel"].build(), (4,)),
+    "skips": (CASES["results_added_to_the_residual_and_to_each_other"].build(), (4,)),
+    "decrypted": (CASES["decrypted_and_read_by_a_table"].build(), (4,)),
+    "pads": (CASES["pads_after_a_shift"].build(), (2, 4)),
+    "known channels": (CASES["known_channels_beside_an_input"].build(), (1, 3, 3)),
+    "pixels": (CASES["normalized_pixels"].build(), (2, 4, 4)),
+    "token": (with_a_token(), (3, 2)),
+    "recurrent": (recurrent(), (2, 3)),
+    "whole results": (whole_results(), (4,)),
+}
