@@ -15,7 +15,7 @@ import numpy as np
 
 import fheq
 from benchmarks.cost_model import Case, mlp
-from fheq.console import text_table
+from fheq.display.console import text_table
 
 ROWS = 16
 MORE = 50  # runs of fheq's simulation for one encrypted run

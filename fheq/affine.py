@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fheq.arrays.namespace import array_namespace
 from fheq.errors import QuantizationError
-from fheq.namespace import array_namespace
 
 Array = Any
 

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import scores as score_functions
-from fheq.accumulator_decoders import accumulator_decoder, summands, sums_accumulators
 from fheq.affine import Affine
-from fheq.console import number, shorten, text_table
+from fheq.display.console import number, shorten, text_table
+from fheq.encryption.noise import DEFAULT_P_ERROR
+from fheq.encryption.table_noise import TableNoise, table_noise, tabulated
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
-from fheq.noise import DEFAULT_P_ERROR
-from fheq.plan import Plan, plan
+from fheq.integers.accumulator_decoders import accumulator_decoder, summands, sums_accumulators
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
 from fheq.steps import Add, Linear, Step, makes_accumulator
 from fheq.sweep import BATCH, CHUNK, sweep
-from fheq.table_noise import TableNoise, table_noise, tabulated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from fheq.arrays.namespace import array_namespace
 from fheq.errors import DataError
 from fheq.graph import Port
-from fheq.namespace import array_namespace
 
 Array = Any
 

@@ -15,20 +15,20 @@ from jax.experimental import enable_x64
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fheq.arrays.compiled import compiled_for
+from fheq.arrays.sharding import DATA, gather, local_mesh, size
 from fheq.batching import check_arrays
-from fheq.compiled import compiled_for
 from fheq.errors import DataError
 from fheq.fake_quant import operand_values
-from fheq.granularity import channel_axis
 from fheq.graph import Graph
-from fheq.integer_weights import apply_form
+from fheq.integers.integer_weights import apply_form
 from fheq.interpret import run_node
-from fheq.observed import follow, followed, observed
 from fheq.observers import Observer, parts_read
-from fheq.plan import Plan, plan
+from fheq.observing.observed import follow, followed, observed
+from fheq.observing.statistics import FRACTION, MOMENTS, PARTS, Stats, TensorStats, init, merge, update
+from fheq.planning.granularity import channel_axis
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.sharding import DATA, gather, local_mesh, size
-from fheq.statistics import FRACTION, MOMENTS, PARTS, Stats, TensorStats, init, merge, update
 from fheq.steps import Linear
 
 TILE, LEAST = 1024, 16  # most and fewest samples that are evaluated together
@@ -65,7 +65,7 @@ def calibrate(
             resolution where it rounds.
         progress: whether to show a progress bar for `batches`; by default when standard error is a terminal.
         mesh: devices that share the work, with an axis "data". In several processes each gives its own samples, and all get
-            the statistics of all (see `fheq.sharding`).
+            the statistics of all (see `fheq.arrays.sharding`).
 
     Raises:
         DataError: no data, NaN or infinity, a wrong shape or dtype; the message names the input.
@@ -216,7 +216,7 @@ def _channels(layout: Plan, name: str) -> int:
 
 
 def _as_tuples(batches: Iterable[Any], progress: bool | None) -> Iterator[tuple[Any, ...]]:
-    from fheq.progress import track
+    from fheq.display.progress import track
 
     for batch in track(batches, "calibrating", progress):
         yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

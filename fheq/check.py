@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fheq.client import split
-from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError, describe
-from fheq.graph import Graph, Node, Port
-from fheq.plan import Plan, plan
-from fheq.planner import Planner
-from fheq.prediction import largest_sum, predicted_tables, tables_by_node
+from fheq.client.outputs import split
+from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError
+from fheq.graph import Graph, Node, Port, describe
+from fheq.planning.plan import Plan, plan
+from fheq.planning.planner import Planner
+from fheq.planning.prediction import largest_sum, predicted_tables, tables_by_node
 from fheq.rewrites import decompose
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Survey:
         inputs: name, dtype and shape of each, a batch or open axis by its symbol.
         outputs: the same for outputs; empty where the model cannot be imported.
         ops: operators of the model (functions inlined, what no output needs left out) with their counts.
-        tables: table applications of one sample by kind, see `fheq.prediction`; None where there are problems.
+        tables: table applications of one sample by kind, see `fheq.planning.prediction`; None where there are problems.
         heaviest: the node of the model with the most table applications; None where there are none.
         terms: of the largest sum of products; at n bits its accumulator takes up to 2 n + log2(terms) bits.
         problems: as `check` gives them.

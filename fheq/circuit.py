@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from fheq.batching import check_arrays, join, split_all
-from fheq.decryption import centred, decrypted_bits, removed_bits
+from fheq.compiling.signals import broken_pipes_raise
+from fheq.compiling.tracing import Tracing, bare_outputs
+from fheq.display.progress import track
+from fheq.encryption.decryption import centred, decrypted_bits, removed_bits
+from fheq.encryption.noise import failure_probabilities
 from fheq.errors import CompileError, DataError
 from fheq.evaluate import as_tuple, unwrap
-from fheq.noise import failure_probabilities
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.optimizer.solve import solve
 from fheq.program import IntProgram
-from fheq.progress import track
-from fheq.signals import broken_pipes_raise
 from fheq.simulate import check_integers
-from fheq.tracing import Tracing, bare_outputs
 
 
 @dataclass(frozen=True, eq=False)

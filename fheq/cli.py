@@ -90,12 +90,12 @@ def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 def _run(name: str, args: argparse.Namespace) -> int:
     if name == "demo":
-        from fheq.demo import main as demo
+        from fheq.terminal.demo import main as demo
 
         samples = [] if args.samples is None else ["--samples", str(args.samples)]
         flags = [flag for flag, given in (("--json", args.json), ("--no-progress", args.no_progress)) if given]
         return demo([*samples, *flags])
-    from fheq import commands
+    from fheq.terminal import commands
 
     return commands.COMMANDS[name](args)
 

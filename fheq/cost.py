@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from fheq.decryption import removed_bits
-from fheq.noise import Noise, failure_probabilities, noise_of
+from fheq.encryption.decryption import removed_bits
+from fheq.encryption.noise import Noise, failure_probabilities, noise_of
 from fheq.optimizer.leveled import Leveled
 from fheq.optimizer.parameters import Solution
 from fheq.optimizer.partition import Partitioned

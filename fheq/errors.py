@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fheq.graph import Node
-
 
 class FheqError(Exception):
     """Base of every error that fheq raises on purpose."""
@@ -34,11 +29,3 @@ class QuantizationError(FheqError):
 
 class CompileError(FheqError):
     """concrete-python could not turn a program into a circuit."""
-
-
-def describe(node: Node) -> str:
-    """One phrase that finds a node in a model: its name, operator and first output."""
-    name = repr(node.name) if node.name else "(unnamed)"
-    domain = f"{node.domain}." if node.domain else ""
-    output = next((o for o in node.outputs if o), "")
-    return f"node {name} ({domain}{node.op}, output {output!r})"

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import enable_x64
 
+from fheq.arrays.compiled import compiled_for
 from fheq.batching import join, numbered, over_samples, split_all
-from fheq.compiled import compiled_for
 from fheq.errors import DataError
 from fheq.graph import Graph
 from fheq.interpret import interpret

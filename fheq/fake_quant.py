@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq import affine
-from fheq.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
+from fheq.arrays.compiled import compiled_for
 from fheq.batching import join, over_samples
-from fheq.cell_thresholds import meets_stated_steps
-from fheq.compiled import compiled_for
-from fheq.decoders import join_pieces
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
-from fheq.integer_weights import along_inputs, apply_form, quantize_weight
+from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
+from fheq.integers.cell_thresholds import meets_stated_steps
+from fheq.integers.decoders import join_pieces
+from fheq.integers.integer_weights import along_inputs, apply_form, quantize_weight
 from fheq.interpret import run_node
-from fheq.plan import Plan, plan
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
 

@@ -7,24 +7,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulators import fit_accumulator, weighed
 from fheq.affine import Affine
-from fheq.alignment import check_alignment
-from fheq.cells import fill_cells, rounds_nothing, too_wide
 from fheq.errors import QuantizationError
+from fheq.fitting.accumulators import fit_accumulator, weighed
+from fheq.fitting.cells import fill_cells, rounds_nothing, too_wide
+from fheq.fitting.negligible import floors_of, raised
+from fheq.fitting.stated_weights import stated_weight
+from fheq.fitting.sums import fit_sums
+from fheq.fitting.tensor_quantizers import fit_tensors, tensor_bits
+from fheq.fitting.weight_quantizers import fit_weight
 from fheq.graph import Graph
-from fheq.integer_weights import reading
-from fheq.negligible import floors_of, raised
-from fheq.observed import observed
-from fheq.plan import Plan, plan
+from fheq.integers.alignment import check_alignment
+from fheq.integers.integer_weights import reading
+from fheq.observing.observed import observed
+from fheq.observing.statistics import Stats
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams, unsigned
 from fheq.spec import AccumulatorRange, Spec, as_spec
-from fheq.stated_weights import stated_weight
-from fheq.statistics import Stats
 from fheq.steps import Linear, makes_accumulator
-from fheq.sums import fit_sums
-from fheq.tensor_quantizers import fit_tensors, tensor_bits
-from fheq.weight_quantizers import fit_weight
 
 
 def fit(graph: Graph, stats: Stats, spec: int | Mapping[str, int] | Spec | None = None) -> QParams:

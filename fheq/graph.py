@@ -82,6 +82,14 @@ class Node:
     version: int = 0
 
 
+def describe(node: Node) -> str:
+    """One phrase that finds a node in a model: its name, operator and first output."""
+    name = repr(node.name) if node.name else "(unnamed)"
+    domain = f"{node.domain}." if node.domain else ""
+    output = next((o for o in node.outputs if o), "")
+    return f"node {name} ({domain}{node.op}, output {output!r})"
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Nodes in topological order, with the known tensors and the type of every tensor.

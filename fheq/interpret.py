@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.errors import FheqError, ShapeError, describe
-from fheq.graph import Graph, Node
+from fheq.errors import FheqError, ShapeError
+from fheq.graph import Graph, Node, describe
 from fheq.ops.table import lookup
 
 Tap = Callable[[str, Any], Any]

@@ -6,21 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.accumulator_decoders import accumulator_decoder, multipliers, summands
-from fheq.accumulators import whole_shift
 from fheq.affine import Affine, validate
-from fheq.alignment import check_alignment
-from fheq.bounds import channel_bounds, worst_case
-from fheq.decoders import Decoder, key_decoder, operand_axis, operand_decoder
+from fheq.client.one_hot import Code
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
-from fheq.granularity import channel_axis
+from fheq.fitting.accumulators import whole_shift
 from fheq.graph import Graph, Port, TensorType
-from fheq.integer_weights import lacking, quantize_weight
-from fheq.one_hot import Code
+from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands
+from fheq.integers.alignment import check_alignment
+from fheq.integers.bounds import channel_bounds, worst_case
+from fheq.integers.decoders import Decoder, key_decoder, operand_axis, operand_decoder
+from fheq.integers.integer_weights import lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
-from fheq.plan import Plan, plan
+from fheq.planning.granularity import channel_axis
+from fheq.planning.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64

@@ -16,10 +16,10 @@ from typing import Any
 
 from fheq.circuit import Circuit, failure_probabilities
 from fheq.circuit import compile as compile_one
-from fheq.console import number, text_table
+from fheq.display.console import number, text_table
+from fheq.display.progress import track
 from fheq.errors import CompileError
 from fheq.program import IntProgram
-from fheq.progress import track
 
 Then = Callable[[Circuit], Any]
 

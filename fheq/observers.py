@@ -1,4 +1,4 @@
-"""Observers turn statistics into ranges: `range(stats, bits)` finishes what `fheq.statistics` collects."""
+"""Observers turn statistics into ranges: `range(stats, bits)` finishes what `fheq.observing.statistics` collects."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from fheq.clipping import End, clip_error, ends
-from fheq.statistics import HIGH, HISTOGRAM, LOW, MOMENTS, PARTS, TensorStats, bins, of_statistics
+from fheq.observing.clipping import End, clip_error, ends
+from fheq.observing.statistics import HIGH, HISTOGRAM, LOW, MOMENTS, PARTS, TensorStats, bins, of_statistics
 
 
 class Observer(Protocol):
     """Turns statistics into ranges; a pure function, and equal observers give equal ranges.
 
     An observer may have an attribute `reads`, the parts of the statistics that it needs beside counts and extremes (of
-    `fheq.statistics.PARTS`); one that has none is given all.
+    `fheq.observing.statistics.PARTS`); one that has none is given all.
     """
 
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
+from fheq.arrays.compiled import compiled_for
 from fheq.batching import split_all
-from fheq.compiled import compiled_for
-from fheq.console import shorten, text_table
+from fheq.display.console import shorten, text_table
 from fheq.program import IntProgram, Lookup, Shift
 from fheq.simulate import check_integers, sample_values
 

@@ -25,7 +25,7 @@ from fheq.errors import QuantizationError
 from fheq.fit import fit
 from fheq.graph import Graph
 from fheq.lower import lower
-from fheq.plan import plan
+from fheq.planning.plan import plan
 from fheq.spec import DEFAULT_MODEL_BITS as DEFAULT_MODEL_BITS
 from fheq.spec import BitsError as BitsError
 from fheq.spec import Rounding, Spec

@@ -12,10 +12,10 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.batching import filled, numbered
+from fheq.client.one_hot import Code
 from fheq.errors import DataError
 from fheq.evaluate import evaluate
 from fheq.graph import Graph, Port
-from fheq.one_hot import Code
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class IntProgram:
         instructions: in order of evaluation.
         values: shape and range of every value.
         accumulators: by name, what lowering knows of them.
-        client: what the client computes from the decrypted outputs, or None where they are the model's (`fheq.client`).
+        client: what the client makes of the decrypted outputs (`fheq.client.outputs`); None where they are the model's.
     """
 
     inputs: tuple[Entry, ...]

@@ -11,9 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from fheq.affine import Affine, dequantize, integers_of
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Graph, Node
-from fheq.grids import (
+from fheq.errors import UnsupportedError
+from fheq.graph import Graph, Node, describe
+from fheq.ops.arguments import dtype_of
+from fheq.ops.quantizers import QUANT_DOMAINS
+from fheq.rewriting.edit import Draft
+from fheq.rewriting.fold import fold
+from fheq.stated.grids import (
     DOMAIN,
     MAX_BITS,
     STATED,
@@ -29,11 +33,7 @@ from fheq.grids import (
     stated_grid,
     write_fake_quant,
 )
-from fheq.ops.arguments import dtype_of
-from fheq.ops.quantizers import QUANT_DOMAINS
-from fheq.qdq import Twins
-from fheq.rewriting.edit import Draft
-from fheq.rewriting.fold import fold
+from fheq.stated.qdq import Twins
 
 ON_GRID = 1e-3
 BIAS_READERS = ("Conv", "ConvTranspose", "Gemm")

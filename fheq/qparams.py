@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from fheq.affine import Affine
+from fheq.display.console import shorten, span, text_table
 
 PARTS = ("tensors", "weights", "accumulators")
 """The fields of `QParams`."""
@@ -34,9 +35,10 @@ class QParams:
     accumulators: dict[str, Affine]
 
     def __str__(self) -> str:
-        from fheq.console import qparams_table
-
-        return qparams_table(self)
+        """Every quantizer on a line."""
+        parts = (("tensor", self.tensors), ("weight", self.weights), ("accumulator", self.accumulators))
+        rows = [_row(shorten(name), kind, affine) for kind, part in parts for name, affine in part.items()]
+        return text_table(("name", "kind", "bits", "qs", "lsbs", "scale"), rows)
 
 
 def unsigned(qparams: QParams) -> QParams:
@@ -52,3 +54,18 @@ def unsigned(qparams: QParams) -> QParams:
     host = lambda part: jax.tree.map(lambda v: np.asarray(v, np.float64), part)
     tensors = {name: shifted(a) for name, a in qparams.tensors.items()}
     return QParams(tensors, host(qparams.weights), host(qparams.accumulators))
+
+
+def _row(name: str, kind: str, affine: Affine) -> list[str]:
+    leaves = (affine.scale, affine.qmin, affine.qmax, affine.lsbs)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return [name, kind, *["traced"] * 4]
+    scales = np.size(affine.scale)
+    count = str(scales) if affine.axis is not None else "1"
+    return [name, kind, str(_bits(affine)), count, span(affine.lsbs), span(affine.scale)]
+
+
+def _bits(affine: Affine) -> int:
+    """Bits of the integers of a concrete quantizer, all channels counted from their qmin."""
+    steps = np.max(np.asarray(affine.qmax, np.float64) - np.asarray(affine.qmin, np.float64))
+    return max(1, int(steps).bit_length())

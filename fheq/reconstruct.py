@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.affine import straight_through
+from fheq.arrays.compiled import compiled_for
 from fheq.batching import check_arrays
-from fheq.client import split
-from fheq.compiled import compiled_for
+from fheq.client.outputs import split
+from fheq.display.progress import track
+from fheq.encryption.table_noise import missed, noise_at_tables, tabulated
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
-from fheq.integer_weights import along_inputs, quantize_weight
+from fheq.integers.integer_weights import along_inputs, quantize_weight
 from fheq.interpret import interpret
-from fheq.learned import Learned, applied, initial, with_learned
-from fheq.plan import Plan, plan
-from fheq.progress import track
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.steps import Linear, Step
-from fheq.table_noise import missed, noise_at_tables, tabulated
+from fheq.tuning.learned import Learned, applied, initial, with_learned
 
 if TYPE_CHECKING:
     from optax import GradientTransformation

@@ -2,7 +2,7 @@
 
 Between two linear layers a model has elementwise ops and movement, in any order and with any branches. Each element of a
 tensor in there is a function of **one** element of one integer tensor, the region's source. This module finds that element
-and evaluates that function; `fheq.planner` decides where regions begin and end, `fheq.tables` tabulates them.
+and evaluates that function; `fheq.planning.planner` decides where regions begin and end, `fheq.tables` tabulates them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import numpy as np
 
 from fheq.affine import LEAVES, Affine
 from fheq.circuit import Circuit
+from fheq.client.one_hot import Code
 from fheq.graph import Graph
-from fheq.one_hot import Code
 from fheq.program import Entry, IntProgram
 from fheq.qparams import QParams
 

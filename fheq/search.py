@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from fheq.allocate import Change, allocations, layer_changes, with_changes
 from fheq.calibrate import calibrate
+from fheq.display.progress import track
 from fheq.errors import QuantizationError
 from fheq.fit import fit, fit_each
-from fheq.front import Front, Point, pareto, spaced, undominated
 from fheq.graph import Graph
-from fheq.judge import Candidate, Judge
-from fheq.learned import Learned, with_learned
-from fheq.progress import track
-from fheq.prune import prune
 from fheq.reconstruct import Training, tune
 from fheq.scores import Measure, Score, as_score, r2_to_float
-from fheq.space import Space, spec_name
+from fheq.searching.allocate import Change, allocations, layer_changes, with_changes
+from fheq.searching.front import Front, Point, pareto, spaced, undominated
+from fheq.searching.judge import Candidate, Judge
+from fheq.searching.space import Space, spec_name
+from fheq.tuning.learned import Learned, with_learned
+from fheq.tuning.prune import prune
 
 Array = Any
 

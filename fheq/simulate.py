@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
+from fheq.arrays.compiled import compiled_for
+from fheq.arrays.convolution import convolve
 from fheq.batching import join, split, split_all
-from fheq.compiled import compiled_for
-from fheq.convolution import convolve
+from fheq.encryption.failures import Ciphertexts
+from fheq.encryption.noise import Noise
+from fheq.encryption.noise import noise as noise_of_parameters
+from fheq.encryption.norms import Norms, squared
 from fheq.errors import DataError
 from fheq.evaluate import unwrap
-from fheq.failures import Ciphertexts
-from fheq.noise import Noise
-from fheq.noise import noise as noise_of_parameters
-from fheq.norms import Norms, squared
 from fheq.program import (
     Convolution,
     Gather,
@@ -48,7 +48,7 @@ def simulate(
 
     Without a key it computes what the circuit computes when nothing fails: its clear evaluation. With one, tables read
     neighbouring entries as often as in encrypted runs, and values beyond an accumulator's width change the sign of its table
-    (see `fheq.failures`). Other noise, and another p_error, compile nothing anew.
+    (see `fheq.encryption.failures`). Other noise, and another p_error, compile nothing anew.
 
     Args:
         inputs: integer arrays in the model's layout, each within its entry's [qmin, qmax].

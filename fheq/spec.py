@@ -128,7 +128,7 @@ class Spec:
             before it may be noisier, which makes them cheaper. None keeps all bits.
         accumulators: what sizes accumulators.
         margin: least fraction of an observed accumulator range that is added at both ends when a thousand values were seen;
-            more data need less, heavy tails more (see `fheq.accumulator_ranges.unseen_reach`).
+            more data need less, heavy tails more (see `fheq.fitting.accumulator_ranges.unseen_reach`).
         overrides: by tensor name, weight name or node name.
     """
 

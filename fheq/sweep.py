@@ -1,7 +1,7 @@
 """Sweeps: many quantizations of one graph, evaluated together.
 
-A configuration is a `QParams`; many are one `QParams` with a leading axis on every leaf (see `fheq.configurations`). `stack`
-puts fitted ones together, `jax.vmap` of any edit makes them, and `sweep` scores them all with one compiled function.
+A configuration is a `QParams`; many are one `QParams` with a leading axis on every leaf (`fheq.sweeping.configurations`).
+`stack` puts fitted ones together, `jax.vmap` of any edit makes them, and `sweep` scores them all with one compiled function.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fheq import affine
+from fheq.arrays.compiled import compiled_for
+from fheq.arrays.sharding import DATA, configuration_axes, gather, local_mesh, size
 from fheq.batching import check_arrays
-from fheq.compiled import compiled_for
-from fheq.configurations import configurations
+from fheq.display.progress import track
+from fheq.encryption.table_noise import TableNoise, missed
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.fake_quant import output_values, prepare, results, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
-from fheq.plan import Plan, plan
-from fheq.progress import track
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
-from fheq.sharding import DATA, configuration_axes, gather, local_mesh, size
-from fheq.sweep_results import Results
-from fheq.table_noise import TableNoise, missed
+from fheq.sweeping.configurations import configurations
+from fheq.sweeping.sweep_results import Results
 
 Array = Any
 CHUNK = 32  # configurations whose weights are quantized together
@@ -72,7 +72,7 @@ def sweep(
         progress: whether to show a progress bar; by default when standard error is a terminal.
         mesh: devices that share the work: samples are split along its axis "data", configurations along its other axes;
             `chunk` and `batch_size` are then those of one device. In several processes each gives its own samples, and all
-            get the scores of all (see `fheq.sharding`).
+            get the scores of all (see `fheq.arrays.sharding`).
 
     Raises:
         DataError: inputs or targets do not fit.

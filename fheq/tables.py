@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.plan import Plan
+from fheq.planning.plan import Plan
 from fheq.regions import FILLER, in_float64
 
 CHUNK = 1 << 22  # table entries evaluated at a time

@@ -8,7 +8,7 @@ import pytest
 from build_models import SOURCES
 from hypothesis import settings
 
-from fheq.compiled import memory_maps
+from fheq.arrays.compiled import memory_maps
 
 # Time limits say more about the machine than about the code; the same examples every time make failures reproducible.
 settings.register_profile("fheq", deadline=None, derandomize=True)

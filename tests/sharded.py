@@ -14,7 +14,7 @@ import numpy as np
 import fheq
 from fheq import scores
 from fheq.digits import load
-from fheq.statistics import TensorStats
+from fheq.observing.statistics import TensorStats
 
 SPECS = fheq.grid(n_bits=(2, 4, 6))  # no multiple of the devices
 

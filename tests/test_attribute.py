@@ -13,8 +13,8 @@ from models import prepared
 import fheq
 from fheq import Rounding, Spec, scores
 from fheq.attribute import switch
-from fheq.plan import plan
-from fheq.table_noise import missed
+from fheq.encryption.table_noise import missed
+from fheq.planning.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 GEMM = "gemm_with_alpha_beta_and_transposes"

@@ -21,7 +21,7 @@ import fheq
 from fheq.calibrate import FEW_SAMPLES, TILE, CalibrationWarning, _observe
 from fheq.digits import load
 from fheq.errors import DataError
-from fheq.statistics import PARTS, TensorStats, bin_of, centres, init, merge, per_tensor, update
+from fheq.observing.statistics import PARTS, TensorStats, bin_of, centres, init, merge, per_tensor, update
 
 quiet = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from models import prepared
 import fheq
 from fheq.check import problem, survey
 from fheq.errors import FheqError, ModelError, UnsupportedError
-from fheq.plan import plan
-from fheq.prediction import predicted_tables, tables_by_node
+from fheq.planning.plan import plan
+from fheq.planning.prediction import predicted_tables, tables_by_node
 
 
 @pytest.mark.parametrize("build", [build_models.mlp, build_models.cnn])

@@ -16,10 +16,10 @@ import pytest
 
 import fheq
 from fheq.cli import main
-from fheq.console import qparams_table, shorten, text_table
-from fheq.data_files import choose, choose_samples
+from fheq.display.console import shorten, text_table
 from fheq.errors import DataError
 from fheq.saving import write_whole
+from fheq.terminal.data_files import choose, choose_samples
 
 RNG = np.random.default_rng(2)
 X = RNG.normal(size=(60, 2)).astype(np.float32)
@@ -286,7 +286,7 @@ def test_qparams_print(files: dict[str, str]):
     assert [line.split()[1] for line in lines[2:]] == ["tensor", "tensor", "weight", "accumulator"]
     assert max(map(len, lines)) <= 80
     seen = []
-    jax.jit(lambda q: seen.append(qparams_table(q)))(qparams)
+    jax.jit(lambda q: seen.append(str(q)))(qparams)
     assert "traced" in seen[0]
 
 

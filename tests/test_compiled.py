@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import pytest
 
-from fheq import compiled
+from fheq.arrays import compiled
 
 
 @pytest.mark.parametrize(("many", "left"), [(10**9, 2), (0, 1)], ids=["room", "no room"])

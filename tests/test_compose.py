@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 import fheq
-from fheq.plan import plan
+from fheq.planning.plan import plan
 from fheq.rewriting import compose as composing
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")

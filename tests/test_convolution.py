@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fheq.convolution import PLACES, convolve
+from fheq.arrays.convolution import PLACES, convolve
 
 # input channels, output channels, groups, spatial sizes, kernel, strides, dilations
 CASES = {

@@ -11,7 +11,7 @@ from build_models import model, node, reference
 from onnx import TensorProto
 
 import fheq
-from fheq.plan import plan
+from fheq.planning.plan import plan
 from fheq.rewrites import decompose, settle_decisions
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fheq
 from fheq import Override, Rounding, Spec
-from fheq.decryption import centred, decrypted_bits, removed_bits
+from fheq.encryption.decryption import centred, decrypted_bits, removed_bits
 from fheq.errors import QuantizationError
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 
 import fheq
-from fheq.demo import SPEC, Outcome, Prediction, main, needed, predict
 from fheq.digits import ASCII_SHADES, load, pick, picture, shades_for
+from fheq.terminal.demo import SPEC, Outcome, Prediction, main, needed, predict
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from models import prepared
 import fheq
 from fheq import Override, Spec
 from fheq.affine import Affine
-from fheq.edits import chain, masked, partition, select
+from fheq.tuning.edits import chain, masked, partition, select
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 GEMM = "gemm_with_alpha_beta_and_transposes"

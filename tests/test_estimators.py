@@ -16,7 +16,7 @@ from jax.experimental import enable_x64
 from models import as_tuple
 
 import fheq
-from fheq.client import split
+from fheq.client.outputs import split
 from fheq.post_training import PostTrainingAffineQuantization
 
 sklearn = pytest.importorskip("sklearn", reason='needs pip install "fheq[sklearn]"')

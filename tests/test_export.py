@@ -16,7 +16,7 @@ import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
 from fheq.affine import LEAVES
 from fheq.errors import ModelError
-from fheq.plan import plan
+from fheq.planning.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 

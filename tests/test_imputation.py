@@ -8,7 +8,7 @@ from build_models import model, node
 
 import fheq
 from fheq.errors import DataError, UnsupportedError
-from fheq.plan import plan
+from fheq.planning.plan import plan
 from fheq.post_training import PostTrainingAffineQuantization
 
 impute = pytest.importorskip("sklearn.impute", reason='needs pip install "fheq[sklearn]"')

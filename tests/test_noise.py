@@ -27,7 +27,7 @@ def data(built: fheq.IntProgram, samples: int, seed: int = 0) -> np.ndarray:
 
 def test_tables_fail_as_often_as_the_gaussian_says() -> None:
     """The rate at which exact cells are left, by samples of one table whose entries tell neighbours apart."""
-    from fheq.failures import Ciphertexts
+    from fheq.encryption.failures import Ciphertexts
 
     built = program("mlp", "none")
     (lookup,) = built.lookups

@@ -11,8 +11,8 @@ from models import as_tuple
 from onnx.reference import ReferenceEvaluator
 
 import fheq
-from fheq.function_grids import grid_of
-from fheq.weight_quantizers import is_exact, own_steps
+from fheq.fitting.function_grids import grid_of
+from fheq.fitting.weight_quantizers import is_exact, own_steps
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 127), st.integers(1, 12), st.floats(1e-3, 1e3))

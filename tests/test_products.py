@@ -7,7 +7,7 @@ import pytest
 from build_models import model, node
 
 import fheq
-from fheq.plan import plan
+from fheq.planning.plan import plan
 
 
 @pytest.mark.parametrize("granularity", fheq.Granularity)

@@ -23,10 +23,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 import fheq
 from fheq import AccumulatorRange, Spec
-from fheq.accumulator_decoders import multipliers, summands
-from fheq.decoders import step_of
 from fheq.graph import Graph
-from fheq.plan import plan
+from fheq.integers.accumulator_decoders import multipliers, summands
+from fheq.integers.decoders import step_of
+from fheq.planning.plan import plan
 from fheq.post_training import PostTrainingQATImporter
 from fheq.qparams import QParams
 from fheq.steps import Add

@@ -10,8 +10,8 @@ import pytest
 
 import fheq
 from fheq.digits import load
-from fheq.integer_weights import quantize_weight
-from fheq.plan import plan
+from fheq.integers.integer_weights import quantize_weight
+from fheq.planning.plan import plan
 from fheq.steps import Linear
 
 SPEC = fheq.Spec(3, rounding=fheq.Rounding(3, approximate=True))

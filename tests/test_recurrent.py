@@ -15,8 +15,8 @@ from test_encrypted import assert_encrypted_is_simulated
 
 import fheq
 from fheq.errors import FheqError, UnsupportedError
-from fheq.integer_weights import quantize_weight
-from fheq.plan import plan
+from fheq.integers.integer_weights import quantize_weight
+from fheq.planning.plan import plan
 from fheq.rewrites import decompose
 from fheq.steps import Linear
 

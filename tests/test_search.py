@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import fheq
-from fheq import memory
-from fheq.allocate import Change, allocations
 from fheq.digits import load
-from fheq.front import spaced
 from fheq.scores import accuracy
+from fheq.searching import memory
+from fheq.searching.allocate import Change, allocations
+from fheq.searching.front import spaced
 
 SPACE = fheq.Space(
     tolerances=(0.0, 0.3),
@@ -61,7 +61,7 @@ def test_points_are_chosen_by_score_or_budget(found):
 def test_a_stopped_run_goes_on_and_gives_the_same_answer(found, monkeypatch):
     run, front, folder, _ = found
     monkeypatch.setattr(sys.modules["fheq.search"], "tune", lambda *a, **k: pytest.fail("reconstructed again"))
-    monkeypatch.setattr(sys.modules["fheq.judge"], "simulate", lambda *a, **k: pytest.fail("simulated again"))
+    monkeypatch.setattr(sys.modules["fheq.searching.judge"], "simulate", lambda *a, **k: pytest.fail("simulated again"))
     resumed = run(folder=folder)
     assert [(p.complexity, p.score, p.settings) for p in resumed.points] == [
         (p.complexity, p.score, p.settings) for p in front.points

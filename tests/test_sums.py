@@ -10,9 +10,9 @@ from build_models import model, node, tensor
 from models import prepared
 
 import fheq
-from fheq.accumulator_decoders import multipliers, summands
-from fheq.accumulators import FULL, SPARE, same_range
-from fheq.plan import plan
+from fheq.fitting.accumulators import FULL, SPARE, same_range
+from fheq.integers.accumulator_decoders import multipliers, summands
+from fheq.planning.plan import plan
 from fheq.qparams import unsigned
 from fheq.steps import Add
 

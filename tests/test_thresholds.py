@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import fheq
 from fheq.affine import Affine
-from fheq.plan import plan
+from fheq.fitting.thresholds import edges_of, steps_between
+from fheq.planning.plan import plan
 from fheq.post_training import PostTrainingAffineQuantization
-from fheq.thresholds import edges_of, steps_between
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from models import CASES, as_tuple
 
 import fheq
 from fheq import MinMax, Spec
-from fheq.statistics import FRACTION, init, update
-from fheq.whole_numbers import holding, in_steps_of_one, is_whole
+from fheq.fitting.whole_numbers import holding, in_steps_of_one, is_whole
+from fheq.observing.statistics import FRACTION, init, update
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 RNG = np.random.default_rng(0)

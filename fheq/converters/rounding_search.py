@@ -17,11 +17,11 @@ from fheq.fake_quant import fake_quant
 from fheq.fit import fit
 from fheq.graph import Graph, Port
 from fheq.lower import lower
+from fheq.observing.statistics import Stats
 from fheq.program import IntProgram
 from fheq.qparams import QParams
 from fheq.simulate import simulate
 from fheq.spec import BitsError, Rounding, Spec
-from fheq.statistics import Stats
 
 FEWEST, MOST = 2, 8
 METHODS = ("EXACT", "APPROXIMATE")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.errors import QuantizationError, describe
-from fheq.graph import Graph, Node
+from fheq.errors import QuantizationError
+from fheq.graph import Graph, Node, describe
 from fheq.ops.table import Kind, lookup
-from fheq.plan import Plan
+from fheq.planning.plan import Plan
 from fheq.regions import is_boolean
 from fheq.steps import Join, Linear, Maximum, Operand, Product, Step, Sum
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.errors import ModelError, UnsupportedError, describe
+from fheq.errors import ModelError, UnsupportedError
 from fheq.estimators.outputs import (
     TRANSFORMS,
     class_labels,
@@ -26,7 +26,7 @@ from fheq.estimators.outputs import (
     write_label,
 )
 from fheq.estimators.trees import Leaf, Test, Tree, number, trees_of
-from fheq.graph import Node
+from fheq.graph import Node, describe
 from fheq.rewriting.edit import CODES, Draft
 
 MAX_ENTRIES = 2**27  # of the matrices from tests to leaves, all trees together

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.errors import ModelError, describe
 from fheq.estimators.outputs import DOMAIN, constant_like, real_input
 from fheq.graph import Node
+from fheq.ops.mappings import mapping_of
 from fheq.ops.table import Kind, Op, register
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.primitives import imputed
@@ -73,32 +73,6 @@ def _label_encoder(node: Node, x: Array) -> Array:
         keys = np.where(np.isnan(keys), np.inf, keys)
     at = jnp.clip(jnp.searchsorted(jnp.asarray(keys), x), 0, len(keys) - 1)
     return jnp.where(jnp.asarray(keys)[at] == x, jnp.asarray(values)[at], np.asarray(default, values.dtype))
-
-
-def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Keys, values and the default of a LabelEncoder or CategoryMapper; strings are numbers of the model's strings."""
-    attrs, dtypes = node.attrs, {"floats": np.float32, "int64s": np.int64, "strings": np.int64}
-    if "keys_strings" not in attrs and (attrs.get("classes_strings") or attrs.get("cats_strings")):
-        names = np.asarray(attrs.get("classes_strings") or attrs["cats_strings"], np.int64)
-        numbers = np.asarray(attrs.get("cats_int64s") or range(len(names)), np.int64)
-        if attrs.get("of_strings", False):
-            return names, numbers, attrs.get("default_int64", -1)
-        return numbers, names, attrs.get("default_string", -1)
-    found: dict[str, tuple[str, np.ndarray]] = {}
-    for part in ("keys", "values"):
-        for kind, dtype in dtypes.items():
-            if attrs.get(f"{part}_{kind}"):
-                found[part] = kind, np.asarray(attrs[f"{part}_{kind}"], dtype)
-        if attrs.get(f"{part}_tensor") is not None:
-            found[part] = "tensor", np.ravel(attrs[f"{part}_tensor"])
-    if len(found) < 2 or len(found["keys"][1]) != len(found["values"][1]) or not len(found["keys"][1]):
-        raise ModelError(f"{describe(node)}: its keys and values do not fit together; export the model again")
-    kind, values = found["values"]
-    name = {"floats": "default_float", "int64s": "default_int64", "strings": "default_string", "tensor": "default_tensor"}[
-        kind
-    ]
-    default = attrs.get(name)
-    return found["keys"][1], values, (0 if values.dtype.kind == "f" else -1) if default is None else np.ravel(default)[0]
 
 
 def without_strings(node: Node) -> Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fheq.errors import ModelError, UnsupportedError, describe
+from fheq.errors import ModelError, UnsupportedError
 from fheq.estimators.outputs import (
     class_labels,
     constant_like,
@@ -15,7 +15,7 @@ from fheq.estimators.outputs import (
     two_columns,
     write_label,
 )
-from fheq.graph import Node
+from fheq.graph import Node, describe
 from fheq.rewriting.distances import squared_distances
 from fheq.rewriting.edit import Draft
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fheq.errors import ModelError, UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import ModelError, UnsupportedError
+from fheq.graph import Node, describe
 
 MODES = ("LEQ", "LT", "GTE", "GT", "EQ", "NEQ", "MEMBER")
 """Comparisons by their numbers in TreeEnsemble; the other operators call them BRANCH_LEQ and so on."""

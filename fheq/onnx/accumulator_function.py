@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fheq.accumulator_decoders import accumulator_decoder
-from fheq.accumulators import whole_shift
-from fheq.granularity import channel_axis, first_of_channel
+from fheq.fitting.accumulators import whole_shift
+from fheq.integers.accumulator_decoders import accumulator_decoder
 from fheq.onnx.writer import OPSET
-from fheq.plan import Plan
+from fheq.planning.granularity import channel_axis, first_of_channel
+from fheq.planning.plan import Plan
 from fheq.qparams import QParams
-from fheq.stated_accumulators import DOMAIN, INPUTS, NAME, STILL
+from fheq.stated.accumulators import DOMAIN, INPUTS, NAME, STILL
 from fheq.steps import Step
 
 
@@ -48,7 +48,7 @@ def _by_channel(values: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def accumulator_function() -> onnx.FunctionProto:
-    """`fheq.Accumulator` in plain ONNX; see `fheq.stated_accumulators`."""
+    """`fheq.Accumulator` in plain ONNX; see `fheq.stated.accumulators`."""
     scalar = lambda name, value: helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value)))
     chain: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Cast", ["x"], "wide", {"to": TensorProto.DOUBLE}),

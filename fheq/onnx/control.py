@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fheq.errors import ModelError, UnsupportedError, describe
-from fheq.graph import Node, TensorType
+from fheq.errors import ModelError, UnsupportedError
+from fheq.graph import Node, TensorType, describe
 from fheq.onnx.scanned_distances import scanned_distances
 from fheq.onnx.subgraphs import Subgraph, constant
 

@@ -13,8 +13,8 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from fheq.estimators.outputs import LEAST_PROBABILITY, NOT_ZERO, PROBIT, SWEEPS, UNSETTLED
-from fheq.grids import DOMAIN
 from fheq.onnx.writer import OPSET
+from fheq.stated.grids import DOMAIN
 
 _SCALAR = helper.make_tensor_type_proto(TensorProto.INT64, ())
 _FLOATS = helper.make_tensor_type_proto(TensorProto.FLOAT, None)

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from fheq.accumulator_decoders import multipliers, summands, sums_accumulators
 from fheq.affine import Affine
-from fheq.encodings import is_encoding
-from fheq.exact_steps import is_weighed
+from fheq.client.encodings import is_encoding
+from fheq.fitting.exact_steps import is_weighed
 from fheq.graph import Graph, Node, Port, TensorType
+from fheq.integers.accumulator_decoders import multipliers, summands, sums_accumulators
 from fheq.lower import check_complete
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
 from fheq.onnx.estimator_functions import estimator_functions
@@ -22,7 +22,7 @@ from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantize
 from fheq.onnx.samples import for_any_number
 from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
-from fheq.plan import Plan, plan
+from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.steps import Add, Linear, Step, makes_accumulator

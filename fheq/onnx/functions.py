@@ -9,8 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fheq.errors import describe
-from fheq.graph import Node, TensorType
+from fheq.graph import Node, TensorType, describe
 from fheq.onnx.attributes import schema_of
 from fheq.onnx.control import unrolled
 from fheq.onnx.loading import reading

@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq.errors import FheqError, ModelError, describe
-from fheq.graph import Graph, Node, TensorType
-from fheq.imputation import state_missing
+from fheq.client.imputation import state_missing
+from fheq.errors import FheqError, ModelError
+from fheq.graph import Graph, Node, TensorType, describe
 from fheq.onnx.functions import expand
 from fheq.onnx.loading import Source, load, reading
 from fheq.onnx.parse import Parsed, Report, parse

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import onnx
 
-from fheq.errors import ModelError, describe
-from fheq.graph import Node
+from fheq.errors import ModelError
+from fheq.graph import Node, describe
 from fheq.onnx.loading import normal_domain
 from fheq.onnx.subgraphs import WITH_SUBGRAPHS, outer_reads
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fheq.errors import FheqError, ModelError, describe
-from fheq.graph import Node
+from fheq.errors import FheqError, ModelError
+from fheq.graph import Node, describe
 from fheq.onnx.attributes import check_arity, read_attributes, schema_of
 from fheq.onnx.declarations import Input, known_tensors, no_doubles, read_input
 from fheq.onnx.loading import normal_domain, opsets
 from fheq.onnx.order import in_order, trimmed
 from fheq.onnx.subgraphs import WITH_SUBGRAPHS, Subgraph, captured
 from fheq.ops.table import find
-from fheq.stated_accumulators import DOMAIN
+from fheq.stated.accumulators import DOMAIN
 
 MAX_NODES = 200_000
 MAX_DEPTH = 32

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node, TensorType
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, TensorType, describe
 from fheq.onnx.attributes import defaults_of, schema_of
 
 VERSION = 21

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fheq.affine import DIRECTED, SNAP, Affine
 from fheq.errors import QuantizationError, UnsupportedError
-from fheq.grids import DOMAIN, PARAMETERS, STATED
 from fheq.onnx.writer import OPSET, Writer
+from fheq.stated.grids import DOMAIN, PARAMETERS, STATED
 
 _CONTAINERS = (np.uint8, np.int8, np.uint16, np.int16)
 _ROUNDERS = {"FLOOR": "Floor", "CEIL": "Ceil", "HALF_EVEN": "Round"}

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fheq.errors import ModelError, UnsupportedError, describe
-from fheq.graph import Node, TensorType
+from fheq.errors import ModelError, UnsupportedError
+from fheq.graph import Node, TensorType, describe
 from fheq.onnx.subgraphs import Subgraph, constant
 
 OPS = (

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 
 STRING = 8  # TensorProto.STRING
 ML = "ai.onnx.ml"

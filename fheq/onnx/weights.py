@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.decoders import operand_axis, operand_decoder
-from fheq.errors import UnsupportedError, describe
-from fheq.forms import used_weight
-from fheq.graph import Node
-from fheq.integer_weights import along_inputs, along_outputs, input_channels, quantize_weight
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
+from fheq.integers.decoders import operand_axis, operand_decoder
+from fheq.integers.integer_weights import along_inputs, along_outputs, input_channels, quantize_weight
 from fheq.onnx.quantizers import container, write_parameters
 from fheq.onnx.writer import Writer
-from fheq.plan import Plan
+from fheq.planning.forms import used_weight
+from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Linear
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, version_converter
 
-from fheq.errors import UnsupportedError, describe
+from fheq.errors import UnsupportedError
 from fheq.estimators.features import without_strings
-from fheq.graph import Node, Port, TensorType
-from fheq.grids import DOMAIN
+from fheq.graph import Node, Port, TensorType, describe
 from fheq.onnx.attributes import schema_of
+from fheq.stated.grids import DOMAIN
 
 OPSET = 21
 

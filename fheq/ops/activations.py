@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 
 Array = Any
 Value = Any

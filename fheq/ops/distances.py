@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 from fheq.ops.table import Kind, Op, register
 
 Array = Any

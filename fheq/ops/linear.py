@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 from fheq.ops.arguments import bounded, integers
 from fheq.ops.table import Kind, Op, register
 from fheq.ops.windows import per_axis, same_pads, window_of

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.affine import ROUNDINGS
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 from fheq.ops.arguments import axis_of, checked, dtype_of
 from fheq.ops.table import Kind, Op, register
 

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fheq.arrays.namespace import array_namespace
 from fheq.graph import Node
-from fheq.namespace import array_namespace
 from fheq.ops.activations import Algebra, Value, activations_of
 from fheq.ops.arguments import integers
 from fheq.ops.recurrent_cells import GATES, Recurrence, Stated

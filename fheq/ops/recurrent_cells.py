@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fheq.arrays.namespace import array_namespace
 from fheq.graph import Node
-from fheq.namespace import array_namespace
 from fheq.ops.activations import Activation, Algebra, Value
 
 Array = Any

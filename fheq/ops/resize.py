@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 from fheq.ops.arguments import axis_of, bounded, integers
 from fheq.ops.table import Kind, Op, register
 

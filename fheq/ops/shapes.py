@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 from fheq.ops.arguments import axis_of, bounded, checked, dtype_of, integers
 from fheq.ops.table import Kind, Op, register
 

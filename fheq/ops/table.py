@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 
 Evaluate = Callable[..., Any]
 

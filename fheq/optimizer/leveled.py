@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fheq.compiling.tracing import Tracing
 from fheq.program import (
     Convolution,
     Gather,
@@ -27,7 +28,6 @@ from fheq.program import (
     SumLast,
     Value,
 )
-from fheq.tracing import Tracing
 
 WIDEST_CAST = 8  # concrete-python's optimize_tlu_based_on_original_bit_width
 

@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq.estimators.features import mapping_of
 from fheq.graph import Graph, Node
+from fheq.ops.mappings import mapping_of
 from fheq.regions import elementwise_source
 from fheq.rewriting import (
     distances,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.errors import FheqError, ShapeError, describe
-from fheq.graph import Node, TensorType
+from fheq.errors import FheqError, ShapeError
+from fheq.graph import Node, TensorType, describe
 from fheq.interpret import run_node
 from fheq.ops.table import lookup
 

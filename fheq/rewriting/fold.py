@@ -14,8 +14,8 @@ from types import MappingProxyType
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.errors import FheqError, UnsupportedError, describe
-from fheq.graph import Graph, Node, TensorType
+from fheq.errors import FheqError, UnsupportedError
+from fheq.graph import Graph, Node, TensorType, describe
 from fheq.ops.table import Kind, Op, find, lookup
 from fheq.rewriting.evaluation import evaluated, guarded, output_types, type_of
 from fheq.rewriting.pins import passed_on

@@ -50,7 +50,7 @@ def masked(draft: Draft, node: Node, axes: tuple[int, ...]) -> Masked | None:
 def bounded(draft: Draft, node: Node, name: str) -> str:
     """The scores of a softmax with a mask that is computed: what it adds is `FAR` at the least, never minus infinity, and
     scores that it replaces are a sum with it. So it has a quantizer of its own, of whose range `fit` keeps what matters
-    (`fheq.negligible`). A row that it hides whole keeps its scores."""
+    (`fheq.fitting.negligible`). A row that it hides whole keeps its scores."""
     maker = draft.graph.producers().get(name)
     if maker is None or maker.domain:
         return name

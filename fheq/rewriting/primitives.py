@@ -8,8 +8,8 @@ from itertools import accumulate, combinations
 
 import numpy as np
 
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Graph, Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Graph, Node, describe
 from fheq.ops.table import Kind, lookup
 from fheq.rewriting.edit import CODES, VERSION, Draft
 
@@ -158,7 +158,7 @@ def _determinant(draft: Draft, node: Node) -> bool:
 
 
 def _imputer(draft: Draft, node: Node) -> bool:
-    """Imputer: the identity for NaN, for which the client puts the values in (see `fheq.imputation`); else a choice."""
+    """Imputer: the identity for NaN, where the client puts the values in (`fheq.client.imputation`); else a choice."""
     x, out, kind = node.inputs[0], node.outputs[0], draft.types[node.inputs[0]].dtype
     values, replaced = imputed(node)
     if np.isnan(replaced) and _is_moved_input(draft.graph, x):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fheq.affine import LEAVES, varying
-from fheq.errors import UnsupportedError, describe
-from fheq.graph import Node
+from fheq.errors import UnsupportedError
+from fheq.graph import Node, describe
 from fheq.ops.recurrent import Values, sizes_of, unroll
 from fheq.ops.recurrent_cells import GATES, Stated
 from fheq.rewriting.edit import Draft

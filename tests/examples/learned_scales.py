@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 import fheq
-from fheq.accumulators import fit_accumulators
 from fheq.digits import load
-from fheq.plan import plan
+from fheq.fitting.accumulators import fit_accumulators
+from fheq.planning.plan import plan
 
 SPEC = fheq.Spec(n_bits=2, observer=fheq.MinMax(), input_observer=fheq.MinMax())
 Scales = dict[str, jax.Array]

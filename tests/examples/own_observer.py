@@ -9,7 +9,7 @@ import numpy as np
 import fheq
 from fheq import scores
 from fheq.digits import load
-from fheq.statistics import TensorStats
+from fheq.observing.statistics import TensorStats
 
 
 @dataclass(frozen=True)

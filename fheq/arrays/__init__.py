@@ -1,0 +1,1 @@
+"""How arrays are computed: with numpy or JAX, compiled, and on many devices."""

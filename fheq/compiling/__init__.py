@@ -1,0 +1,1 @@
+"""What `fheq.circuit` needs of concrete-python's tracer and runtime."""

@@ -1,0 +1,77 @@
+"""The noise of tables in fake quantization: lookups that miss, by a p_error that is a leaf like any other.
+
+A table reads its accumulator to the nearest cell (see `fheq.noise`). Gaussian noise so wide that a value at a cell's centre
+leaves it with probability p_error sends it to the next cell, or further. The optimizer chooses parameters whose noise is at
+most that, so this is what an encrypted run may lose, without lowering anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fheq.graph import Graph
+from fheq.integers.accumulator_decoders import accumulator_decoder
+from fheq.planning.plan import Plan, plan
+from fheq.qparams import QParams
+from fheq.steps import Step, makes_accumulator
+
+Array = Any
+
+
+class TableNoise(NamedTuple):
+    """Noise by the name of the accumulator that a table reads.
+
+    deviation: standard deviation in cells, `()`; width: of a cell in real values, broadcasting against the accumulator;
+    between: whether the table reads values between the centres of cells, as those of approximately rounded accumulators.
+    """
+
+    deviation: dict[str, Array]
+    width: dict[str, Array]
+    between: dict[str, Array]
+
+
+def tabulated(layout: Plan) -> list[Step]:
+    """The steps whose accumulators tables read."""
+    read = set(layout.points.values())
+    return [step for step in layout.steps if makes_accumulator(step) and step.out in read]
+
+
+def table_noise(graph: Graph, qparams: QParams, p_error: Array | Mapping[str, Array]) -> TableNoise:
+    """The noise at which a lookup misses with some probability; a pure function, for `jax.vmap` over all but the graph.
+
+    Args:
+        p_error: probability, from 0 to 1; or one by the accumulator's name, 0 where none is given.
+    """
+    return noise_at_tables(plan(graph), qparams, p_error)
+
+
+def noise_at_tables(layout: Plan, qparams: QParams, p_error: Array | Mapping[str, Array]) -> TableNoise:
+    """`table_noise` of a plan, whose weights may be others than the graph's."""
+    deviation, width, between = {}, {}, {}
+    for step in tabulated(layout):
+        chance = p_error.get(step.out, 0.0) if isinstance(p_error, Mapping) else p_error
+        kappa = -jax.scipy.special.ndtri(jnp.asarray(chance, jnp.result_type(float)) / 2)
+        deviation[step.out] = 1 / (2 * kappa)  # 0 where kappa is infinite
+        scale = accumulator_decoder(layout, qparams, step)[0]
+        known = qparams.accumulators[step.out]
+        width[step.out] = jnp.abs(scale) * 2.0**known.lsbs
+        between[step.out] = (known.lsbs > 0) & (known.rounding == "approximate")
+    return TableNoise(deviation, width, between)
+
+
+def missed(noise: TableNoise, key: Array, step: Step, value: Array) -> Array:
+    """A real accumulator with the noise that its table reads it through; of whole cells, where it lies at their centres.
+
+    Args:
+        key: of `jax.random`, the sample's own.
+    """
+    if step.out not in noise.deviation:
+        return value
+    own = jax.random.fold_in(key, sorted(noise.deviation).index(step.out))
+    cells = noise.deviation[step.out] * jax.random.normal(own, step.shape, value.dtype)
+    cells = jnp.where(noise.between[step.out], cells, jnp.round(cells))
+    return value + (cells * noise.width[step.out]).reshape(step.shape)

@@ -1,0 +1,119 @@
+"""Weights whose accumulators sums read: in units that the sum can bring together by small whole multipliers.
+
+A sum takes each of its operands by a whole number of times. Where a layer's result is added to a tensor, a little coarser
+weights make one step of the tensor a whole number of those of the layer. Where two layers are added, the one of finer steps
+gets coarser ones, of which a whole number makes a step of the other: its error stays the lesser one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.affine import Affine, as_float32
+from fheq.fitting.accumulators import rounding_of
+from fheq.fitting.stated_weights import stated_weight
+from fheq.integers.accumulator_decoders import summands, sums_accumulators
+from fheq.integers.decoders import step_of
+from fheq.observing.statistics import Stats, TensorStats
+from fheq.planning.granularity import channel_axis, first_of_channel
+from fheq.planning.plan import Plan
+from fheq.qparams import QParams
+from fheq.spec import Spec
+from fheq.steps import Add, Linear, Operand, Product
+
+NOISE = 1e-6  # relative; scales are float32
+MOST = 256.0  # parts of a step that are told apart in what is added to it
+PARTS = 4  # steps of a layer that make one of what is added to it, at least: no weight gets more than a quarter coarser
+
+
+def fit_sums(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -> dict[str, Affine]:
+    """The quantizers of weights that sums ask to be changed, in the order of sums.
+
+    Args:
+        qparams: with quantizers of tensors (`unsigned`) and of all weights.
+    """
+    changed: dict[str, Affine] = {}
+    for step in layout.steps:
+        if isinstance(step, Add) and sums_accumulators(layout, step):
+            rounding = spec.rounding if step.out in layout.summed else rounding_of(layout, spec, step)
+            wide = rounding is not None and rounding.approximate
+            changed |= _align(layout, stats, replace(qparams, weights={**qparams.weights, **changed}), step, wide)
+    return changed
+
+
+def _free(layout: Plan, qparams: QParams, step: Add) -> list[Linear | None]:
+    """The layers whose accumulators a sum reads as they lie, channel by channel, and whose weights are theirs alone."""
+    found: list[Linear | None] = []
+    for operand in step.operands:
+        made = step_of(layout, operand.key) if operand.key in layout.summed else None
+        free = (
+            isinstance(made, Linear)
+            and operand.in_order
+            and operand.shape == made.shape
+            and made.channel == channel_axis(layout, step.out)
+            and sum(isinstance(s, Linear) and s.weight_name == made.weight_name for s in layout.steps) == 1
+            and stated_weight(layout, qparams, made) is None
+        )
+        found.append(made if free and isinstance(made, Linear) else None)
+    return found
+
+
+def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) -> dict[str, Affine]:
+    """The weights of the layers that a sum adds, in units that it can bring together.
+
+    Args:
+        wide: whether bits of the sum cost nothing, as those that are removed approximately.
+    """
+    changed: dict[str, Affine] = {}
+    axis = channel_axis(layout, step.out)
+    for i, made in enumerate(_free(layout, qparams, step)):
+        if made is None:
+            continue
+        parts = summands(layout, replace(qparams, weights={**qparams.weights, **changed}), step)
+        ratio = parts[1 - i].scale / parts[i].scale
+        first = first_of_channel(ratio, axis)
+        varies = np.any(np.abs(ratio - first) > NOISE * first)
+        ratio = np.zeros(first.size) if varies else np.ravel(first)
+        if _in_steps_of_a_tensor(layout, step.operands[1 - i]):
+            factor = _parts_of_a_step(
+                ratio, np.ones_like(ratio) if wide else _span(stats[step.out]) / _span(stats[made.out])
+            )
+        else:
+            factor = np.where(ratio >= 1, ratio / (np.floor(np.clip(ratio, 1, MOST) + NOISE) if wide else 1.0), 1.0)
+        changed[made.weight_name] = _coarser(qparams, made, factor)
+    return changed
+
+
+def _in_steps_of_a_tensor(layout: Plan, operand: Operand) -> bool:
+    """Whether one step is as much as an operand is off by, as of a quantized tensor or a sum with one; the accumulators of
+    products are off by many of theirs."""
+    if operand.key not in layout.summed:
+        return True
+    made = step_of(layout, operand.key)
+    return not isinstance(made, (Linear, Product)) and any(_in_steps_of_a_tensor(layout, o) for o in made.operands)
+
+
+def _parts_of_a_step(ratio: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """How much coarser a layer's weights become for a tensor of `ratio` times their accumulator's step.
+
+    Args:
+        reach: of the sum, in ranges of the layer: where its bits cost something, one that is far wider needs no finer steps.
+    """
+    coarser = np.clip(np.minimum(reach / 2, np.sqrt(reach)), 1, np.maximum(ratio / PARTS, 1))
+    times = np.where(ratio >= 1, np.ceil(PARTS / np.maximum(ratio / coarser, 1)), 0) * ratio / coarser
+    return np.where(times >= 1, coarser * times / np.floor(np.clip(times, 1, MOST) + NOISE), 1.0)
+
+
+def _span(stats: TensorStats) -> np.ndarray:
+    """The observed range of each channel, never quite 0."""
+    span = np.ravel(np.asarray(stats.maximum, np.float64) - stats.minimum)
+    return np.maximum(span, np.max(span) / MOST + 1e-30)
+
+
+def _coarser(qparams: QParams, made: Linear, factor: np.ndarray) -> Affine:
+    affine = qparams.weights[made.weight_name]
+    if affine.axis is None:  # where channels ask for different scales, the sum's multipliers miss a part
+        factor = np.max(factor)
+    return replace(affine, scale=as_float32(affine.scale * factor))

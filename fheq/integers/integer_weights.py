@@ -1,0 +1,159 @@
+"""Integer weights of linear steps, and the form that is applied to them.
+
+With clear weights the scales and offsets of the inputs fold into the weights and into a constant (arXiv 1712.05877, eq. 7,
+with the zero point of the weight inside the integer weight). Arrays are of JAX or of numpy, as the quantizers' leaves are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.affine import straight_through
+from fheq.arrays.convolution import convolve
+from fheq.arrays.namespace import array_namespace
+from fheq.integers.decoders import Decoder, operand_axis, operand_decoder
+from fheq.planning.plan import Plan
+from fheq.qparams import QParams
+from fheq.steps import Linear
+
+Array = Any
+
+ON_GRID = 1e-6  # of a step: error of float64 arithmetic, and far below a unit of any product
+
+
+def apply_form(step: Linear, x: Array, weight: Array) -> Array:
+    """The linear form itself, without bias, reshaped to the step's shape."""
+    xp = array_namespace(x, weight)
+    if step.form == "matmul":
+        return xp.matmul(x, weight).reshape(step.shape)
+    if step.form == "left":
+        return xp.matmul(weight, x).reshape(step.shape)
+    options = step.options
+    return convolve(x, weight, options["strides"], options["dilations"], options["group"]).reshape(step.shape)
+
+
+class Reading(NamedTuple):
+    """What a linear step reads.
+
+    x: the decoder of its operand; unit: the largest scale of its channels; ratio, offset: `(K,)` scale of each channel
+    relative to the largest (signed), and its offset. A channel of known values has ratio 0, and its value as the offset.
+    """
+
+    x: Decoder
+    unit: Array
+    ratio: Array
+    offset: Array
+
+    def absorbed(self, step: Linear) -> Array:
+        """The weight with the relative scales of its input multiplied in."""
+        return step.weight * along_inputs(step, self.ratio)
+
+
+def reading(layout: Plan, qparams: QParams, step: Linear) -> Reading:
+    """What a linear step reads, from the quantizers of tensors."""
+    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
+    return Reading(x, *input_channels(step, x))
+
+
+class Weights(NamedTuple):
+    """A quantized weight and what it makes of its input.
+
+    integers: as the form uses them; scale, offset: decoder of the accumulator, broadcasting against the step's shape;
+    reading: its input.
+    """
+
+    integers: Array
+    scale: Array
+    offset: Array
+    reading: Reading
+
+    @property
+    def ratio(self) -> Array:
+        """`(K,)` scale of each input channel relative to the largest."""
+        return self.reading.ratio
+
+
+def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading | None = None) -> Weights:
+    """The integer weight of a linear step.
+
+    Args:
+        read: what `reading` gives, where it is known.
+    """
+    read = read or reading(layout, qparams, step)
+    _, unit, ratio, offset = read
+    weight = read.absorbed(step)
+    a = qparams.weights[step.weight_name].expanded(weight.ndim)
+    steps = weight / a.scale
+    xp = array_namespace(steps, a.zero_point)
+    whole = straight_through(jnp.round(steps), steps) if xp is jnp else np.round(steps)
+    q = xp.clip(whole + a.zero_point, a.qmin, a.qmax) - a.zero_point
+    flat = ratio == 0  # a channel that does not vary contributes its constant alone
+    share = xp.where(flat, 0, offset / xp.where(flat, 1, ratio))
+    constant = _sum_inputs(step, q * a.scale * along_inputs(step, share))
+    if xp is jnp or np.any(flat):
+        constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, offset, 0)))
+    if np.ndim(constant) > 1:
+        constant = constant[..., None, :] if step.form == "matmul" else constant[..., :, None]
+    else:
+        constant = along_outputs(step, constant)
+    scale = along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
+    return Weights(q, scale, constant + step.bias, read)
+
+
+def lacking(step: Linear, x: Decoder, integers: np.ndarray) -> np.ndarray:
+    """What a convolution lacks where its pads are no integers of what is padded (pads after a shift): whole units of it.
+
+    Args:
+        x: the decoder of its operand, whose pads are the nearest integers in range.
+    """
+    hole = step.x.elements.reshape(step.x.shape) < 0
+    exact = (step.x.fill.reshape(step.x.shape) - x.offset) / np.where(x.scale == 0, 1, x.scale)
+    rest = np.where(hole, exact - x.low, 0)
+    if np.all(np.abs(rest) < ON_GRID):
+        return np.zeros(())
+    return np.asarray(np.round(apply_form(step, rest, integers.astype(np.float64))))
+
+
+def input_channels(step: Linear, x: Decoder) -> tuple[Array, Array, Array]:
+    """The input's channels: the largest scale, each one's scale relative to it (signed), and its offset.
+
+    A channel of known values has ratio 0, and its value as the offset.
+    """
+    axis = operand_axis(step)
+    xp = array_namespace(x.scale)
+    others = tuple(i for i in range(x.scale.ndim) if i != axis)
+    still = (x.high - x.low).max(axis=others) == 0
+    first = tuple(slice(None) if i == axis else 0 for i in range(x.scale.ndim))
+    scale, start, low = (leaf[first] for leaf in (x.scale, x.offset, x.low))
+    unit = xp.where(still, 0, abs(scale)).max()
+    unit = xp.where(unit == 0, 1, unit)
+    return unit, xp.where(still, 0, scale / unit), xp.where(still | (scale == 0), scale * low + start, start)
+
+
+def along_inputs(step: Linear, v: Array) -> Array:
+    """A vector over input channels, broadcasting against the weight."""
+    if step.form == "matmul":
+        return v[:, None]
+    if step.form == "left":
+        return v
+    group = step.options["group"]
+    rows = array_namespace(v).repeat(v.reshape(group, -1), step.weight.shape[0] // group, axis=0)
+    return rows.reshape(*rows.shape, *(1,) * (step.weight.ndim - 2))
+
+
+def along_outputs(step: Linear, v: Array) -> Array:
+    """A vector over output channels (or a scalar), broadcasting against the step's shape."""
+    if np.ndim(v) == 0 or v.shape[0] == 1:
+        return v.reshape(())
+    return v.reshape(-1, *(1,) * (-step.channel - 1))
+
+
+def _sum_inputs(step: Linear, weight: Array) -> Array:
+    """Sum of a weight over everything but its output channels."""
+    axis = step.weight_axis % weight.ndim
+    if step.form in ("matmul", "left") and weight.ndim > 2:
+        return weight.sum(axis=-2 if step.form == "matmul" else -1)  # stacked matrices: (..., channels)
+    return weight.sum(axis=tuple(a for a in range(weight.ndim) if a != axis))

@@ -1,0 +1,1 @@
+"""What is seen of tensors in calibration, and the ranges that follow from it."""

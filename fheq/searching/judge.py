@@ -1,0 +1,149 @@
+"""Scores and costs of quantizations, on samples that nothing was fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fheq.batching import check_arrays, join, split
+from fheq.calibrate import Stats
+from fheq.cost import cost
+from fheq.encryption.table_noise import table_noise
+from fheq.errors import CompileError, DataError
+from fheq.evaluate import as_tuple, evaluate, numbered, unwrap
+from fheq.graph import Graph
+from fheq.lower import lower
+from fheq.program import IntProgram
+from fheq.qparams import QParams
+from fheq.scores import Score
+from fheq.searching.front import Point
+from fheq.searching.memory import Memory, fingerprint
+from fheq.searching.space import Space
+from fheq.simulate import simulate
+from fheq.spec import Spec
+from fheq.sweep import sweep
+from fheq.sweeping.configurations import stack
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A fitted quantization under a failure probability, with what the sweep and the cost model say of it."""
+
+    name: str
+    p_error: float
+    graph: Graph
+    stats: Stats
+    spec: Spec
+    qparams: QParams
+    score: float = 0.0
+    complexity: float = 0.0
+
+
+class Judge:
+    """Splits the data, scores on one part and leaves the other for whatever is fitted.
+
+    Args:
+        inputs, targets, folder: as for `fheq.search`.
+    """
+
+    def __init__(
+        self, graph: Graph, inputs: Any, key: Any, score: Score, targets: Any, space: Space, folder: Any, progress: Any
+    ):
+        self.graph, self.key, self.score, self.space, self.progress = graph, key, score, space, progress
+        self.last: tuple[str, IntProgram] | None = None
+        parts = check_arrays(graph.inputs, inputs)
+        n = len(parts[0])
+        order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(n)
+        held = round(n * space.held_out)
+        if not 0 < held < n:
+            raise DataError(f"held_out={space.held_out} of {n} samples leaves none to fit to or none to score")
+        whole = lambda at: tuple(join(port, part[at]) for port, part in zip(graph.inputs, parts))
+        self.data, self.held = whole(order[held:]), whole(order[:held])
+        self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
+        floats = evaluate(graph, *self.held)
+        self.exact = unwrap(self.outputs(floats))
+        self.best = self.measured(floats)
+        # One function for all sweeps, which are then compiled once for each graph.
+        self.to_float = Score(lambda y, _, t: score.measure(y, t[0], t[1]), score.finish)
+        # What is tried may be extended from one run to the next; what results depend on may not.
+        options = (
+            space.spec,
+            (space.input_bits, space.output_bits),
+            space.held_out,
+            getattr(score.measure, "__qualname__", ""),
+        )
+        arrays = (*graph.constants.values(), *parts, jax.random.key_data(key), *jax.tree.leaves(targets))
+        self.memory = Memory(folder, fingerprint(graph.nodes, options, *map(np.asarray, arrays)))
+
+    def outputs(self, results: Any) -> list[np.ndarray]:
+        """Outputs of the held-out samples, the samples leading."""
+        ports = self.graph.outputs
+        values = [numbered(port, result) for port, result in zip(ports, as_tuple(results))]
+        return [np.asarray(split(p, v, "output")).reshape(-1, *p.shape) for p, v in zip(ports, values)]
+
+    def measured(self, results: Any) -> float:
+        """The score of outputs."""
+        values = jax.vmap(self.score.measure)(unwrap(self.outputs(results)), self.exact, self.targets)
+        means = jax.tree.map(lambda v: jnp.mean(jnp.asarray(v, jnp.float32), axis=0), values)
+        return float(self.score.finish(means))
+
+    def swept(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates, of one graph, with their scores by one sweep and their predicted costs."""
+        if not candidates:
+            return []
+        names = "/".join(f"{c.name} at {c.p_error:g}" for c in candidates)
+
+        def run() -> list[float]:
+            graph, stacked = candidates[0].graph, stack(c.qparams for c in candidates)
+            p_errors = jnp.asarray([c.p_error for c in candidates])
+            found = sweep(
+                graph,
+                stacked,
+                *self.held,
+                scores={"score": self.to_float},
+                targets=(self.exact, self.targets),
+                noise=jax.jit(jax.vmap(partial(table_noise, graph)))(stacked, p_errors),
+                progress=self.progress,
+            )
+            return np.asarray(found.scores["score"], np.float64).tolist()
+
+        scores = self.memory.value(f"scores of {fingerprint(names)}", run)
+        return [replace(c, score=s, complexity=self.predicted(c)) for c, s in zip(candidates, scores)]
+
+    def predicted(self, candidate: Candidate) -> float:
+        """Operations; infinite where no parameters are found."""
+
+        def run() -> float:
+            try:
+                return float(cost(self.lowered(candidate), p_error=candidate.p_error).complexity)
+            except CompileError:
+                return float("inf")
+
+        return self.memory.value(f"cost of {candidate.name} at {candidate.p_error:g}", run)
+
+    def lowered(self, candidate: Candidate) -> IntProgram:
+        """The program of a candidate; those of one quantization follow each other."""
+        if self.last is None or self.last[0] != candidate.name:
+            self.last = candidate.name, lower(candidate.graph, candidate.qparams)
+        return self.last[1]
+
+    def points(self, name: str, graph: Graph, qparams: QParams, how: str = "") -> list[Point]:
+        """A quantization under every failure probability; `how` tells those of one name apart."""
+        program = lower(graph, qparams)
+        integers = program.quantize(*self.held)
+        found = []
+        for p_error in self.space.p_errors:
+            try:
+                report = cost(program, p_error=p_error)
+            except CompileError:
+                continue
+            noisy = lambda noise=report.noise: simulate(program, *integers, noise=noise, key=self.key)
+            run = lambda noisy=noisy: self.measured(unwrap(list(program.dequantize(*as_tuple(noisy())))))
+            score = self.memory.value(f"noisy score of {name} at {p_error:g}{how}", run)
+            found.append(Point(graph, qparams, program, p_error, score, report, name))
+        return found

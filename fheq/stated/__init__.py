@@ -1,0 +1,1 @@
+"""Quantizers and accumulators that a model states itself."""

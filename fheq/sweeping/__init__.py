@@ -1,0 +1,1 @@
+"""What sweeps are over, and what they give: configurations and results."""

@@ -1,0 +1,1 @@
+"""Behind the command line: its commands, their data files, and the demo."""

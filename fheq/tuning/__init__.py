@@ -1,0 +1,1 @@
+"""Graphs and quantizers made better: pruning, equalization, rounding of weights, correction of biases, edits."""

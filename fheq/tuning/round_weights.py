@@ -1,0 +1,68 @@
+"""Second-order rounding of weights: GPTQ (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import enable_x64
+
+from fheq.batching import check_arrays
+from fheq.client.outputs import rejoined
+from fheq.fake_quant import prepare, tensor_values
+from fheq.graph import Graph
+from fheq.integers.integer_weights import quantize_weight
+from fheq.interpret import interpret
+from fheq.planning.plan import Plan, plan
+from fheq.qparams import QParams
+from fheq.rewriting.weights import replaceable, with_weights
+from fheq.steps import Linear
+from fheq.tuning.surgeon import Reader, features, one_matrix
+
+
+def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
+    """The graph with its weights on the grids of their quantizers.
+
+    Layer after layer, input after input: a weight is rounded, and the weights that are not rounded yet make up for the error
+    that this causes in the layer's results, given the quantized values that it reads. Quantizers stay as they are.
+
+    Args:
+        graph: what `import_onnx` gives.
+        qparams: what `fit` gives for it.
+        inputs: calibration data, as for `evaluate`; no labels.
+
+    Raises:
+        DataError: the data do not fit.
+    """
+    layout = plan(graph)
+    data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
+    steps = [s for s in layout.steps if isinstance(s, Linear) and replaceable(layout.graph, s) and one_matrix(s)]
+    changed: dict[str, Linear] = {}
+    targets = list(dict.fromkeys(step.x.key for step in steps))
+    with enable_x64():
+        exact = jax.vmap(lambda *x: interpret(layout.graph, dict(zip(layout.inputs, x)), targets=targets))(*data)
+        for step in steps:
+            tuned = replace(layout, steps=tuple(changed.get(s.out, s) for s in layout.steps))
+            run = partial(tensor_values, tuned, qparams, prepare(tuned, qparams))
+            values = jax.vmap(lambda *x, run=run, key=step.x.key: run(*x)[key])(*data)
+            reader = Reader.observe(step, features(step, exact), features(step, {step.x.key: values}, qparams))
+            changed[step.out] = _rounded(layout, qparams, reader)
+    return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
+
+
+def _rounded(layout: Plan, qparams: QParams, reader: Reader) -> Linear:
+    """The layer's step, its weights rounded one input after the other."""
+    step = reader.step
+    a = qparams.weights[step.weight_name]
+    scale, zero, qmin, qmax = (np.ravel(np.asarray(leaf, np.float64)) for leaf in (a.scale, a.zero_point, a.qmin, a.qmax))
+    ratio = np.repeat(np.asarray(quantize_weight(layout, qparams, step).ratio), reader.weight.shape[1])
+    for at in np.flatnonzero(ratio):  # an input that does not vary is no weight's business
+        unit = scale / ratio[at]
+        weight = reader.weight.reshape(len(ratio), -1)[at] * reader.units
+        rounded = (np.clip(np.round(weight / unit) + zero, qmin, qmax) - zero) * unit
+        reader = reader.fixed(slice(at, at + 1), (rounded / reader.units)[None])
+    return reader.pruned(np.ones(reader.channels, bool))
