@@ -14,7 +14,7 @@ from fheq.client.outputs import split
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError
 from fheq.graph import Graph, Node, Port, describe
 from fheq.planning.plan import Plan, plan
-from fheq.planning.planner import Planner
+from fheq.planning.planner import walked
 from fheq.planning.prediction import largest_sum, predicted_tables, tables_by_node
 from fheq.rewrites import decompose
 
@@ -182,28 +182,13 @@ def _planned(graph: Graph) -> tuple[Plan | None, list[FheqError]]:
     try:
         layout = plan(graph)
     except FheqError as error:
+        found: list[FheqError] = []
         try:
-            return None, _Collector(decompose(split(graph)[0])).errors or [error]
+            walked(decompose(split(graph)[0]), found.append)
         except FheqError as other:
-            return None, [other]
+            found = [other]
+        return None, found or [error]
     missing = [port.name for port in layout.graph.outputs if port.name not in layout.regions]
     return layout, [
         UnsupportedError(f"output {name!r} does not depend on the inputs; drop it from the model") for name in missing
     ]
-
-
-class _Collector(Planner):
-    """Plans on past nodes without an integer form, as if their results were new inputs."""
-
-    def __init__(self, graph: Graph):
-        self.errors: list[FheqError] = []
-        super().__init__(graph)
-
-    def visit(self, node: Node) -> None:
-        try:
-            super().visit(node)
-        except FheqError as error:
-            self.errors.append(error)
-            for out in node.outputs:
-                if out:
-                    self.begin(out, quantized=True)

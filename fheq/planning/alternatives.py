@@ -5,22 +5,18 @@ A product with them reaches no further than its largest terms, one from each row
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from fheq.client.one_hot import equality
+from fheq.planning.walk import Walk
 from fheq.regions import FILLER, broadcast_elements
 from fheq.steps import Operand
 
-if TYPE_CHECKING:
-    from fheq.planning.planner import Planner
 
-
-def alternatives(planner: Planner, x: Operand) -> np.ndarray | None:
+def alternatives(walk: Walk, x: Operand) -> np.ndarray | None:
     """A number per feature (the last axis of an operand); of those with equal numbers at most one is 1. None where nothing
     is known, or where the rows of the operand differ."""
-    found = _compared(planner, x.key)
+    found = _compared(walk, x.key)
     if found is None or not x.shape or 0 in x.shape:
         return None
     element, number = (np.where(x.elements == FILLER, FILLER, v[x.elements]).reshape(-1, x.shape[-1]) for v in found)
@@ -42,12 +38,12 @@ def _group(element: np.ndarray, number: np.ndarray) -> np.ndarray | None:
     return first[group]
 
 
-def _compared(planner: Planner, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _compared(walk: Walk, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Of a tensor of comparisons for equality: the element that each one compares, and with what; None for other tensors."""
-    node, known = equality(planner.graph, planner.producers, name), planner.graph.constants
+    node, known = equality(walk.graph, walk.producers, name), walk.graph.constants
     if node is None:
         return None
     computed, constant = sorted(node.inputs, key=lambda n: n in known)
-    shape, region = planner.graph.types[name].shape, planner.regions[computed]
-    element = region.moved[broadcast_elements(planner.graph.types[computed].shape, shape)]
+    shape, region = walk.graph.types[name].shape, walk.regions[computed]
+    element = region.moved[broadcast_elements(walk.graph.types[computed].shape, shape)]
     return element, np.broadcast_to(known[constant], shape).astype(np.float64).ravel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,14 +12,13 @@ from fheq.interpret import run_node
 from fheq.ops.linear import transposed_pads
 from fheq.ops.windows import Window, per_axis, window_of
 from fheq.planning.alternatives import alternatives
+from fheq.planning.operands import operand, summand
+from fheq.planning.walk import Walk
 from fheq.regions import broadcast_elements, in_float64
 from fheq.steps import Add, Linear, Maximum, Operand, Product, Step, Sum, varies_only_along
 
-if TYPE_CHECKING:
-    from fheq.planning.planner import Planner
 
-
-def build_linear(planner: Planner, node: Node) -> Step:
+def build_linear(walk: Walk, node: Node) -> Step:
     """A linear op whose other inputs are known."""
     builders = {
         "MatMul": _matmul,
@@ -35,7 +33,7 @@ def build_linear(planner: Planner, node: Node) -> Step:
     }
     if node.op not in builders:
         raise UnsupportedError(f"{describe(node)}: {node.op} of an encrypted tensor has no integer form")
-    step = builders[node.op](planner, node)
+    step = builders[node.op](walk, node)
     if isinstance(step, Linear):
         _refuse_uneven_channels(step)
     return step
@@ -53,14 +51,14 @@ def _refuse_uneven_channels(step: Linear) -> None:
         )
 
 
-def pairwise(planner: Planner, node: Node) -> Step:
+def pairwise(walk: Walk, node: Node) -> Step:
     """Add, Sub, Mul, Max or Min of two encrypted tensors, broadcast against each other."""
     out = node.outputs[0]
-    shape = planner.graph.types[out].shape
+    shape = walk.graph.types[out].shape
     operands = []
     for name in node.inputs:
-        operand = planner.summand(name, node) if node.op in ("Add", "Sub", "Sum") else planner.operand(name)
-        operands.append(operand.take(broadcast_elements(operand.shape, shape), shape))
+        read = summand(walk, name, node) if node.op in ("Add", "Sub", "Sum") else operand(walk, name)
+        operands.append(read.take(broadcast_elements(read.shape, shape), shape))
     a, b = operands
     if node.op == "Mul":
         return Product(out, node, shape, a, b, contract=False)
@@ -71,13 +69,13 @@ def pairwise(planner: Planner, node: Node) -> Step:
     return Add(out, node, shape, a, b, -1 if node.op == "Sub" else 1)
 
 
-def build_product(planner: Planner, node: Node) -> Step:
+def build_product(walk: Walk, node: Node) -> Step:
     """A matrix product of two encrypted operands: elementwise products, summed over the last axis."""
     if node.op == "Gemm" and (node.attrs.get("alpha", 1.0) != 1.0 or (len(node.inputs) > 2 and node.inputs[2])):
         raise UnsupportedError(f"{describe(node)}: Gemm of two encrypted matrices; use MatMul, Mul and Add instead")
     if node.op not in ("MatMul", "Gemm"):
         raise UnsupportedError(f"{describe(node)}: both operands are encrypted; {node.op} needs known weights")
-    a, b = (planner.operand(name) for name in node.inputs[:2])
+    a, b = (operand(walk, name) for name in node.inputs[:2])
     i, j = (np.arange(len(x.elements)).reshape(x.shape) for x in (a, b))
     if node.attrs.get("transA", 0):
         i = i.T
@@ -86,19 +84,19 @@ def build_product(planner: Planner, node: Node) -> Step:
     i = i[None, :] if i.ndim == 1 else i
     j = j[:, None] if j.ndim == 1 else j
     i, j = np.broadcast_arrays(i[..., :, None, :], np.swapaxes(j, -1, -2)[..., None, :, :])
-    shape = planner.graph.types[node.outputs[0]].shape
+    shape = walk.graph.types[node.outputs[0]].shape
     full = (*shape, i.shape[-1])
     return Product(node.outputs[0], node, shape, a.take(i, full), b.take(j, full), contract=True)
 
 
-def build_maximum(planner: Planner, node: Node) -> Step:
+def build_maximum(walk: Walk, node: Node) -> Step:
     """Max-pooling and ReduceMax / ReduceMin."""
-    shape = planner.graph.types[node.outputs[0]].shape
-    x = planner.operand(node.inputs[0])
+    shape = walk.graph.types[node.outputs[0]].shape
+    x = operand(walk, node.inputs[0])
     if node.op in ("MaxPool", "GlobalMaxPool"):
-        elements = _pool_windows(node, x.shape, shape) if node.op == "MaxPool" else _reduced(planner, node, x.shape)
+        elements = _pool_windows(node, x.shape, shape) if node.op == "MaxPool" else _reduced(walk, node, x.shape)
     else:
-        elements = _reduced(planner, node, x.shape)
+        elements = _reduced(walk, node, x.shape)
     valid = np.argmax(elements >= 0, axis=-1)[..., None]
     inside = np.take_along_axis(elements, valid, axis=-1)
     elements = np.where(elements >= 0, elements, inside)  # padding never wins: repeat an element of the window
@@ -116,17 +114,17 @@ def alike(labels: np.ndarray) -> bool:
     return len(np.unique(labels[labels >= 0])) <= 1
 
 
-def _constant(planner: Planner, node: Node, position: int) -> np.ndarray:
+def _constant(walk: Walk, node: Node, position: int) -> np.ndarray:
     name = node.inputs[position]
-    if name not in planner.graph.constants:
+    if name not in walk.graph.constants:
         raise UnsupportedError(f"{describe(node)}: input {position} ({name!r}) must be known, but it is encrypted")
-    return np.asarray(planner.graph.constants[name], np.float64)
+    return np.asarray(walk.graph.constants[name], np.float64)
 
 
-def _bias(planner: Planner, node: Node) -> np.ndarray:
+def _bias(walk: Walk, node: Node) -> np.ndarray:
     if len(node.inputs) < 3 or not node.inputs[2]:
         return np.zeros(())
-    return _constant(planner, node, 2)
+    return _constant(walk, node, 2)
 
 
 def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
@@ -141,37 +139,37 @@ def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
     return stored
 
 
-def _matmul(planner: Planner, node: Node) -> Step:
-    out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
-    if node.inputs[0] in planner.regions:
-        weight = used_weight(node, 1, _constant(planner, node, 1))
-        x = planner.operand(node.inputs[0], along(-1))
+def _matmul(walk: Walk, node: Node) -> Step:
+    out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
+    if node.inputs[0] in walk.regions:
+        weight = used_weight(node, 1, _constant(walk, node, 1))
+        x = operand(walk, node.inputs[0], along(-1))
         stated = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
-        options = {**_alternatives(planner, x), **stated}
+        options = {**_alternatives(walk, x), **stated}
         return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1, options)
-    weight = used_weight(node, 0, _constant(planner, node, 0))
-    x = planner.operand(node.inputs[1], along(-2))
+    weight = used_weight(node, 0, _constant(walk, node, 0))
+    x = operand(walk, node.inputs[1], along(-2))
     return Linear(out, node, shape, x, "left", node.inputs[0], weight, np.zeros(()), -2)
 
 
-def _gemm(planner: Planner, node: Node) -> Step:
-    out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
+def _gemm(walk: Walk, node: Node) -> Step:
+    out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
-    bias = beta * _bias(planner, node)
-    data = 0 if node.inputs[0] in planner.regions else 1
+    bias = beta * _bias(walk, node)
+    data = 0 if node.inputs[0] in walk.regions else 1
     flips = [bool(node.attrs.get(name, 0)) for name in ("transA", "transB")]
-    x = planner.operand(node.inputs[data], along(-1 if data == flips[data] else -2))
+    x = operand(walk, node.inputs[data], along(-1 if data == flips[data] else -2))
     if flips[data]:
         x = x.take(np.arange(len(x.elements)).reshape(x.shape).T, x.shape[::-1])
-    weight = alpha * used_weight(node, 1 - data, _constant(planner, node, 1 - data))
+    weight = alpha * used_weight(node, 1 - data, _constant(walk, node, 1 - data))
     form, channel = ("matmul", -1) if data == 0 else ("left", -2)
-    options = _alternatives(planner, x) if data == 0 else {}
+    options = _alternatives(walk, x) if data == 0 else {}
     return Linear(out, node, shape, x, form, node.inputs[1 - data], weight, bias, channel, options)
 
 
-def _alternatives(planner: Planner, x: Operand) -> dict[str, np.ndarray]:
+def _alternatives(walk: Walk, x: Operand) -> dict[str, np.ndarray]:
     """The option of a product with one-hot rows."""
-    groups = alternatives(planner, x)
+    groups = alternatives(walk, x)
     return {} if groups is None else {"exclusive": groups}
 
 
@@ -179,25 +177,25 @@ def _channel_bias(bias: np.ndarray, rank: int) -> np.ndarray:
     return bias.reshape(-1, *(1,) * (rank - 2)) if bias.ndim == 1 else bias
 
 
-def _conv(planner: Planner, node: Node) -> Step:
-    out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
-    weight = _constant(planner, node, 1)
-    x = planner.operand(node.inputs[0], along(1))
+def _conv(walk: Walk, node: Node) -> Step:
+    out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
+    weight = _constant(walk, node, 1)
+    x = operand(walk, node.inputs[0], along(1))
     rank, kernel = weight.ndim, weight.shape[2:]
     window = window_of(node, x.shape[2:], kernel)
     elements = np.arange(len(x.elements)).reshape(x.shape)
     elements = np.pad(elements, ((0, 0), (0, 0), *window.pads), constant_values=-1)
     options = {"strides": window.strides, "dilations": window.dilations, "group": int(node.attrs.get("group", 1))}
-    bias = _channel_bias(_bias(planner, node), rank)
+    bias = _channel_bias(_bias(walk, node), rank)
     padded = x.take(elements, elements.shape)
     return Linear(out, node, shape, padded, "conv", node.inputs[1], weight, bias, 1 - rank, options)
 
 
-def _conv_transpose(planner: Planner, node: Node) -> Step:
+def _conv_transpose(walk: Walk, node: Node) -> Step:
     """A transposed convolution is a convolution of the input with zeros between its elements and the kernel flipped."""
-    out, shape = node.outputs[0], planner.graph.types[node.outputs[0]].shape
-    weight = _constant(planner, node, 1)
-    x = planner.operand(node.inputs[0], along(1))
+    out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
+    weight = _constant(walk, node, 1)
+    x = operand(walk, node.inputs[0], along(1))
     rank, kernel = weight.ndim, weight.shape[2:]
     strides, dilations = (per_axis(node, name, rank - 2, 1) for name in ("strides", "dilations"))
     group = int(node.attrs.get("group", 1))
@@ -212,7 +210,7 @@ def _conv_transpose(planner: Planner, node: Node) -> Step:
         elements = np.where(mask, moved, -1)
     weight = used_weight(node, 1, weight)
     options = {"strides": (1,) * (rank - 2), "dilations": dilations, "group": group}
-    bias = _channel_bias(_bias(planner, node), rank)
+    bias = _channel_bias(_bias(walk, node), rank)
     padded = x.take(elements, elements.shape)
     return Linear(out, node, shape, padded, "conv", node.inputs[1], weight, bias, 1 - rank, options)
 
@@ -239,28 +237,28 @@ def _window_elements(window: Window, spatial: tuple[int, ...], out: tuple[int, .
     return np.where(valid, flat, -1).reshape(*out, -1)
 
 
-def _sum(planner: Planner, node: Node, x: Operand, elements: np.ndarray) -> Step:
-    shape = planner.graph.types[node.outputs[0]].shape
+def _sum(walk: Walk, node: Node, x: Operand, elements: np.ndarray) -> Step:
+    shape = walk.graph.types[node.outputs[0]].shape
     ones = np.ones(x.shape)
-    total = in_float64(lambda: run_node(node, lambda _: ones, planner.graph.constants)[0])
+    total = in_float64(lambda: run_node(node, lambda _: ones, walk.graph.constants)[0])
     count = np.sum(elements >= 0, axis=-1)
     moved = x.take(elements, (*shape, elements.shape[-1]))
     return Sum(node.outputs[0], node, shape, moved, total / np.maximum(count, 1))
 
 
-def _pool(planner: Planner, node: Node) -> Step:
-    x = planner.operand(node.inputs[0], alike)
-    shape = planner.graph.types[node.outputs[0]].shape
-    return _sum(planner, node, x, _pool_windows(node, x.shape, shape))
+def _pool(walk: Walk, node: Node) -> Step:
+    x = operand(walk, node.inputs[0], alike)
+    shape = walk.graph.types[node.outputs[0]].shape
+    return _sum(walk, node, x, _pool_windows(node, x.shape, shape))
 
 
-def _reduced(planner: Planner, node: Node, shape: tuple[int, ...]) -> np.ndarray:
+def _reduced(walk: Walk, node: Node, shape: tuple[int, ...]) -> np.ndarray:
     """Elements of the input by output element and place in its reduction, shape `(*out, K)`."""
     rank = len(shape)
     if node.op.startswith("Global"):
         axes = tuple(range(2, rank))
     elif len(node.inputs) > 1 and node.inputs[1]:
-        axes = tuple(int(a) for a in np.ravel(_constant(planner, node, 1)))
+        axes = tuple(int(a) for a in np.ravel(_constant(walk, node, 1)))
     else:
         axes = tuple(node.attrs.get("axes") or ())
     if not axes and not node.attrs.get("noop_with_empty_axes", 0):
@@ -268,18 +266,18 @@ def _reduced(planner: Planner, node: Node, shape: tuple[int, ...]) -> np.ndarray
     axes = tuple(a % rank for a in axes)
     kept = tuple(a for a in range(rank) if a not in axes)
     elements = np.arange(int(np.prod(shape))).reshape(shape).transpose(kept + axes)
-    out = planner.graph.types[node.outputs[0]].shape
+    out = walk.graph.types[node.outputs[0]].shape
     return elements.reshape(*out, int(np.prod([shape[a] for a in axes], dtype=int)))
 
 
-def _reduce(planner: Planner, node: Node) -> Step:
-    x = planner.operand(node.inputs[0], alike)
-    return _sum(planner, node, x, _reduced(planner, node, x.shape))
+def _reduce(walk: Walk, node: Node) -> Step:
+    x = operand(walk, node.inputs[0], alike)
+    return _sum(walk, node, x, _reduced(walk, node, x.shape))
 
 
-def _cumsum(planner: Planner, node: Node) -> Step:
-    x = planner.operand(node.inputs[0], alike)
-    axis = int(_constant(planner, node, 1)) % len(x.shape)
+def _cumsum(walk: Walk, node: Node) -> Step:
+    x = operand(walk, node.inputs[0], alike)
+    axis = int(_constant(walk, node, 1)) % len(x.shape)
     elements = np.moveaxis(np.arange(len(x.elements)).reshape(x.shape), axis, -1)
     n = x.shape[axis]
     i, j = np.arange(n)[:, None], np.arange(n)[None, :]
@@ -288,4 +286,4 @@ def _cumsum(planner: Planner, node: Node) -> Step:
     else:
         mask = j < i if node.attrs.get("exclusive", 0) else j <= i
     windows = np.where(mask, elements[..., None, :], -1)
-    return _sum(planner, node, x, np.moveaxis(windows, -2, axis))
+    return _sum(walk, node, x, np.moveaxis(windows, -2, axis))

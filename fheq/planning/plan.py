@@ -23,7 +23,8 @@ from fheq.client.one_hot import is_one_hot
 from fheq.client.outputs import split
 from fheq.errors import UnsupportedError
 from fheq.graph import Graph
-from fheq.planning.planner import Planner, Region
+from fheq.planning.planner import outputs, walked
+from fheq.planning.walk import Region
 from fheq.regions import Elements
 from fheq.rewrites import (
     activate_before_maximum,
@@ -124,7 +125,7 @@ def plan(graph: Graph) -> Plan:
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         exact = bypassed(server, lambda node: is_float_cast(node, server.types))
         simple = settle_decisions(separate_known_parts(decompose(quantize_before_movement(exact))))
-        found = Planner(separate_encodings(compose(compose_joined(activate_before_maximum(simple)))))
-        outputs = found.outputs()  # which may make points
-        parts = found.graph, tuple(found.steps), found.regions, found.points, outputs, found.adopted
+        found = walked(separate_encodings(compose(compose_joined(activate_before_maximum(simple)))))
+        made = outputs(found)  # which may make points
+        parts = found.graph, tuple(found.steps), found.regions, found.points, made, found.adopted
         return Plan(*parts, stated, found.evaluator(), client)

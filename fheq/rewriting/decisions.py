@@ -2,7 +2,7 @@
 
 A comparison costs a table per element; what is computed of one of its results after that, in however many nodes (an index
 that is looked up, a one-hot row, its product with a table of labels), is Mul and Add by known numbers, which products with
-weights and sums take in without a table of their own (`fheq.planning.planner.Planner.operand`).
+weights and sums take in without a table of their own (`fheq.planning.operands.operand`).
 """
 
 from __future__ import annotations
