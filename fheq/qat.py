@@ -25,8 +25,8 @@ from fheq.stated.grids import (
     affine_of,
     bit_width,
     is_integer,
+    known_grid,
     limits,
-    linear_grid,
     parameter,
     quant_grid,
     rounding_mode,
@@ -81,11 +81,10 @@ def constant_quantizer(node: Node, known: Mapping[str, np.ndarray]) -> tuple[np.
         q = known[node.inputs[0]]
         if q.dtype == np.int32 or not is_integer(q.dtype):
             return None  # biases: plain values
-        affine = linear_grid(node, known, q.dtype, q.shape).affine
-        assert affine is not None
+        integers, affine = known_grid(node, known, q)
         code = node.attrs.get("output_dtype", 0)
         dtype = dtype_of(node, code) if code else known[node.inputs[1]].dtype
-        return dequantize(affine, q.astype(np.int64)).astype(dtype), affine
+        return dequantize(affine, integers).astype(dtype), affine
     return None
 
 

@@ -1,75 +1,22 @@
 """Operators that compute on integers, as float operators between DequantizeLinear and QuantizeLinear.
 
 ONNX' QLinearConv, QLinearMatMul, MatMulInteger, ConvInteger and DynamicQuantizeLinear, and onnxruntime's of com.microsoft
-(github.com/microsoft/onnxruntime, docs/ContribOperators.md), which its `quantize_static` and `quantize_dynamic` write.
+(github.com/microsoft/onnxruntime, docs/ContribOperators.md), which its `quantize_static`, `quantize_dynamic`
+and `MatMulNBitsQuantizer` write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from fheq.errors import UnsupportedError
 from fheq.graph import Node, TensorType, describe
-from fheq.onnx.attributes import defaults_of, schema_of
+from fheq.onnx.body import VERSION, Body
+from fheq.onnx.packed_weights import gather_of_blocks, matmul_of_packed
 
-VERSION = 21
 MICROSOFT = "com.microsoft"
-
-
-class _Body:
-    """The nodes in place of one integer operator, under construction."""
-
-    def __init__(self, node: Node, types: Mapping[str, TensorType]):
-        self.node, self.types = node, types
-        self.nodes: list[Node] = []
-        self.inputs = (*node.inputs, *[""] * 16)
-
-    def write(self, op: str, *inputs: str, out: str = "", version: int = VERSION, domain: str = "", **attrs: Any) -> str:
-        """Adds a node with the schema's default attributes; its output."""
-        base = next(o for o in self.node.outputs if o)
-        out = out or f"{base}/{op}_{len(self.nodes)}"
-        schema = schema_of(op, version, domain)
-        defaults = {} if schema is None else defaults_of(schema)
-        known = attrs if schema is None else {k: v for k, v in attrs.items() if k in schema.attributes}
-        while inputs and not inputs[-1]:
-            inputs = inputs[:-1]
-        merged = MappingProxyType({**defaults, **known})
-        self.nodes.append(Node(f"{self.node.name or base}/{op}", op, inputs, (out,), merged, domain, version))
-        return out
-
-    def copy(self, op: str, inputs: tuple[str, ...]) -> None:
-        """Adds an operator of ai.onnx with the outputs and attributes of the node."""
-        schema: Any = schema_of(op, VERSION, "")
-        while inputs and not inputs[-1]:
-            inputs = inputs[:-1]
-        known = {k: v for k, v in self.node.attrs.items() if k in schema.attributes}
-        attrs = MappingProxyType({**defaults_of(schema), **known})
-        self.nodes.append(Node(self.node.name, op, inputs, self.node.outputs, attrs, "", VERSION))
-
-    def constant(self, value: Any) -> str:
-        """Adds a known tensor."""
-        return self.write("Constant", value=value)
-
-    def real(self, at: int, axis: int = 1, out: str = "") -> str:
-        """The real values of the integers at input `at`, whose scale and zero point follow; channels lie along `axis`."""
-        x, scale, zero_point = self.inputs[at : at + 3]
-        return self.decode(x, scale, zero_point, axis, out)
-
-    def decode(self, x: str, scale: str, zero_point: str = "", axis: int = 1, out: str = "") -> str:
-        """DequantizeLinear."""
-        return self.write("DequantizeLinear", x, scale, zero_point, out=out, axis=axis)
-
-    def encode(self, x: str, at: int) -> None:
-        """QuantizeLinear to the node's output, by the scale and zero point at input `at`."""
-        self.write("QuantizeLinear", x, *self.inputs[at : at + 2], out=self.node.outputs[0])
-
-    def rank(self, at: int) -> int:
-        """Axes of input `at`."""
-        return len(self.types[self.inputs[at]].shape)
 
 
 def unpacked(node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
@@ -83,12 +30,12 @@ def unpacked(node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
         return None
     if node.attrs.get("channels_last", 0):
         raise UnsupportedError(f"{describe(node)}: channels_last is not supported; export the model with channels first")
-    body = _Body(node, types)
+    body = Body(node, types)
     rule(body)
     return body.nodes
 
 
-def _bias(body: _Body, bias: str, a: str, b: str, alpha: float = 1.0) -> str:
+def _bias(body: Body, bias: str, a: str, b: str, alpha: float = 1.0) -> str:
     """An int32 bias, whose scale is the product of two scales."""
     if not bias:
         return ""
@@ -98,18 +45,18 @@ def _bias(body: _Body, bias: str, a: str, b: str, alpha: float = 1.0) -> str:
     return body.decode(bias, scale, axis=len(body.types[bias].shape) - 1 if body.types[bias].shape else 0)
 
 
-def _conv(body: _Body) -> None:
+def _conv(body: Body) -> None:
     x, w = body.real(0), body.real(3, axis=0)
     bias = _bias(body, body.inputs[8], body.inputs[1], body.inputs[4])
     body.encode(body.write("Conv", x, w, bias, **body.node.attrs), 6)
 
 
-def _matmul(body: _Body) -> None:
+def _matmul(body: Body) -> None:
     a, b = body.real(0, axis=max(body.rank(0) - 2, 0)), body.real(3, axis=max(body.rank(3) - 1, 0))
     body.encode(body.write("MatMul", a, b), 6)
 
 
-def _gemm(body: _Body) -> None:
+def _gemm(body: Body) -> None:
     attrs = body.node.attrs
     a, b = body.real(0), body.real(3, axis=0 if attrs.get("transB", 0) else 1)
     bias = _bias(body, body.inputs[6], body.inputs[1], body.inputs[4], attrs.get("alpha", 1.0))
@@ -119,36 +66,36 @@ def _gemm(body: _Body) -> None:
         body.write("Gemm", a, b, bias, out=body.node.outputs[0], **attrs)
 
 
-def _pairwise(op: str) -> Callable[[_Body], None]:
+def _pairwise(op: str) -> Callable[[Body], None]:
     return lambda body: body.encode(body.write(op, body.real(0), body.real(3)), 6)
 
 
-def _univariate(op: str, version: int = VERSION) -> Callable[[_Body], None]:
+def _univariate(op: str, version: int = VERSION) -> Callable[[Body], None]:
     return lambda body: body.encode(body.write(op, body.real(0), version=version, **body.node.attrs), 3)
 
 
-def _softmax(body: _Body) -> None:
+def _softmax(body: Body) -> None:
     opset = int(body.node.attrs.get("opset", 13))
     _univariate("Softmax", opset)(body)
 
 
-def _reduce_mean(body: _Body) -> None:
+def _reduce_mean(body: Body) -> None:
     _univariate("ReduceMean", 13)(body)
 
 
-def _concat(body: _Body) -> None:
+def _concat(body: Body) -> None:
     parts = [body.real(at) for at in range(2, len(body.node.inputs), 3)]
     body.encode(body.write("Concat", *parts, axis=body.node.attrs["axis"]), 0)
 
 
-def _where(body: _Body) -> None:
+def _where(body: Body) -> None:
     body.encode(body.write("Where", body.inputs[0], body.real(1), body.real(4)), 7)
 
 
-def _integer_product(op: str) -> Callable[[_Body], None]:
+def _integer_product(op: str) -> Callable[[Body], None]:
     """MatMulInteger and ConvInteger: whole numbers, as the product of the inputs in steps of 1."""
 
-    def rule(body: _Body) -> None:
+    def rule(body: Body) -> None:
         one = body.constant(np.float32(1))
         a, b, za, zb = body.inputs[:4]
         axes = (max(body.rank(0) - 2, 0), max(body.rank(1) - 1, 0)) if op == "MatMul" else (1, 0)
@@ -163,28 +110,20 @@ def _integer_product(op: str) -> Callable[[_Body], None]:
     return rule
 
 
-def _to_float(body: _Body) -> None:
+def _to_float(body: Body) -> None:
     """MatMulIntegerToFloat."""
     a, b, a_scale, b_scale, a_zero, b_zero, bias = body.inputs[:7]
     axis = max(body.rank(1) - 1, 0)
-    _biased_product(body, body.decode(a, a_scale, a_zero), body.decode(b, b_scale, b_zero, axis), bias)
+    body.biased_product(body.decode(a, a_scale, a_zero), body.decode(b, b_scale, b_zero, axis), bias)
 
 
-def _dynamic_matmul(body: _Body) -> None:
+def _dynamic_matmul(body: Body) -> None:
     """DynamicQuantizeMatMul: its first input is float."""
     b, scale, zero, bias = body.inputs[1:5]
-    _biased_product(body, body.inputs[0], body.decode(b, scale, zero, max(body.rank(1) - 1, 0)), bias)
+    body.biased_product(body.inputs[0], body.decode(b, scale, zero, max(body.rank(1) - 1, 0)), bias)
 
 
-def _biased_product(body: _Body, a: str, b: str, bias: str) -> None:
-    out = body.node.outputs[0]
-    if bias:
-        body.write("Add", body.write("MatMul", a, b), bias, out=out)
-    else:
-        body.write("MatMul", a, b, out=out)
-
-
-def _dynamic(body: _Body) -> None:
+def _dynamic(body: Body) -> None:
     """DynamicQuantizeLinear: its values in steps of 1 from zero point 0. What reads them multiplies by the scale, so the
     values themselves stay, and calibration finds one static quantizer for them."""
     y, scale, zero = (*body.node.outputs, "", "")[:3]
@@ -195,7 +134,7 @@ def _dynamic(body: _Body) -> None:
         body.write("Constant", out=zero, value=np.uint8(0))
 
 
-def _dynamic_lstm(body: _Body) -> None:
+def _dynamic_lstm(body: Body) -> None:
     """DynamicQuantizeLSTM: an LSTM whose weights are stored transposed, with a scale per direction or per column.
 
     Raises:
@@ -218,7 +157,7 @@ def _dynamic_lstm(body: _Body) -> None:
     body.copy("LSTM", (x, *weights, bias, lengths, h, c, p))
 
 
-def _attention(body: _Body) -> None:
+def _attention(body: Body) -> None:
     """QAttention: queries, keys and values by one product, softmax of the scaled products per head, no mask.
 
     Raises:
@@ -247,8 +186,8 @@ def _attention(body: _Body) -> None:
     body.write("Reshape", joined, known(batch, length, width), out=node.outputs[0])
 
 
-def _refused(advice: str) -> Callable[[_Body], None]:
-    def rule(body: _Body) -> None:
+def _refused(advice: str) -> Callable[[Body], None]:
+    def rule(body: Body) -> None:
         raise UnsupportedError(f"{describe(body.node)}: this operator on integers is not supported; {advice}")
 
     return rule
@@ -257,27 +196,29 @@ def _refused(advice: str) -> Callable[[_Body], None]:
 _AS_QDQ = "quantize with quant_format=QuantFormat.QDQ, whose operators are the float ones"
 
 
-def _same(op: str) -> Callable[[_Body], None]:
+def _same(op: str) -> Callable[[Body], None]:
     """An operator of ai.onnx under another domain."""
 
-    def rule(body: _Body) -> None:
+    def rule(body: Body) -> None:
         body.write(op, *body.node.inputs, out=body.node.outputs[0], **body.node.attrs)
 
     return rule
 
 
-ONNX_RULES: dict[str, Callable[[_Body], None]] = {
+ONNX_RULES: dict[str, Callable[[Body], None]] = {
     "ConvInteger": _integer_product("Conv"),
     "DynamicQuantizeLinear": _dynamic,
     "MatMulInteger": _integer_product("MatMul"),
     "QLinearConv": _conv,
     "QLinearMatMul": _matmul,
 }
-_MICROSOFT: dict[str, Callable[[_Body], None]] = {
+_MICROSOFT: dict[str, Callable[[Body], None]] = {
     "DequantizeLinear": _same("DequantizeLinear"),
     "DynamicQuantizeLSTM": _dynamic_lstm,
     "DynamicQuantizeMatMul": _dynamic_matmul,
+    "GatherBlockQuantized": gather_of_blocks,
     "MatMulIntegerToFloat": _to_float,
+    "MatMulNBits": matmul_of_packed,
     "QAttention": _attention,
     "QEmbedLayerNormalization": _refused(_AS_QDQ),
     "QGemm": _gemm,

@@ -140,12 +140,36 @@ def rounding_mode(node: Node, default: str) -> str:
 
 def linear_grid(node: Node, known: Mapping[str, np.ndarray], dtype: np.dtype, shape: tuple[int, ...]) -> Grid:
     """The grid of QuantizeLinear or DequantizeLinear with integers of `dtype` for a tensor of `shape`."""
+    scale, zero_point = linear_parameters(node, known, shape)
+    qmin, qmax = _extremes(dtype)
+    return Grid(scale, zero_point, qmin, qmax, affine_of(node, scale, zero_point, qmin, qmax, len(shape)))
+
+
+def linear_parameters(node: Node, known: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of QuantizeLinear or DequantizeLinear, broadcasting against a tensor of `shape`."""
     scale = parameter(node, 1, known)
     zero_point = parameter(node, 2, known) if len(node.inputs) > 2 else np.zeros(())
-    extremes = ml_dtypes.iinfo(dtype)
-    scale, zero_point = (p if p.size == 1 else _spread(node, p, shape) for p in (scale, zero_point))
-    qmin, qmax = int(extremes.min), int(extremes.max)
-    return Grid(scale, zero_point, qmin, qmax, affine_of(node, scale, zero_point, qmin, qmax, len(shape)))
+    spread = [p if p.size == 1 else _spread(node, p, shape) for p in (scale, zero_point)]
+    return spread[0], spread[1]
+
+
+def known_grid(node: Node, known: Mapping[str, np.ndarray], q: np.ndarray) -> tuple[np.ndarray, Affine]:
+    """The integers of a DequantizeLinear of known ones, and their quantizer.
+
+    Scales below 0 (which onnxruntime gives blocks whose largest weight is negative) become positive ones: their integers
+    change the sign.
+    """
+    scale, zero_point = linear_parameters(node, known, q.shape)
+    qmin, qmax = _extremes(q.dtype)
+    sign = np.where(scale < 0, -1, 1)
+    if np.any(sign < 0):
+        qmin, qmax = min(qmin, -qmax), max(qmax, -qmin)
+    return sign * q.astype(np.int64), affine_of(node, np.abs(scale), sign * zero_point, qmin, qmax, q.ndim)
+
+
+def _extremes(dtype: np.dtype) -> tuple[int, int]:
+    found = ml_dtypes.iinfo(dtype)
+    return int(found.min), int(found.max)
 
 
 def affine_of(
