@@ -117,10 +117,11 @@ def numbered(port: Port, values: Array) -> Array:
 
 def filled(port: Port, values: Array) -> Array:
     """What stands for NaN in its place (see `Port.missing`)."""
-    if port.missing is None or values.shape[-1:] != port.type.shape[-1:] or not np.any(np.isnan(values)):
+    if port.missing is None or values.shape[-1:] != port.type.shape[-1:]:
         return values
     known = np.array([np.nan if v is None else v for v in port.missing], values.dtype).reshape(port.type.shape)
-    return np.where(np.isnan(values), known, values)
+    xp = array_namespace(values)
+    return xp.where(xp.isnan(values), known, values)
 
 
 def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fheq import affine
 from fheq.arrays.compiled import compiled_for
-from fheq.batching import join, over_samples
+from fheq.batching import filled, join, over_samples
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
@@ -25,6 +25,7 @@ from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
 
 Array = Any
+NOISE = 2.0**-20  # relative; values are float32
 
 
 def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[Array, ...]:
@@ -135,7 +136,7 @@ def tensor_values(
         blocks: the block of each step, by the tensor that it makes: gradients stop where a block reads another one's result.
     """
     env: dict[str, Array] = {}
-    samples = dict(zip(layout.inputs, sample))
+    samples = {port.name: filled(port, x) for port, x in zip(layout.graph.inputs, sample)}
     for name in layout.inputs:
         value = samples[layout.encoded.get(name, name)]
         real = jnp.asarray(value, jnp.result_type(float))
@@ -245,4 +246,14 @@ def rounded(qparams: QParams, prepared: Mapping[str, Prepared], step: Step, y: A
     # Integers already where nothing is removed. What float noise leaves of a difference of 0 would turn a comparison; large
     # accumulators are better off with their noise than rounded in float32.
     exact = low if isinstance(step, Add) else jnp.where(lsbs > 0, low, acc)
-    return (affine.straight_through(exact, acc) * known.scale + known.offset).reshape(step.shape)
+    exact = affine.straight_through(exact, acc)
+    plain = exact * known.scale + known.offset
+    return affine.straight_through(_decoded(exact, known), plain).reshape(step.shape)
+
+
+def _decoded(exact: Array, known: Prepared) -> Array:
+    """The real values of integers by an offset in whole units, where it is one: float noise would turn decisions at 0."""
+    whole = jnp.round(known.offset / known.scale)
+    rest = known.offset - whole * known.scale
+    noise = NOISE * (jnp.abs(whole) + 1) * jnp.abs(known.scale)
+    return (exact + whole) * known.scale + jnp.where(jnp.abs(rest) <= noise, 0.0, rest)

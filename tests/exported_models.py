@@ -114,6 +114,31 @@ def whole_results() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["y"], {"w": tensor(4, 3), "k": np.float32(300)}, kinds=kinds)
 
 
+def quantized_by_the_client() -> onnx.ModelProto:
+    """A softmax that the client computes, with the quantizer of the model behind it."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Softmax", ["m"], ["p"]),
+        node("QuantizeLinear", ["p", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    known = {"w": tensor(4, 3), "s": np.float32(1 / 255), "z": np.uint8(0)}
+    return model(nodes, {"x": ["N", 4]}, ["y"], known)
+
+
+def sign_of_a_difference() -> onnx.ModelProto:
+    """Of 0 as well, which float noise must not turn: the offset of the difference is some whole units."""
+    nodes = [
+        node("Split", ["x"], ["a", "b"], axis=1),
+        node("Mul", ["a", "k"], ["c"]),
+        node("Mul", ["b", "l"], ["d"]),
+        node("Add", ["c", "d"], ["s"]),
+        node("Sub", ["s", "b"], ["e"]),
+        node("Sign", ["e"], ["y"]),
+    ]
+    return model(nodes, {"x": ["N", 2]}, ["y"], {"k": np.float32(0.7), "l": np.float32(0.3)}, opset=13)
+
+
 MODELS = {
     "mlp": (mlp(), (4,)),
     "cnn": (cnn(), (1, 6, 6)),
@@ -132,4 +157,6 @@ MODELS = {
     "token": (with_a_token(), (3, 2)),
     "recurrent": (recurrent(), (2, 3)),
     "whole results": (whole_results(), (4,)),
+    "quantized by the client": (quantized_by_the_client(), (4,)),
+    "sign of a difference": (sign_of_a_difference(), (2,)),
 }

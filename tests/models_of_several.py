@@ -345,3 +345,19 @@ def decrypted_and_read_by_a_table() -> onnx.ModelProto:
     ]
     known = {"w1": weights(4, 3), "b1": weights(3), "shift": weights(3, seed=1), "w2": weights(3, 2)}
     return model(nodes, {"x": ["N", 4]}, ["code", "y"], known)
+
+
+@case(inputs={"x": normal(2, 4, 4)})
+def pools_of_layers_of_unequal_widths_side_by_side() -> onnx.ModelProto:
+    """Each pool sees one channel; those of the two layers have scales of their own."""
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"]),
+        node("Conv", ["x", "w2"], ["b"]),
+        node("Relu", ["a"], ["ra"]),
+        node("Relu", ["b"], ["rb"]),
+        node("Concat", ["ra", "rb"], ["j"], axis=1),
+        node("GlobalMaxPool", ["j"], ["p"]),
+        node("Flatten", ["p"], ["f"]),
+        node("MatMul", ["f", "w3"], ["y"]),
+    ]
+    return chain(nodes, (2, 4, 4), {"w1": weights(3, 2, 2, 2), "w2": weights(2, 2, 2, 2, seed=1), "w3": weights(5, 2)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from build_models import model, node
+from onnxruntime_models import session
 
 import fheq
 from fheq.errors import DataError, UnsupportedError
@@ -39,6 +40,12 @@ def test_imputed_features_are_encrypted_as_scikit_learn_imputes_them(first) -> N
     want = regressor.predict(HOLES)
     assert np.max(np.abs(found.forward(HOLES).ravel() - want)) < 0.05 * np.std(want)
     np.testing.assert_array_equal(found.program.quantize(HOLES)[0], found.quantize_input(HOLES))
+    got = np.ravel(fheq.fake_quant(graph, found.qparams, HOLES))
+    np.testing.assert_allclose(got, found.forward(HOLES).ravel(), atol=1e-4)
+    exported = fheq.export_qdq(graph, found.qparams)
+    (ran,) = session(exported).run(None, {graph.inputs[0].name: HOLES})
+    np.testing.assert_allclose(np.ravel(ran), got, atol=1e-4)
+    assert [port.missing for port in fheq.import_onnx(exported).inputs] == [port.missing for port in graph.inputs]
 
 
 def test_what_is_read_as_it_is_may_not_be_missing() -> None:

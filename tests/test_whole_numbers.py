@@ -122,3 +122,23 @@ def test_integers_that_are_compared_keep_all_bits() -> None:
     graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], known, kinds={"x": 7, "y": 1}))
     x = RNG.integers(0, 256, (300, 3))
     assert np.all(fheq.fit(graph, fheq.calibrate(graph, x), 4).tensors["x"].scale == 1)
+
+
+def test_quotients_of_integers_are_cut_off() -> None:
+    """Toward 0; what reads them beside a table: weights, a sum, the remainder."""
+    nodes = [
+        node("Div", ["x", "k"], ["q"]),
+        node("ReduceSum", ["q", "last"], ["s"], keepdims=1),
+        node("Cast", ["q"], ["f"], to=1),
+        node("MatMul", ["f", "w"], ["y"]),
+    ]
+    known = {"k": np.array(7), "last": np.array([1]), "w": np.float32([[1], [-1], [1]])}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["q", "s", "y"], known, kinds={"x": 7, "q": 7, "s": 7, "y": 1}))
+    x = RNG.integers(-27, 28, (300, 3))
+    quotients = np.trunc(x / 7)
+    want = (quotients, quotients.sum(axis=1, keepdims=True), quotients @ known["w"])
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    program = fheq.lower(graph, qparams)
+    for found in (fheq.fake_quant(graph, qparams, x), program.dequantize(*fheq.simulate(program, *program.quantize(x)))):
+        for got, exact in zip(found, want, strict=True):
+            np.testing.assert_allclose(got, exact, atol=1e-4)

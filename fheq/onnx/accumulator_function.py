@@ -17,6 +17,8 @@ from fheq.qparams import QParams
 from fheq.stated.accumulators import DOMAIN, INPUTS, NAME, STILL
 from fheq.steps import Step
 
+NOISE = 1e-9  # relative, of float64
+
 
 def accumulator_call(
     layout: Plan, qparams: QParams, step: Step, known: np.ndarray | None, source: str, out: str
@@ -33,6 +35,8 @@ def accumulator_call(
     unit, constant = (_by_channel(v, axis) for v in (scale, offset))
     unit = np.where(unit == 0, STILL, unit)
     zero_point = shift - (constant - (0.0 if known is None else known)) / unit
+    nearest = np.round(zero_point)  # a tensor that is 0 is to stay it
+    zero_point = np.where(np.abs(zero_point - nearest) <= NOISE * (np.abs(nearest) + 1), nearest, zero_point)
     whole = a.expanded(len(step.shape))
     span = np.asarray(whole.qmax, np.float64) - whole.qmin
     leaves = unit, zero_point, np.zeros_like(span), span, 2.0 ** np.max(a.lsbs)

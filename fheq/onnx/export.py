@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.steps import Add, Linear, Step, makes_accumulator
 
+ML = "ai.onnx.ml"
 TAKEN = 1e-6  # relative; scales are float32
 
 
@@ -64,9 +66,10 @@ class _Export:
         self.writer = Writer({name: TensorType(kind.shape, _computed_in(kind.dtype)) for name, kind in types.items()})
         self.made: dict[str, str] = {}  # tensor to the name of its quantized form
         self.sums: dict[str, str] = {}  # tensor to its name before any rounding
-        self.given = {port.name for port in layout.graph.inputs}
+        self.given = {port.name: port for port in layout.graph.inputs}
+        self.taken: dict[str, str] = {}  # inputs to what is quantized of them
         self.outputs = {port.name: port.type.dtype for port in outputs}
-        self.ports = self.given | {port.name for port in layout.graph.outputs}
+        self.ports = {*self.given} | {port.name for port in layout.graph.outputs}
         self.producers = layout.graph.producers()
 
     def model(self, graph: Graph) -> onnx.ModelProto:
@@ -74,7 +77,7 @@ class _Export:
         for port in layout.graph.inputs:
             affine, name = self.qparams.tensors[port.name], port.name
             if port.type.dtype.kind == "f":
-                write_quantizer(self.writer, self.given_in(port), affine, port.type.shape, self.raw(name))
+                write_quantizer(self.writer, self.given_in(name), affine, port.type.shape, self.raw(name))
             elif not is_weighed(layout, name):
                 self.writer.emit("Identity", [name], self.raw(name))
             else:
@@ -104,24 +107,37 @@ class _Export:
         stated = self.outputs.get(name)
         return f"{name}/computed" if stated is not None and stated != _computed_in(stated) else self.output(name)
 
-    def given_in(self, port: Port) -> str:
-        """The name of an input in the precision that it is quantized in."""
-        kind = _computed_in(port.type.dtype)
-        if kind == port.type.dtype:
-            return port.name
-        return self.writer.emit("Cast", [port.name], f"{port.name}/given", to=helper.np_dtype_to_tensor_dtype(kind))
+    def given_in(self, name: str) -> str:
+        """An input in the precision that it is quantized in, with what stands for missing values."""
+        port, kind = self.given[name], _computed_in(self.given[name].type.dtype)
+        if name not in self.taken:
+            self.taken[name] = name
+            if kind != port.type.dtype:
+                self.taken[name] = self.writer.emit(
+                    "Cast", [name], f"{name}/given", to=helper.np_dtype_to_tensor_dtype(kind)
+                )
+            if port.missing is not None:
+                known = [np.nan if v is None else v for v in port.missing]
+                attrs: dict[str, Any] = {"imputed_value_floats": known, "replaced_value_float": np.nan}
+                self.taken[name] = self.writer.emit("Imputer", [self.taken[name]], f"{name}/filled", **attrs, domain=ML)
+        return self.taken[name]
 
     def client(self, graph: Graph) -> None:
         """What the client computes, in floating point."""
-        for node in self.layout.client.nodes if self.layout.client is not None else ():
-            for name in node.inputs:
-                if name in graph.constants:
-                    self.known(name, graph.constants[name])
-            self.writer.copy(node, *([self.inner(name) for name in names] for names in (node.inputs, node.outputs)))
+        if self.layout.client is not None:
+            self.client_nodes(self.layout.client)
         for name in (port.name for port in graph.outputs if port.name in graph.constants):
             value = graph.constants[name]
             source = self.writer.constant(f"{name}/known", value.astype(_computed_in(value.dtype), copy=False))
             self.writer.emit("Identity", [source], self.inner(name))
+
+    def client_nodes(self, client: Graph) -> None:
+        for node in client.nodes:
+            for name in node.inputs:
+                if name in client.constants:
+                    self.known(name, client.constants[name])
+            inputs, outputs = ([self.inner(name) for name in names] for names in (node.inputs, node.outputs))
+            self.copy(node, inputs, outputs, client)
 
     def known(self, name: str, value: np.ndarray) -> str:
         """Adds a known tensor of the model, in the precision that it is computed in."""
@@ -193,10 +209,7 @@ class _Export:
         varying = outputs[0] if known is None else f"{outputs[0]}/varying"
         made = step is not None and makes_accumulator(step)
         results = [f"{varying}/sum" if made else varying, *outputs[1:]]
-        if node.domain == "fheq":
-            self.own(node, inputs, results[0])
-        else:
-            self.writer.copy(node, inputs, results)
+        self.copy(node, inputs, results, self.layout.graph)
         if step is not None and made:
             call, leaves = accumulator_call(self.layout, self.qparams, step, known, results[0], varying)
             self.writer.nodes.append(call)
@@ -224,11 +237,18 @@ class _Export:
             taken.append(name)
         return taken
 
-    def own(self, node: Node, inputs: list[str], out: str) -> None:
+    def copy(self, node: Node, inputs: list[str], outputs: list[str], graph: Graph) -> None:
+        """A node of a graph as it is, those of fheq's own domain in ONNX' operators."""
+        if node.domain == "fheq":
+            self.own(node, inputs, outputs[0], graph)
+        else:
+            self.writer.copy(node, inputs, outputs)
+
+    def own(self, node: Node, inputs: list[str], out: str, graph: Graph) -> None:
         """Nodes of fheq's own domain."""
-        writer, kind = self.writer, self.layout.graph.types[node.outputs[0]]
+        writer, kind = self.writer, graph.types[node.outputs[0]]
         if is_encoding(node):
-            write_quantizer(writer, node.inputs[0], self.qparams.tensors[node.outputs[0]], kind.shape, out)
+            write_quantizer(writer, self.given_in(node.inputs[0]), self.qparams.tensors[node.outputs[0]], kind.shape, out)
             return
         if node.op == "Whole":
             writer.emit("Cast", [writer.emit("Round", inputs[:1], f"{out}/rounded")], out, to=TensorProto.INT32)
@@ -236,7 +256,7 @@ class _Export:
         if node.op != "FakeQuant":
             writer.copy(node, inputs, [out])
             return
-        affine = self.layout.graph.pinned.get(node.outputs[0])
+        affine = graph.pinned.get(node.outputs[0])
         mode = node.attrs["rounding_mode"]
         if mode == "ROUND" and affine is not None:
             write_pair(writer, inputs[0], affine, kind.shape, out)

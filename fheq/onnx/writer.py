@@ -32,7 +32,8 @@ class Writer:
         self.opsets: dict[str, int] = {"": OPSET}
 
     def emit(self, op: str, inputs: list[str], out: str, **attrs: Any) -> str:
-        """Adds a node of one output; gives the output's name."""
+        """Adds a node of one output, of the domain among its attributes; gives the output's name."""
+        self.opsets.setdefault(attrs.get("domain", ""), 1)
         self.nodes.append(helper.make_node(op, inputs, [out], name=f"{out}/{op}", **attrs))
         return out
 

@@ -171,6 +171,8 @@ class _Resolver:
         return changed
 
     def align(self, step: Step) -> bool:
+        if isinstance(step, Maximum) and self.is_of_channels(step):
+            return False
         origins = [k for operand in step.operands for k in self.origins(operand)]
         changed = self.unite(origins)
         if isinstance(step, Maximum):
@@ -181,14 +183,20 @@ class _Resolver:
             agree = all(varies_only_along(c.reshape(-1, c.shape[-1]), 0) for c in channels)
             channels = [c[..., :1] for c in channels]
         else:
-            sizes = {self.layout.shape(k)[self.axis[k]] for k in origins if self.axis[k] is not None}  # type: ignore[index]
-            agree = len(sizes) <= 1
+            agree = True
+        sizes = {self.layout.shape(k)[self.axis[k]] for k in origins if self.axis[k] is not None}  # type: ignore[index]
+        agree &= len(sizes) <= 1
         agree &= all(np.array_equal(channels[0], c) for c in channels[1:])
         if not agree:
             changed |= any(self.axis[k] is not None for k in origins)
             for k in origins:
                 self.axis[k] = None
         return changed
+
+    def is_of_channels(self, step: Maximum) -> bool:
+        """Whether each maximum is one of elements that share a quantizer as they are: pools of one channel each."""
+        labels = np.concatenate([self.labels(x).reshape(*step.shape, -1) for x in step.xs], axis=-1)
+        return varies_only_along(labels.reshape(-1, labels.shape[-1]), 0)
 
     def absorbs(self, step: Step, labels: np.ndarray) -> bool:
         if isinstance(step, Linear):

@@ -14,7 +14,7 @@ import numpy as np
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import elementwise_source
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import CODES, Draft
 from fheq.rewriting.primitives import scalar
 
 GUARD = 1e-2
@@ -36,7 +36,9 @@ class Factored:
 def _division(draft: Draft, node: Node) -> bool:
     """a / b as a * (1 / b)."""
     a, b = node.inputs
-    if not draft.depends(b) or draft.types[b].dtype.kind in "biu":
+    if draft.types[b].dtype.kind in "iu":
+        return _of_integers(draft, node)
+    if not draft.depends(b):
         return False
     out, found = node.outputs[0], _factored(draft.graph, b)
     is_one = a in draft.constants and np.all(draft.constants[a] == 1) and draft.types[out] == draft.types[b]
@@ -52,6 +54,14 @@ def _division(draft: Draft, node: Node) -> bool:
             draft.apply(node, "Mul", draft.apply(node, "Mul", a, first), second, out=out)
         else:
             draft.apply(node, "Mul", a, draft.apply(node, "Mul", first, second), out=out)
+    return True
+
+
+def _of_integers(draft: Draft, node: Node) -> bool:
+    """The quotient of integers: that of real numbers, cut off toward 0. It is no linear function."""
+    real = (draft.cast(node, name, np.float32) for name in node.inputs)
+    kind = draft.types[node.outputs[0]].dtype
+    draft.apply(node, "Cast", draft.apply(node, "Div", *real), to=CODES[kind], out=node.outputs[0])
     return True
 
 
