@@ -87,8 +87,8 @@ def _resize_axis(node: Node, x: Array, axis: int, length: int, scale: float, roi
         # before opset 11: the element before when the axis grows, the one after when it shrinks
         choose = _NEAREST[node.attrs.get("nearest_mode", "floor" if scale >= 1 else "ceil")]
         y = jnp.take(x, np.clip(choose(positions), 0, size - 1).astype(np.int64), axis=axis, mode="clip")
-    elif mode not in ("linear", "bilinear", "cubic") or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UnsupportedError(f"{describe(node)}: mode {mode!r} on {x.dtype}; use nearest")
+    elif mode not in ("linear", "bilinear", "cubic"):
+        raise UnsupportedError(f"{describe(node)}: mode {mode!r} is not known; use nearest, linear or cubic")
     else:
         matrix = _weights(node, positions, size, scale).astype(x.dtype)
         y = jnp.moveaxis(jnp.matmul(jnp.moveaxis(x, axis, -1), matrix.T, precision=jax.lax.Precision.HIGHEST), -1, axis)
@@ -131,10 +131,17 @@ def _changes(node: Node, shape: tuple[int, ...], roi: Any, scales: Any, sizes: A
 
 
 def _resize(node: Node, x: Array, roi: Any, scales: Any, sizes: Any) -> Array:
-    """ONNX Resize, one axis after the other."""
+    """ONNX Resize, one axis after the other; integers that are interpolated are cut off toward 0."""
+    kind = x.dtype
+    x = x.astype(jnp.result_type(float)) if interpolates(node) and not jnp.issubdtype(kind, jnp.floating) else x
     for axis, length, factor, span in _changes(node, x.shape, roi, scales, sizes):
         x = _resize_axis(node, x, axis, length, factor, span)
-    return x
+    return x.astype(kind)
+
+
+def interpolates(node: Node) -> bool:
+    """Whether a Resize or Upsample makes new values."""
+    return node.attrs.get("mode", "nearest") != "nearest"
 
 
 def axis_matrices(node: Node, shape: tuple[int, ...], known: Sequence[np.ndarray | None]) -> dict[int, np.ndarray] | None:

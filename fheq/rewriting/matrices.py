@@ -13,11 +13,11 @@ from fheq.affine import Affine
 from fheq.graph import Node
 from fheq.ops.arguments import MAX_ELEMENTS
 from fheq.ops.linear import col2im_places
-from fheq.ops.resize import axis_matrices
+from fheq.ops.resize import axis_matrices, interpolates
 from fheq.ops.sampling import grid_taps, roi_taps
 from fheq.ops.spectra import dft_axis
 from fheq.ops.table import lookup
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import CODES, Draft
 
 FINEST = 1024
 LARGEST = 255
@@ -62,8 +62,13 @@ def _mapped(draft: Draft, node: Node, x: str, axes: Sequence[int], matrix: np.nd
 def _resize(draft: Draft, node: Node) -> bool:
     """Resize and Upsample that interpolate: one matrix for all the axes that change."""
     x, shape = node.inputs[0], draft.types[node.inputs[0]].shape
-    if node.attrs.get("mode", "nearest") == "nearest" or any(n not in draft.constants for n in node.inputs[1:] if n):
+    if not interpolates(node) or any(n not in draft.constants for n in node.inputs[1:] if n):
         return False
+    if draft.types[x].dtype.kind in "iu":
+        real = draft.fresh(f"{node.outputs[0]}/real")
+        draft.write(replace(node, inputs=(draft.cast(node, x, np.float32), *node.inputs[1:]), outputs=(real,)))
+        draft.apply(node, "Cast", real, to=CODES[draft.types[x].dtype], out=node.outputs[0])
+        return True
     found = axis_matrices(node, shape, [draft.constants.get(n) for n in node.inputs[1:]])
     if found is None:
         return False

@@ -17,6 +17,7 @@ from fheq.affine import Affine
 from fheq.errors import UnsupportedError
 from fheq.graph import Node, describe
 from fheq.ops.arguments import DTYPES
+from fheq.ops.resize import interpolates
 from fheq.ops.table import Kind, Op, lookup, register
 from fheq.rewriting.edit import CODES, Draft
 from fheq.stated.grids import Grid, is_integer, linear_grid, write_fake_quant
@@ -201,10 +202,14 @@ class Twins:
         if node.op == "Pad" and not "".join(node.inputs[2:3]):  # absent: the integer 0
             inputs[2:3] = [self.decoded(node, "", first.grid)]
         outs = [draft.fresh(f"{name}/real") if name else "" for name in node.outputs]
+        between = node.op in ("Resize", "Upsample") and interpolates(node)
+        if between and draft.types[data[0]].dtype.kind != "u":
+            return  # cut off toward the integer 0, which need not stand for the real one
         draft.write(replace(node, inputs=tuple(inputs), outputs=tuple(outs)))
         for q, real in zip(node.outputs, outs):
             if q:
-                self.found[q] = Twin(first.grid, real, "", node)
+                cut = replace(first.grid, rounding="FLOOR")
+                self.found[q] = Twin(cut, "", real, node) if between else Twin(first.grid, real, "", node)
 
     def decoded(self, node: Node, name: str, grid: Grid) -> str:
         """A known integer tensor as real values; the integer 0 without a name."""
