@@ -194,6 +194,7 @@ def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array])
     source = env[operand.key]
     if operand.key in qparams.tensors:
         real = jnp.asarray(source, jnp.result_type(float))
+        real = jnp.where(jnp.isnan(real), 0, real)  # as tables have it where a value leaves the domain of its function
         source = affine.fake_quant(qparams.tensors[operand.key], real)
     values = source.ravel()
     if not operand.in_order or len(operand.elements) != values.size:  # a gather of everything costs more than the rest
