@@ -18,7 +18,7 @@ from fheq.observing.statistics import Stats, TensorStats, per_tensor
 from fheq.planning.granularity import Sharing, share
 from fheq.planning.plan import Plan
 from fheq.regions import copied_from, is_boolean, is_integer
-from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Spec
+from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Override, Spec
 from fheq.steps import Add, Join
 
 TINY = 1e-12  # relative width below which a range counts as a point
@@ -45,7 +45,7 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     chosen = spec.n_bits is not None
     if not chosen:
         _check_stated(layout, stats, spec, [key for key in keys if key not in stated and sharing.group[key] not in compared])
-        spec = replace(spec, n_bits=DEFAULT_MODEL_BITS)  # which nothing takes
+        spec = replace(spec, n_bits=DEFAULT_MODEL_BITS, overrides=_whole_numbers(layout, stats, spec))
     coarse = {port.name for port in layout.graph.inputs if chosen and port.labels is None and is_weighed(layout, port.name)}
     ranges = {key: _range(layout, key, stats.get(key), spec, sharing.axis[key], key in coarse) for key in keys}
     whole, steps = take_whole(layout, stats, sharing, ranges, stated)
@@ -94,10 +94,12 @@ def _copied(layout: Plan, key: str) -> Affine | None:
 
 def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
     """Bits of a quantized tensor."""
-    override = spec.override(*_names(layout, key)).n_bits
-    bits = spec.bits()
+    override, stated = spec.override(*_names(layout, key)).n_bits, _stated(layout, key)
     if override is not None:
         return override
+    if spec.n_bits is None and stated is not None:
+        return int(np.max(stated.qmax - stated.qmin)).bit_length()
+    bits = spec.bits()
     if key in layout.inputs:
         return bits["model_inputs"]
     read = any(o.key == key for step in layout.steps for o in step.operands)
@@ -105,13 +107,27 @@ def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
 
 
 def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> None:
-    """Checks that tensors without a stated quantizer need no bits either: decisions, and inputs that hold integers."""
-    integers = {port.name for port in layout.graph.inputs if port.type.dtype.kind in "iub"}
+    """Checks that tensors without a stated quantizer need no bits either: decisions, integers, and inputs that nothing
+    reads."""
+    read = {operand.key for step in layout.steps for operand in step.operands} | {*layout.points.values()}
+    read |= {region.source for name, region in layout.regions.items() if name in layout.outputs}
     for key in keys:
-        if key in stats and key not in integers and spec.override(*_names(layout, key)).n_bits is None:
+        free = layout.graph.types[key].dtype.kind in "iub" or (key in layout.inputs and key not in read)
+        if key in stats and not free and spec.override(*_names(layout, key)).n_bits is None:
             producer = layout.graph.producers().get(key)
             made = f", made by {describe(producer)}," if producer else ""
             raise BitsError(f"tensor {key!r}{made} has no quantizer in the model: give n_bits, or quantize it there")
+
+
+def _whole_numbers(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Override]:
+    """The overrides of a spec, with the bits that computed integers take."""
+    found = dict(spec.overrides)
+    for key in layout.points:
+        whole = key in stats and layout.graph.types[key].dtype.kind in "iu"
+        if whole and spec.override(*_names(layout, key)).n_bits is None:
+            span = np.max(stats[key].maximum) - np.min(stats[key].minimum)
+            found[key] = replace(found.get(key, Override()), n_bits=max(int(span).bit_length(), 1))
+    return found
 
 
 def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: int | None, coarse: bool) -> Range:
