@@ -149,6 +149,32 @@ def test_an_accumulator_stated_in_other_steps_than_its_sums_is_fitted_anew():
     np.testing.assert_allclose(found.scale, 2 * plain.scale)
 
 
+def test_an_exported_model_needs_no_bits():
+    """Also not for integers in steps of 1, for the scores of a softmax, and for inputs that nothing reads."""
+    nodes = [
+        node("Gather", ["table", "ids"], ["e"]),
+        node("Softmax", ["e"], ["p"]),
+        node("MatMul", ["p", "w"], ["m"]),
+        node("Mod", ["ids", "k"], ["r"]),
+        node("ReduceMax", ["r"], ["top"], keepdims=1),
+        node("Cast", ["top"], ["f"], to=1),
+        node("ReduceSum", ["m", "last"], ["s"], keepdims=0),
+        node("Add", ["s", "f"], ["y"]),
+    ]
+    known = {"table": tensor(5, 3), "w": tensor(3, 2), "k": np.array(3), "last": np.array([2])}
+    inputs = {"ids": ["N", 2], "unread": ["N", 4]}
+    graph = fheq.import_onnx(model(nodes, inputs, ["y"], known, kinds={"ids": onnx.TensorProto.INT64}))
+    ids, unread = np.random.default_rng(0).integers(0, 5, (60, 2)), tensor(60, 4)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, ids, unread), 6)
+    again = fheq.import_onnx(fheq.export_qdq(graph, qparams))
+    programs = [
+        fheq.lower(graph, qparams),
+        fheq.lower(again, fheq.fit(again, fheq.calibrate(again, ids, unread))),
+    ]
+    a, b = (fheq.simulate(program, *program.quantize(ids, unread)) for program in programs)
+    np.testing.assert_array_equal(a, b)
+
+
 def test_zero_points_far_from_the_range_need_more_than_sixteen_bits():
     """Gates that hardly vary: 0.5 is some 10^6 of their steps."""
     nodes = [
@@ -217,6 +243,63 @@ def test_a_model_that_joins_samples_is_exported_for_one(nodes):
     got = [session.run(None, {"x": row[None]})[0] for row in x]
     want = np.asarray(fheq.fake_quant(graph, qparams, x))
     np.testing.assert_allclose(np.reshape(got, want.shape), want, atol=1e-5 * np.abs(want).max())
+
+
+APART = {
+    "rows in order of time": [
+        node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+        node("Reshape", ["t", "rows"], ["f"]),
+        node("MatMul", ["f", "w"], ["m"]),
+        node("Relu", ["m"], ["r"]),
+        node("Reshape", ["r", "steps"], ["s"]),
+        node("Transpose", ["s"], ["y"], perm=[1, 0, 2]),
+    ],
+    "scores on top of each other": [
+        node("ReduceMax", ["x", "last"], ["a"], keepdims=0),
+        node("ReduceMin", ["x", "last"], ["b"], keepdims=0),
+        node("MatMul", ["a", "v"], ["c"]),
+        node("MatMul", ["b", "v"], ["d"]),
+        node("Concat", ["c", "d"], ["e"], axis=0),
+        node("Reshape", ["e", "pair"], ["f"]),
+        node("Transpose", ["f"], ["g"], perm=[1, 0]),
+        node("Relu", ["g"], ["y"]),
+    ],
+    "a slice that names every axis": [
+        node("Slice", ["x", "starts", "ends"], ["s"]),
+        node("MatMul", ["s", "w"], ["m"]),
+        node("Relu", ["m"], ["y"]),
+    ],
+    "one-hot of the best": [
+        node("ReduceMax", ["x", "last"], ["a"], keepdims=0),
+        node("ArgMax", ["a"], ["i"], axis=1, keepdims=0),
+        node("OneHot", ["i", "depth", "ends_of_it"], ["o"], axis=-1),
+        node("Mul", ["o", "a"], ["y"]),
+    ],
+}
+PLACES = {
+    "rows": np.array([3, 2]),
+    "steps": np.array([3, 1, 2]),
+    "w": tensor(2, 2),
+    "v": tensor(3, 1),
+    "last": np.array([2]),
+    "pair": np.array([2, -1]),
+    "starts": np.array([0, 0, 0]),
+    "ends": np.array([1, 2, 2]),
+    "depth": np.array(3),
+    "ends_of_it": np.float32([0, 1]),
+}
+
+
+@pytest.mark.parametrize("nodes", APART.values(), ids=APART)
+def test_samples_are_kept_apart_wherever_they_lie(nodes):
+    known = {name: value for name, value in PLACES.items() if any(name in n.input for n in nodes)}
+    proto = model(nodes, {"x": [1, 3, 2]}, ["y"], known, opset=18)
+    graph, x = fheq.import_onnx(proto), tensor(60, 3, 2)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    session = onnxruntime.InferenceSession(fheq.export_qdq(graph, qparams).SerializeToString())
+    (got,) = session.run(None, {"x": x})
+    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_onnxruntime_runs_an_exported_product_as_it_does_by_default():
