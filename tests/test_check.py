@@ -58,6 +58,20 @@ CASES = {
         model([node("Relu", ["x"], ["r"]), node("Add", ["r", "b"], ["y"])], {"x": ["N", 2]}, ["y"], {"b": NAN}),
         [("the model", "initializer 'b' contains NaN", "train")],
     ),
+    "operators on integers behind one that failed": (
+        model(
+            [
+                node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+                node("Unknown", ["q"], ["u"], domain="own"),
+                node("QLinearMatMul", ["u", "s", "z", "w", "s", "z", "s", "z"], ["y"]),
+            ],
+            {"x": ["N", 2]},
+            ["y"],
+            {"s": np.float32(0.1), "z": np.uint8(0), "w": np.ones((2, 2), np.uint8)},
+            domains={"own": 1},
+        ),
+        [("node 'make_u' (own.Unknown, output 'u')", "no row", "rewrite")],
+    ),
     "outputs of constants alone": (
         model([node("Relu", ["k"], ["z"])], {"x": ["N", 2]}, ["z"], {"k": np.ones(2)}),
         [("the model", "'z' does not depend on the inputs", "drop it")],

@@ -49,7 +49,9 @@ def _from_schema(schema: Any, node: Node, types: Mapping[str, TensorType]) -> li
     if schema.has_function:
         version = max((v for v in schema.function_opset_versions if v <= node.version), default=None)
         found = b"" if version is None else schema.get_function_with_opset_version(version)
-    elif schema.has_context_dependent_function and all(name in types for name in node.inputs if name):
+    elif schema.has_context_dependent_function:
+        if any(name not in types for name in node.inputs if name):
+            return []  # what it reads failed
         version = max((v for v in schema.context_dependent_function_opset_versions if v <= node.version), default=None)
         found = b"" if version is None else _in_context(schema, version, node, types)
     if not found:

@@ -20,14 +20,16 @@ MICROSOFT = "com.microsoft"
 
 
 def unpacked(node: Node, types: Mapping[str, TensorType]) -> list[Node] | None:
-    """The nodes in place of an operator on integers; None for other operators.
+    """The nodes in place of an operator on integers, none where what it reads failed; None for other operators.
 
     Raises:
         UnsupportedError: a layout with channels last.
     """
     rule = (_MICROSOFT if node.domain == MICROSOFT else ONNX_RULES if not node.domain else {}).get(node.op)
-    if rule is None or any(name not in types for name in node.inputs if name):
+    if rule is None:
         return None
+    if any(name not in types for name in node.inputs if name):
+        return []
     if node.attrs.get("channels_last", 0):
         raise UnsupportedError(f"{describe(node)}: channels_last is not supported; export the model with channels first")
     body = Body(node, types)
