@@ -1,10 +1,6 @@
 """Settings that all tests share."""
 
 import gc
-import os
-
-# Most of the time of the tests is compilation of what then runs for milliseconds. Set before jax is imported.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np
