@@ -139,6 +139,22 @@ def sign_of_a_difference() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 2]}, ["y"], {"k": np.float32(0.7), "l": np.float32(0.3)}, opset=13)
 
 
+def choice_of_functions() -> onnx.ModelProto:
+    """Of one input: one table, with 0 where a function has no value, as for an input that is quantized to 0."""
+    nodes = [
+        node("Mul", ["x", "x"], ["s"]),
+        node("Reciprocal", ["s"], ["r"]),
+        node("Mul", ["r", "r"], ["p"]),
+        node("Sub", ["p", "r"], ["d"]),
+        node("Clip", ["d", "low", "high"], ["c"]),
+        node("Greater", ["x", "k"], ["g"]),
+        node("Where", ["g", "x", "c"], ["t"]),
+        node("MatMul", ["t", "w"], ["y"]),
+    ]
+    known = {"k": np.float32(0.5), "low": np.float32(-2), "high": np.float32(2), "w": tensor(4, 3)}
+    return model(nodes, {"x": ["N", 4]}, ["y"], known)
+
+
 MODELS = {
     "mlp": (mlp(), (4,)),
     "cnn": (cnn(), (1, 6, 6)),
@@ -157,6 +173,7 @@ MODELS = {
     "token": (with_a_token(), (3, 2)),
     "recurrent": (recurrent(), (2, 3)),
     "whole results": (whole_results(), (4,)),
+    "choice of functions": (choice_of_functions(), (4,)),
     "quantized by the client": (quantized_by_the_client(), (4,)),
     "sign of a difference": (sign_of_a_difference(), (2,)),
 }

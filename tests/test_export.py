@@ -79,6 +79,7 @@ TRIED = [
     ("token", "8 bits, rounded"),
     ("recurrent", "8 bits"),
     ("whole results", "6 bits, rounded approximately"),
+    ("choice of functions", "6 bits, rounded approximately"),
     ("quantized by the client", "6 bits, rounded approximately"),
     ("sign of a difference", "4 bits, per tensor"),
 ]

@@ -29,6 +29,7 @@ from fheq.regions import is_boolean
 from fheq.steps import Add, Linear, Step, makes_accumulator
 
 ML = "ai.onnx.ml"
+WITH_DOMAINS = ("Acos", "Acosh", "Asin", "Atanh", "Div", "Log", "Mod", "Pow", "Reciprocal", "Sqrt")
 TAKEN = 1e-6  # relative; scales are float32
 
 
@@ -169,12 +170,33 @@ class _Export:
             made = (tensor,) if tensor == key else self.producers[tensor].outputs
             self.made.update({name: f"{name}/quantized" for name in made})
             if tensor == key:
-                self.quantized(graph.types[key], self.raw(key), self.qparams.tensors[key], self.made[tensor])
+                source = self.number(key) if self.may_be_none(key) else self.raw(key)
+                self.quantized(graph.types[key], source, self.qparams.tensors[key], self.made[tensor])
             else:
                 node = self.producers[tensor]
                 inputs = [self.read(n, key) if n in self.layout.regions else self.raw(n) if n else "" for n in node.inputs]
                 self.writer.copy(node, inputs, [f"{o}/quantized" if o else "" for o in node.outputs])
         return self.made[tensor]
+
+    def may_be_none(self, key: str) -> bool:
+        """Whether a function that a point ends may leave its domain."""
+        graph, sources, stack = self.layout.graph, {*self.layout.points.values()}, [key]
+        while stack:
+            name = stack.pop()
+            node = self.producers.get(name)
+            if name in sources or node is None:
+                continue
+            known = len(node.inputs) > 1 and node.inputs[1] in graph.constants  # a divisor, or an exponent
+            if node.op in WITH_DOMAINS and not known and graph.types[key].dtype.kind == "f":
+                return True
+            stack += [n for n in node.inputs if n in self.layout.regions]
+        return False
+
+    def number(self, key: str) -> str:
+        """A point with 0 for what is no number, as tables have it."""
+        raw = self.raw(key)
+        zero = self.writer.constant(f"{key}/none", np.zeros((), self.writer.types[key].dtype))
+        return self.writer.emit("Where", [self.writer.emit("IsNaN", [raw], f"{key}/is_none"), zero, raw], f"{key}/number")
 
     def in_ones(self, key: str) -> bool:
         """Whether a point holds integers that are quantized in steps of 1."""

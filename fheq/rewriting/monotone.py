@@ -11,6 +11,7 @@ import numpy as np
 from fheq.affine import Affine
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, find
+from fheq.regions import elementwise_source
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.evaluation import evaluated
 
@@ -65,6 +66,8 @@ def _quantized_before(graph: Graph, node: Node) -> Graph | None:
     outputs = {port.name for port in graph.outputs}
     if len(readers) != 1 or readers[0].op != "FakeQuant" or node.outputs[0] in outputs or len(node.outputs) > 1:
         return None
+    if elementwise_source(graph, node.outputs[0]) != node.outputs[0]:
+        return None  # one table, with the quantizer in it
     quantizer, (x, *parameters) = readers[0], readers[0].inputs
     if x != node.outputs[0] or any(graph.constants[name].size != 1 for name in parameters):
         return None
