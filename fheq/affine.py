@@ -159,6 +159,16 @@ def straight_through(exact: Array, surrogate: Array) -> Array:
     return surrogate + jax.lax.stop_gradient(exact - surrogate)
 
 
+def affine_bits(affine: Affine) -> int:
+    """Bits of the integers of a concrete quantizer, all channels counted from their qmin."""
+    return bit_length(np.max(np.asarray(affine.qmax, np.float64) - np.asarray(affine.qmin, np.float64)))
+
+
+def bit_length(span: float) -> int:
+    """Bits of an unsigned integer up to `span`."""
+    return max(1, int(span).bit_length())
+
+
 def fake_quant(affine: Affine, x: Array) -> Array:
     """`dequantize(quantize(x))`, differentiable in x straight through and in scale as LSQ (arXiv 1902.08153)."""
     a = affine.expanded(jnp.ndim(x))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.affine import Affine, validate
+from fheq.affine import Affine, affine_bits, bit_length, validate
 from fheq.client.one_hot import Code
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
@@ -196,7 +196,7 @@ class _Lowering:
         worst = worst_case(self.layout, self.qparams, step)
         axis = channel_axis(self.layout, step.out)
         shift = whole_shift(self.layout, step, affine, scale, offset)
-        bits = max(1, int(np.max(affine.qmax - affine.qmin)).bit_length())
+        bits = affine_bits(affine)
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
@@ -206,7 +206,7 @@ class _Lowering:
         self.accs[step.out] = shifted
         self.decoders[step.out] = (scale.ravel(), (offset - scale * shift).ravel())
         span = channel_bounds(worst, axis)
-        worst_bits = max(1, int(np.max(span.high - span.low)).bit_length())
+        worst_bits = bit_length(np.max(span.high - span.low))
         approximate = affine.rounding == "approximate"
         self.accumulators[step.out] = Accumulator(worst_bits, bits, low, high, lsbs, approximate, wraps)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from fheq.affine import Affine
+from fheq.affine import Affine, affine_bits
 from fheq.display.console import shorten, span, text_table
 
 PARTS = ("tensors", "weights", "accumulators")
@@ -62,10 +62,4 @@ def _row(name: str, kind: str, affine: Affine) -> list[str]:
         return [name, kind, *["traced"] * 4]
     scales = np.size(affine.scale)
     count = str(scales) if affine.axis is not None else "1"
-    return [name, kind, str(_bits(affine)), count, span(affine.lsbs), span(affine.scale)]
-
-
-def _bits(affine: Affine) -> int:
-    """Bits of the integers of a concrete quantizer, all channels counted from their qmin."""
-    steps = np.max(np.asarray(affine.qmax, np.float64) - np.asarray(affine.qmin, np.float64))
-    return max(1, int(steps).bit_length())
+    return [name, kind, str(affine_bits(affine)), count, span(affine.lsbs), span(affine.scale)]

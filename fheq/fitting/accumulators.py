@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fheq.affine import Affine
+from fheq.affine import Affine, bit_length
 from fheq.arrays.namespace import array_namespace
 from fheq.errors import QuantizationError
 from fheq.fitting.accumulator_ranges import chosen_bounds
@@ -255,11 +255,6 @@ def aligned(bounds: Bounds, lsbs: int) -> tuple[np.ndarray, int]:
     cell = 1 << lsbs
     offset = -np.floor(bounds.low / cell) * cell
     return offset, bit_length(float(np.max(bounds.high + offset)) + (cell >> 1))
-
-
-def bit_length(span: float) -> int:
-    """Bits of an unsigned integer up to `span`."""
-    return max(1, int(span).bit_length())
 
 
 def same_range(layout: Plan, qparams: QParams) -> QParams:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.affine import Affine, as_float32
+from fheq.affine import Affine, affine_bits, as_float32, bit_length
 from fheq.fitting.exact_steps import Range, is_weighed, meets_filler, take_grids, take_whole
 from fheq.fitting.product_scales import Interval, steps_in_products
 from fheq.fitting.thresholds import on_edges
@@ -98,7 +98,7 @@ def tensor_bits(layout: Plan, key: str, spec: Spec) -> int:
     if override is not None:
         return override
     if spec.n_bits is None and stated is not None:
-        return int(np.max(stated.qmax - stated.qmin)).bit_length()
+        return affine_bits(stated)
     bits = spec.bits()
     if key in layout.inputs:
         return bits["model_inputs"]
@@ -126,7 +126,7 @@ def _whole_numbers(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Override
         whole = key in stats and layout.graph.types[key].dtype.kind in "iu"
         if whole and spec.override(*_names(layout, key)).n_bits is None:
             span = np.max(stats[key].maximum) - np.min(stats[key].minimum)
-            found[key] = replace(found.get(key, Override()), n_bits=max(int(span).bit_length(), 1))
+            found[key] = replace(found.get(key, Override()), n_bits=bit_length(span))
     return found
 
 

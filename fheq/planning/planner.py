@@ -72,14 +72,14 @@ def _move(walk: Walk, node: Node, dynamic: list[str]) -> None:
         if not name:
             continue
         walk.moves[name] = move
-        sources = {walk.regions[d].source for d in dynamic if _reads(walk, move, d)}
+        sources = {walk.regions[d].source for d in dynamic if _reads(move, d)}
         if len(sources) <= 1:
             walk.regions[name] = _moved_region(walk, move, dynamic)
         else:
             _join(walk, node, name, move)
 
 
-def _reads(walk: Walk, move: Movement, name: str) -> bool:
+def _reads(move: Movement, name: str) -> bool:
     return bool(np.any(move.which == move.inputs.index(name)))
 
 
@@ -94,7 +94,7 @@ def _known(walk: Walk, move: Movement) -> np.ndarray:
 
 
 def _moved_region(walk: Walk, move: Movement, dynamic: list[str]) -> Region:
-    read = [d for d in dynamic if _reads(walk, move, d)] or dynamic[:1]
+    read = [d for d in dynamic if _reads(move, d)] or dynamic[:1]
     regions = [walk.regions[d] for d in read]
     size = len(move.which)
     elements, moved = np.full(size, FILLER), np.full(size, FILLER)

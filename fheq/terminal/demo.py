@@ -266,7 +266,3 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be an integer of at least 1")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
