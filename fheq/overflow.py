@@ -13,7 +13,7 @@ from jax.experimental import enable_x64
 from fheq.arrays.compiled import compiled_for
 from fheq.batching import split_all
 from fheq.display.console import shorten, text_table
-from fheq.program import IntProgram, Lookup, Shift
+from fheq.program import IntProgram, Lookup, Scale, Shift
 from fheq.simulate import check_integers, sample_values
 
 Array = Any
@@ -82,8 +82,8 @@ def _unrounded(program: IntProgram, lookup: Lookup) -> str:
     name = lookup.args[0]
     if lookup.lsbs and program.accumulators[lookup.accumulator].lsbs:
         return made[name].args[0]
-    if lookup.lsbs:  # removed for blocks
-        while not isinstance(made[name], Shift):
+    if lookup.lsbs:  # removed for blocks, or moved up before they are removed
+        while not isinstance(made[name], (Shift, Scale)):
             name = made[name].args[0]
         return made[name].args[0]
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from fheq.affine import Affine
 from fheq.emit import Emitter
 from fheq.graph import Port, TensorType
 from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
-from fheq.program import Entry, IntProgram
+from fheq.program import Accumulator, Entry, IntProgram
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 
@@ -149,9 +150,11 @@ def test_a_table_beside_a_sum_too_wide_for_tables_reads_its_own_bits() -> None:
     x = emit.input("x", (1, 2), 63)
     wide = emit.scale(x, np.array([1 << 13, 12345]))
     high = emit.lookup(emit.round(wide, 14, True), np.arange(32)[None], np.zeros(2, int), 14, 5, "wide")
-    low = emit.lookup(x, (np.arange(64) ** 2 % 61)[None], np.zeros(2, int), 0, 6, "own")
+    low = emit.lookup(x, (np.arange(64) ** 2 % 61)[None], np.zeros(2, int), 0, 6, "own", "own")
     program = narrow_wide(of_one_input(emit, (1, 2), 63, [high, low]))
+    program = replace(program, accumulators={"own": Accumulator(6, 6, 0, 63, 0, approximate=False, can_wrap=False)})
     assert program.lookups[-1].lsbs > 0
+    assert [row.share for row in fheq.overflow(program, np.array([[0, 63]])).rows] == [0]
     circuit = fheq.compile(program)
     assert fheq.cost(program).complexity == pytest.approx(circuit.complexity, rel=1e-3)
     for value in (0, 1, 31, 62, 63):
