@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fheq.errors import DataError
+
 Array = Any
 Measure = Callable[[Any, Any, Any], Any]
 
@@ -36,13 +38,13 @@ def as_score(score: Score | Measure) -> Score:
 def accuracy(y: Array, exact: Array, target: Array) -> Array:
     """Share of samples whose largest output is the one that `target` (an index) names."""
     del exact
-    return jnp.argmax(jnp.ravel(y)) == jnp.ravel(target)[0]
+    return jnp.argmax(_single(y)) == jnp.ravel(target)[0]
 
 
 def agreement(y: Array, exact: Array, target: Array) -> Array:
     """Share of samples whose largest output is also that of the float model."""
     del target
-    return jnp.argmax(jnp.ravel(y)) == jnp.argmax(jnp.ravel(exact))
+    return jnp.argmax(_single(y)) == jnp.argmax(_single(exact))
 
 
 def mse(y: Any, exact: Any, target: Any) -> Any:
@@ -54,24 +56,51 @@ def mse(y: Any, exact: Any, target: Any) -> Any:
 def kl(y: Array, exact: Array, target: Array) -> Array:
     """Kullback-Leibler divergence of the softmax of the outputs from that of the float model, in nats."""
     del target
-    p, q = (jax.nn.log_softmax(jnp.ravel(v)) for v in (exact, y))
+    p, q = (jax.nn.log_softmax(_single(v)) for v in (exact, y))
     return jnp.sum(jnp.exp(p) * (p - q))
 
 
-def _spread(y: Array, wanted: Array) -> tuple[Array, Array, Array]:
-    return (y - wanted) ** 2, wanted, wanted**2
+def _single(v: Any) -> Array:
+    """A single output as a vector.
+
+    Raises:
+        DataError: there are several.
+    """
+    if isinstance(v, tuple):
+        raise DataError(f"this score is of one output and the model has {len(v)}: write a function of y[i] and exact[i]")
+    return jnp.ravel(v)
 
 
-def _explained(means: tuple[Array, Array, Array]) -> Array:
-    error, mean, square = means
-    return 1 - jnp.sum(error) / jnp.sum(square - mean**2)
+class _Spread(NamedTuple):
+    """Of an output: squared errors, what is wanted and its squares, element by element."""
+
+    error: Array
+    wanted: Array
+    squares: Array
 
 
-r2 = Score(lambda y, exact, target: _spread(jnp.ravel(y), jnp.ravel(target)), _explained)
+def _spread(y: Array, wanted: Array) -> _Spread:
+    y, wanted = (jnp.ravel(v).astype(jnp.float32) for v in (y, wanted))
+    return _Spread((y - wanted) ** 2, wanted, wanted**2)
+
+
+def _explained(means: _Spread) -> Array:
+    """R2; of an output that never varies 1 where it is met and 0 where it is not (as scikit-learn's `r2_score`)."""
+    error, variance = jnp.sum(means.error), jnp.sum(means.squares - means.wanted**2)
+    return jnp.where(variance > 0, 1 - error / jnp.where(variance > 0, variance, 1), jnp.where(error > 0, 0.0, 1.0))
+
+
+def _explained_of_each(means: list[_Spread]) -> Array:
+    return jnp.mean(jnp.stack([_explained(of_output) for of_output in means]))
+
+
+r2 = Score(lambda y, exact, target: _spread(_single(y), target), _explained)
 """R2 of a single output against the targets, over all its elements."""
 
-r2_to_float = Score(lambda y, exact, target: _spread(jnp.ravel(y), jnp.ravel(exact)), _explained)
-"""R2 of a single output against the float model, over all its elements."""
+r2_to_float = Score(
+    lambda y, exact, target: [_spread(*pair) for pair in zip(jax.tree.leaves(y), jax.tree.leaves(exact))], _explained_of_each
+)
+"""R2 against the float model, over all elements of an output; the mean of several outputs' (labels count as numbers)."""
 
 
 def _powers(y: Any, exact: Any, target: Any) -> Any:

@@ -7,11 +7,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from models import prepared
+from models import CASES, prepared
 
 import fheq
 from fheq import Override, Spec
 from fheq.affine import Affine
+from fheq.client.outputs import rejoined
+from fheq.planning.plan import plan
 from fheq.tuning.edits import chain, masked, partition, select
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -34,6 +36,15 @@ def factors(before: fheq.QParams, after: fheq.QParams) -> dict[tuple[str, str], 
         for name, a in getattr(before, part).items()
         if not np.array_equal(getattr(after, part)[name].scale, a.scale)
     }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_planned_is_planned_alike(name: str) -> None:
+    """Edits of weights give the graph as it was planned, and keep its quantizers."""
+    first = plan(prepared(name).graph)
+    again = plan(rejoined(prepared(name).graph, first.graph))
+    assert again.points == first.points
+    assert [step.out for step in again.steps] == [step.out for step in first.steps]
 
 
 def test_masked_edits_what_it_names() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import onnx
 import onnxruntime
@@ -66,6 +67,18 @@ def test_the_client_encrypts_rows_of_one_hot_ids(name: str) -> None:
     np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, IDS, NUMBERS), atol=1e-5)
     want = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"ids": IDS, "x": NUMBERS})[0]
     assert np.mean((got - want) ** 2) < 0.01 * np.var(want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pruned_and_reconstructed_models_lower(name: str) -> None:
+    graph = fheq.import_onnx(MODELS[name][0])
+    pruned = fheq.prune(graph, IDS, NUMBERS, tolerance=0.1)
+    qparams = fheq.fit(pruned, fheq.calibrate(pruned, IDS, NUMBERS), 4)
+    training = fheq.Training(steps=5)
+    tuned, learned = fheq.reconstruct(pruned, qparams, IDS, NUMBERS, key=jax.random.key(0), training=training)
+    program = fheq.lower(tuned, learned)
+    got = program.dequantize(fheq.simulate(program, *program.quantize(IDS, NUMBERS)))[0]
+    np.testing.assert_allclose(got, fheq.fake_quant(tuned, learned, IDS, NUMBERS), atol=1e-5)
 
 
 def test_what_is_saved_for_the_client_says_how_to_encode() -> None:

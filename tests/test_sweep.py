@@ -90,6 +90,19 @@ def test_scores_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(result.scores["r2"], wanted, rtol=1e-2)
 
 
+def test_several_outputs_are_scored_together() -> None:
+    """Numbers, labels, decisions and an output that never varies."""
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=(50, 2)).astype(np.float32), rng.integers(0, 3, (50, 1)), rng.random(50) < 0.5, np.ones((50, 1))
+    y = exact[0] + 0.1, np.roll(exact[1], 1, axis=0), ~exact[2], np.ones((50, 1))
+    means = jax.tree.map(lambda v: v.mean(axis=0), jax.vmap(scores.r2_to_float.measure, (0, 0, None))(y, exact, None))
+    flat = [tuple(np.asarray(v, float).reshape(50, -1) for v in pair) for pair in zip(exact, y)]
+    wanted = np.mean([metrics.r2_score(*pair, multioutput="variance_weighted") for pair in flat])
+    np.testing.assert_allclose(scores.r2_to_float.finish(means), wanted, rtol=1e-4)
+    with pytest.raises(fheq.FheqError, match="the model has 4"):
+        scores.agreement(y, exact, None)
+
+
 def test_tensors_inside_the_model_are_scored_by_name() -> None:
     found = prepared(GEMM)
     result = fheq.sweep(

@@ -69,7 +69,7 @@ def settle_decisions(graph: Graph) -> Graph:
     reads = {d: _reads(graph, found, d) for d in dict.fromkeys(f.decision for f in derived.values())}
     settled = {d for d, names in reads.items() if _worthwhile(graph, found, names)}
     draft = Draft(graph)
-    numbers: Numbers = {}
+    numbers = Numbers(draft, found)
     for node in graph.nodes:
         mine = found.get(node.outputs[0])
         if mine is not None and mine.decision in settled and node.outputs[0] != mine.decision:
@@ -246,14 +246,31 @@ def _chosen(draft: Draft, node: Node, f: Decided) -> None:
     draft.apply(node, "Where", _moved_to(draft, node, f, f.decision), *ends, out=node.outputs[0])
 
 
-Numbers = dict[tuple[str, np.dtype], str]  # decisions as numbers of a type: one tensor for all their readers
+class Numbers:
+    """Decisions as numbers of a type: one tensor for all their readers, which keeps the name it has in a settled graph."""
+
+    def __init__(self, draft: Draft, found: Mapping[str, Decided]) -> None:
+        self.draft = draft
+        self.written: dict[tuple[str, np.dtype], str] = {}
+        self.names = {
+            (f.decision, draft.types[name].dtype): name
+            for name, f in [*found.items()][::-1]
+            if name != f.decision and f.plain and not f.summed and np.array_equal(f.elements, found[f.decision].elements)
+        }
+
+    def of(self, node: Node, decision: str, dtype: np.dtype) -> str:
+        key = decision, dtype
+        if key not in self.written:
+            name = self.names.get(key) or self.draft.fresh(f"{decision}/{dtype.name}")
+            self.written[key] = self.draft.apply(node, "Cast", decision, out=name, to=CODES[dtype])
+        return self.written[key]
 
 
 def _affine(draft: Draft, node: Node, f: Decided, numbers: Numbers) -> str:
     """A function of a decision as `off + slope * decision`, for one reader."""
     if f.off.dtype == np.bool_:
-        return draft.cast(node, _moved_to(draft, node, f, _numbers(draft, node, f, np.dtype(np.float32), numbers)), np.bool_)
-    x = _moved_to(draft, node, f, _numbers(draft, node, f, f.off.dtype, numbers))
+        return draft.cast(node, _moved_to(draft, node, f, numbers.of(node, f.decision, np.dtype(np.float32))), np.bool_)
+    x = _moved_to(draft, node, f, numbers.of(node, f.decision, f.off.dtype))
     for op, values, still in (("Mul", f.slope, 1), ("Add", f.off, 0)):
         if not np.all(values == still):
             known = values.ravel()[0] if np.all(values == values.ravel()[0]) else values
@@ -270,14 +287,6 @@ def _moved_to(draft: Draft, node: Node, f: Decided, bits: str) -> str:
     return draft.pick(node, bits, at.reshape(f.elements.shape))
 
 
-def _numbers(draft: Draft, node: Node, f: Decided, dtype: np.dtype, numbers: Numbers) -> str:
-    key = f.decision, np.dtype(dtype)
-    if key not in numbers:
-        name = draft.fresh(f"{f.decision}/{key[1].name}")
-        numbers[key] = draft.apply(node, "Cast", f.decision, out=name, to=CODES[key[1]])
-    return numbers[key]
-
-
 def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Decided], numbers: Numbers) -> bool:
     """Writes a linear node whose weights cannot take in the functions that it reads as a product with the decision."""
     (name, f), *more = written.items()
@@ -291,7 +300,7 @@ def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Dec
     used, which = np.unique(f.elements.ravel()[varying], return_inverse=True)
     weight = np.zeros((len(used), len(matrix)))
     np.add.at(weight, which, (matrix * f.slope.ravel())[:, varying].T)
-    bits = _numbers(draft, node, f, kind, numbers)
+    bits = numbers.of(node, f.decision, kind)
     bits = draft.reshape(node, bits, (1, math.prod(draft.types[bits].shape)))
     if len(used) < draft.types[bits].shape[1]:
         bits = draft.apply(node, "Gather", bits, draft.constant(f"{out}/used", used, np.dtype(np.int64)), axis=1)

@@ -19,7 +19,7 @@ class Group:
 
     Args:
         readers: linear steps; the inputs of all have the same channels.
-        share: share of the model's tables that one channel takes.
+        share: share of the model's tables that one channel takes; none of what the client encodes.
     """
 
     key: str
@@ -42,7 +42,9 @@ def read_by_linear(layout: Plan) -> list[Group]:
         first, *others = (elements_by_channel(step) for step in steps)
         alike = all(len(s) == len(first) and all(map(np.array_equal, s, first)) for s in others)
         if alike and _disjoint(first):
-            found.append(Group(key, tuple(steps), max(map(len, first)) / tables))
+            free = not tables or key in layout.encoded_ahead
+            share = 0.0 if free else max(map(len, first)) / tables
+            found.append(Group(key, tuple(steps), share))
     return found
 
 

@@ -26,7 +26,7 @@ def with_learned(graph: Graph, qparams: QParams, learned: Learned) -> tuple[Grap
     layout = plan(graph)
     tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
     changed = {s.out: s for s in tuned.steps if isinstance(s, Linear) and s.out in learned.weights}
-    return rejoined(graph, with_weights(layout.graph, changed)), qparams
+    return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph, qparams
 
 
 @jax.tree_util.register_dataclass
