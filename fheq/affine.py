@@ -172,7 +172,10 @@ def bit_length(span: float) -> int:
 def fake_quant(affine: Affine, x: Array) -> Array:
     """`dequantize(quantize(x))`, differentiable in x straight through and in scale as LSQ (arXiv 1902.08153)."""
     a = affine.expanded(jnp.ndim(x))
-    steps = jnp.clip(x / a.scale, a.qmin - a.zero_point, a.qmax - a.zero_point)  # the bounds are integers: clip, then round
+    low, high = a.qmin - a.zero_point, a.qmax - a.zero_point
+    unit = jax.lax.stop_gradient(a.scale)
+    x = jnp.clip(x, unit * (low - 1), unit * (high + 1))  # of infinity not even 0 times the derivative by the scale is 0
+    steps = jnp.clip(x / a.scale, low, high)  # the bounds are integers: clip, then round
     return a.scale * straight_through(_whole(a, steps) - a.zero_point, steps)
 
 

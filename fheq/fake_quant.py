@@ -12,14 +12,16 @@ import numpy as np
 
 from fheq import affine
 from fheq.arrays.compiled import compiled_for
+from fheq.arrays.slopes import with_finite_slopes
 from fheq.batching import filled, join, over_samples
 from fheq.evaluate import evaluate_sample, unwrap
-from fheq.graph import Graph
+from fheq.graph import Graph, Node
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
 from fheq.integers.cell_thresholds import meets_stated_steps
 from fheq.integers.decoders import join_pieces
 from fheq.integers.integer_weights import along_inputs, apply_form, quantize_weight
 from fheq.interpret import run_node
+from fheq.ops.table import Kind, lookup
 from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
@@ -143,7 +145,6 @@ def tensor_values(
         quantized = affine.fake_quant(qparams.tensors[name], real)
         env[name] = quantized if layout.graph.types[name].dtype.kind == "f" else quantized.astype(value.dtype)
     steps = {step.out: step for step in layout.steps}
-    read = lambda name: env[name] if name in env else jnp.asarray(layout.graph.constants[name])
     for node in layout.graph.nodes:
         step = steps.get(node.outputs[0])
         if node.outputs[0] in layout.encoded:
@@ -155,13 +156,27 @@ def tensor_values(
             if step.out in layout.unrounded:
                 env[as_decrypted(step.out)] = rounded(qparams, prepared, step, y, decrypted=True)
             continue
-        values = run_node(node, read, layout.graph.constants)
+        values = _node_values(layout.graph, node, env)
         env.update((n, v) for n, v in zip(node.outputs, values) if n)
         if any(n in layout.unrounded for n in node.outputs):
-            exact = lambda name: env[as_decrypted(name)] if as_decrypted(name) in env else read(name)
-            values = run_node(node, exact, layout.graph.constants)
+            exact = {n: env[as_decrypted(n)] for n in node.inputs if as_decrypted(n) in env}
+            values = _node_values(layout.graph, node, {**env, **exact})
             env.update((as_decrypted(n), v) for n, v in zip(node.outputs, values) if n)
     return env
+
+
+def _node_values(graph: Graph, node: Node, env: Mapping[str, Array]) -> tuple[Array, ...]:
+    """The outputs of a node that is no step."""
+    read = lambda name: env[name] if name in env else jnp.asarray(graph.constants[name])
+    real = [n for n in dict.fromkeys(node.inputs) if n in env and jnp.issubdtype(env[n].dtype, jnp.floating)]
+    if lookup(node).kind is not Kind.ELEMENTWISE or not real or graph.types[node.outputs[0]].dtype.kind != "f":
+        return run_node(node, read, graph.constants)
+
+    def value(*xs: Array) -> Array:
+        given = dict(zip(real, xs))
+        return run_node(node, lambda name: given[name] if name in given else read(name), graph.constants)[0]
+
+    return (with_finite_slopes(value)(*(env[name] for name in real)),)
 
 
 def as_decrypted(name: str) -> str:

@@ -133,7 +133,8 @@ def tune(
 def _optimizer(training: Training) -> GradientTransformation:
     import optax
 
-    return optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
+    adam = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
+    return optax.apply_if_finite(adam, training.steps)  # a step whose gradient is no number is left out
 
 
 class Targets(NamedTuple):

@@ -13,6 +13,7 @@ from models import as_tuple, prepared
 
 import fheq
 from fheq import Rounding, Spec
+from fheq.arrays.slopes import with_finite_slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 GEMM = "gemm_with_alpha_beta_and_transposes"
@@ -137,6 +138,17 @@ def test_many_bits_are_the_float_model(name: str) -> None:
         as_tuple(fheq.fake_quant(found.graph, q, *found.data)), as_tuple(fheq.evaluate(found.graph, *found.data))
     ):
         assert np.max(np.abs(np.asarray(a) - b)) < 4e-4 * np.ptp(b)
+
+
+def test_slopes_that_are_no_numbers_are_0() -> None:
+    """At the ends of a domain and beyond; elsewhere they are those of the function, forwards and backwards."""
+    x, y = jnp.array([-1.0, 0.0, 4.0, 9.0]), jnp.array([1.0, 2.0, 0.0, 2.0])
+    f = with_finite_slopes(lambda x, y: jnp.sqrt(x) / y)
+    by_x, by_y = np.array([0, 0, 0, 1 / 12]), np.array([0, 0, 0, -3 / 4])
+    backwards = jax.grad(lambda x, y: jnp.sum(f(x, y)), (0, 1))(x, y)
+    forwards = [jax.jvp(lambda v: f(v, y), (x,), (jnp.ones(4),))[1], jax.jvp(lambda v: f(x, v), (y,), (jnp.ones(4),))[1]]
+    for found in (backwards, forwards):
+        np.testing.assert_allclose(found, [by_x, by_y])
 
 
 def test_it_works_inside_other_transforms() -> None:

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import onnx
 import pytest
+from build_models import model, node, tensor
 
 import fheq
 from fheq.digits import load
 from fheq.integers.integer_weights import quantize_weight
 from fheq.planning.plan import plan
-from fheq.steps import Linear
+from fheq.steps import Add, Linear
 
 SPEC = fheq.Spec(3, rounding=fheq.Rounding(3, approximate=True))
 TRAINING = fheq.Training(steps=150, batch_size=32)
@@ -39,6 +41,39 @@ def test_the_integer_program_comes_nearer_to_the_float_model(fitted):
     exact = np.asarray(fheq.evaluate(graph, unseen))
     tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=TRAINING)
     assert unexplained(simulated(*tuned, unseen), exact) < 0.8 * unexplained(simulated(graph, qparams, unseen), exact)
+
+
+def encoder() -> onnx.ModelProto:
+    """Attention between normalised tokens and what it adds, normalised again: sums of tensors that share their steps."""
+    nodes = [
+        node("LayerNormalization", ["x", "one", "none"], ["n"]),
+        *(node("MatMul", ["n", w], [y]) for w, y in (("wq", "q"), ("wk", "k"), ("wv", "v"))),
+        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "kt"], ["scores"]),
+        node("Softmax", ["scores"], ["p"]),
+        node("MatMul", ["p", "v"], ["a"]),
+        node("Add", ["x", "a"], ["s"]),
+        node("LayerNormalization", ["s", "one", "none"], ["m"]),
+        node("MatMul", ["m", "w"], ["y"]),
+    ]
+    known = {"one": np.ones(8, np.float32), "none": np.zeros(8, np.float32), "w": tensor(8, 3)}
+    return model(nodes, {"x": ["N", 3, 8]}, ["y"], {**known, **{name: tensor(8, 8) for name in ("wq", "wk", "wv")}})
+
+
+def test_sums_of_tensors_that_share_their_steps_stay_sums() -> None:
+    """Roots and logarithms of noisy values that leave their domain do not spoil it either."""
+    graph, x = fheq.import_onnx(encoder()), np.random.default_rng(0).normal(size=(200, 3, 8)).astype(np.float32)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), fheq.Spec(5, rounding=fheq.Rounding(5)))
+    training = fheq.Training(steps=100, batch_size=32)
+    tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=training)
+    exact = np.asarray(fheq.evaluate(graph, x))
+    assert unexplained(simulated(*tuned, x), exact) < unexplained(simulated(graph, qparams, x), exact)
+    layout, (_, learned) = plan(graph), tuned
+    factors = {name: learned.tensors[name].scale / a.scale for name, a in qparams.tensors.items()}
+    assert max(float(np.ptp(f)) for f in factors.values()) > 0
+    for step in (s for s in layout.steps if isinstance(s, Add)):
+        read = [np.unique(factors[o.key]) for o in step.operands if o.key in factors]
+        assert all(np.array_equal(read[0], other) for other in read), step.out
 
 
 def test_the_same_key_gives_the_same_weights_and_the_integers_are_those_of_fake_quantization(fitted):
@@ -88,8 +123,8 @@ def test_bits_and_roundings_stay(fitted):
     _, tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=2))
     for name, accumulator in qparams.accumulators.items():
         assert np.array_equal(tuned.accumulators[name].lsbs, accumulator.lsbs)
-    for name, tensor in qparams.tensors.items():
-        assert np.array_equal(tuned.tensors[name].qmax, tensor.qmax)
+    for name, affine in qparams.tensors.items():
+        assert np.array_equal(tuned.tensors[name].qmax, affine.qmax)
 
 
 def test_adaptive_rounding_leaves_every_weight_beside_its_place(fitted):

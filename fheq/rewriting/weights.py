@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeGuard
@@ -26,6 +26,12 @@ def replaceable(graph: Graph, step: Step) -> TypeGuard[Linear]:
     if readers != 1 or not plain or not graph.constants[step.weight_name].ndim == step.weight.ndim >= 2:
         return False
     return _takes_bias(graph, step.node) or step.out not in {port.name for port in graph.outputs}
+
+
+def takes_bias(graph: Graph, points: Container[str], step: Linear) -> bool:
+    """Whether `with_weights` can change the bias of a replaceable step and leave the quantizers of a plan in place: those of
+    a product of stacked matrices that is quantized as it is would be of the sum behind it."""
+    return _takes_bias(graph, step.node) or step.out not in points
 
 
 def _takes_bias(graph: Graph, node: Node) -> bool:
@@ -61,11 +67,12 @@ def _write(draft: Draft, node: Node, step: Linear, renamed: dict[str, str]) -> N
         bias = np.broadcast_to(step.bias, np.broadcast_shapes(np.shape(step.bias), (channels,)))
     del draft.constants[step.weight_name], draft.types[step.weight_name]
     weight = draft.constant(step.weight_name, step.weight, dtype)
-    offset = draft.constant(f"{base}/bias", bias, dtype)
     if not _takes_bias(draft.graph, node):
         draft.write(replace(node, inputs=(node.inputs[0], weight)))
-        renamed[base] = draft.apply(node, "Add", base, offset)
+        if np.any(bias):
+            renamed[base] = draft.apply(node, "Add", base, draft.constant(f"{base}/bias", bias, dtype))
         return
+    offset = draft.constant(f"{base}/bias", bias, dtype)
     op = "Conv" if node.op == "Conv" else "Gemm"
     plain = {} if op == "Conv" else {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
     attrs = MappingProxyType({**node.attrs, **plain})

@@ -39,7 +39,7 @@ def correct_biases(graph: Graph, qparams: QParams, *inputs: Any) -> tuple[Graph,
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     learned = initial(layout, qparams)
-    names = tuple(learned.weights)
+    names = tuple(learned.biases)
     mean = lambda name, v: jnp.mean(by_channel(layout, name, v), axis=(0, 1))
 
     @jax.jit

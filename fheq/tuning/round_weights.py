@@ -19,7 +19,7 @@ from fheq.integers.integer_weights import quantize_weight
 from fheq.interpret import interpret
 from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
-from fheq.rewriting.weights import replaceable, with_weights
+from fheq.rewriting.weights import replaceable, takes_bias, with_weights
 from fheq.steps import Linear
 from fheq.tuning.surgeon import Reader, features, one_matrix
 
@@ -50,7 +50,9 @@ def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
             run = partial(tensor_values, tuned, qparams, prepare(tuned, qparams))
             values = jax.vmap(lambda *x, run=run, key=step.x.key: run(*x)[key])(*data)
             reader = Reader.observe(step, features(step, exact), features(step, {step.x.key: values}, qparams))
-            changed[step.out] = _rounded(layout, qparams, reader)
+            rounded = _rounded(layout, qparams, reader)
+            keeps = not takes_bias(layout.graph, layout.points, step)
+            changed[step.out] = replace(rounded, bias=step.bias) if keeps else rounded
     return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
 
 
