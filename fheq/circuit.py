@@ -206,6 +206,7 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
         graph = compiler.trace([sample], configuration)
         measure = graph.measure_bounds
         graph.measure_bounds = lambda inputset: tracing.bounds(measure(inputset))
+        tracing.size_unread_inputs(graph)
         return compiler.compile([sample], configuration)
     except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, NotImplementedError) as error:
         raise CompileError(_explain(program, error)) from error

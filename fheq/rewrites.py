@@ -19,7 +19,7 @@ from fheq.rewriting.batchnorm import fold_batch_norms
 from fheq.rewriting.compose import compose as compose
 from fheq.rewriting.decisions import settle_decisions as settle_decisions
 from fheq.rewriting.decompose import decompose as decompose
-from fheq.rewriting.edit import Draft
+from fheq.rewriting.edit import CODES, Draft
 from fheq.rewriting.fold import fold
 from fheq.rewriting.joined import compose_joined as compose_joined
 from fheq.rewriting.known_parts import separate_known_parts as separate_known_parts
@@ -56,6 +56,25 @@ def remove_identities(graph: Graph) -> Graph:
     pinned = {back.get(name, name): affine for name, affine in graph.pinned.items()}
     pinned = {names.get(name, name): affine for name, affine in pinned.items()}
     return prune(graph.replace(nodes=tuple(nodes), pinned=pinned))
+
+
+def state_forms(graph: Graph) -> Graph:
+    """Pad's value as an input and not as an attribute, as before opset 11; CastLike as the Cast that it stands for."""
+    if not any(node.op in ("CastLike", "Pad") for node in graph.nodes):
+        return graph
+    draft = Draft(graph)
+    for node in graph.nodes:
+        if node.domain:
+            draft.write(node)
+        elif node.op == "CastLike" and (kind := graph.types[node.inputs[1]].dtype) in CODES:
+            draft.apply(node, "Cast", node.inputs[0], out=node.outputs[0], to=CODES[kind])
+        elif node.op == "Pad" and len(node.inputs) == 1 and node.attrs["mode"] == "constant":
+            pads = draft.constant(f"{node.outputs[0]}/pads", node.attrs["pads"], np.dtype(np.int64))
+            value = draft.constant(f"{node.outputs[0]}/value", node.attrs["value"], graph.types[node.inputs[0]].dtype)
+            draft.apply(node, "Pad", node.inputs[0], pads, value, out=node.outputs[0], mode="constant")
+        else:
+            draft.write(node)
+    return fold(draft.finish())
 
 
 def know_zeros(graph: Graph) -> Graph:
@@ -114,6 +133,7 @@ def separate_sums(graph: Graph) -> Graph:
 
 
 DEFAULT_REWRITES: tuple[Rewrite, ...] = (
+    state_forms,
     know_zeros,
     expand_estimators,
     separate_sums,

@@ -38,7 +38,7 @@ def as_score(score: Score | Measure) -> Score:
 def accuracy(y: Array, exact: Array, target: Array) -> Array:
     """Share of samples whose largest output is the one that `target` (an index) names."""
     del exact
-    return jnp.argmax(_single(y)) == jnp.ravel(target)[0]
+    return jnp.argmax(_single(y)) == _wanted(target)[0]
 
 
 def agreement(y: Array, exact: Array, target: Array) -> Array:
@@ -71,6 +71,17 @@ def _single(v: Any) -> Array:
     return jnp.ravel(v)
 
 
+def _wanted(target: Any) -> Array:
+    """A target as a vector.
+
+    Raises:
+        DataError: there is none.
+    """
+    if target is None:
+        raise DataError("this score compares with targets: pass targets=")
+    return jnp.ravel(target)
+
+
 class _Spread(NamedTuple):
     """Of an output: squared errors, what is wanted and its squares, element by element."""
 
@@ -94,7 +105,7 @@ def _explained_of_each(means: list[_Spread]) -> Array:
     return jnp.mean(jnp.stack([_explained(of_output) for of_output in means]))
 
 
-r2 = Score(lambda y, exact, target: _spread(_single(y), target), _explained)
+r2 = Score(lambda y, exact, target: _spread(_single(y), _wanted(target)), _explained)
 """R2 of a single output against the targets, over all its elements."""
 
 r2_to_float = Score(

@@ -74,6 +74,11 @@ def test_a_clear_input() -> None:
     assert_encrypted_is_simulated(program, circuit, X[:2], Z[:2])
 
 
+def test_an_input_that_nothing_reads() -> None:
+    program = lowered([node("Gemm", ["x", "w"], ["y"])], ("x", "z"), ("y",), Spec(SMALL))
+    assert_encrypted_is_simulated(program, fheq.compile(program, p_error=P_ERROR), X[:1], Z[:1])
+
+
 def test_approximate_rounding_is_within_a_cell() -> None:
     """Rounded to 3 bits: an accumulator may fall into a neighbouring cell, so the table's result into the next entry."""
     nodes = [node("Gemm", ["x", "w"], ["h"]), node("Identity", ["h"], ["i"]), node("Relu", ["i"], ["y"])]

@@ -298,3 +298,27 @@ def test_an_output_without_elements_is_refused_by_name(others):
     assert "output 'y' has no elements" in found.cause
     with pytest.raises(UnsupportedError, match=r"output 'y' has no elements.*drop it"):
         fheq.calibrate(graph, tensor(60, 4))
+
+
+def of_version(opset: int, *nodes: onnx.NodeProto) -> onnx.ModelProto:
+    known = {"w": np.ones((4, 2), np.float32), "one": np.ones(1, np.float32)}
+    made = model([*nodes, node("MatMul", ["h", "w"], ["y"])], {"x": ["N", 4]}, ["y"], known)
+    made.opset_import[0].version = opset
+    return made
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        of_version(9, node("Pad", ["x"], ["h"], pads=[0, 1, 0, -1], value=0.5, mode="constant")),
+        of_version(15, node("CastLike", ["one", "x"], ["c"]), node("Mul", ["c", "x"], ["h"])),
+    ],
+    ids=["Pad's value as an attribute", "CastLike of what is known"],
+)
+def test_forms_of_other_versions_are_those_of_today(proto: onnx.ModelProto) -> None:
+    assert fheq.check(proto) == []
+    graph, x = fheq.import_onnx(proto), np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 8))
+    got = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    step = float(np.max(program.inputs[0].affine.scale))
+    np.testing.assert_allclose(got, reference(proto, x)[0], atol=4 * step / 2)  # half a step for each summand

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -70,8 +71,9 @@ def test_a_stopped_run_goes_on_and_gives_the_same_answer(found, monkeypatch):
 
 def test_a_folder_of_another_search_is_refused(found):
     run, _, folder, _ = found
-    with pytest.raises(fheq.FheqError, match="another model"):
-        run(key=1, folder=folder)
+    for other in ({"key": 1}, {"score": lambda y, exact, target: -jnp.sum((y - exact) ** 2)}):
+        with pytest.raises(fheq.FheqError, match="another model"):
+            run(folder=folder, **other)
 
 
 def test_a_budget_is_kept_and_an_impossible_one_is_refused(found):
@@ -95,6 +97,21 @@ def test_own_scores_have_targets(found):
     run, _, _, (_, _, y) = found
     front = run(score=accuracy, targets=y, target=0.5)
     assert 0 <= front[0].score <= 1 and front.float_score > 0.9
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        (40, {"score": accuracy}, "compares with targets"),
+        (40, {"score": accuracy, "targets": np.zeros(30)}, "must have 40 samples"),
+        (40, {"score": lambda y, exact, target: y - exact}, r"one number, and this one is \(10,\)"),
+        (4, {}, "less than 2 to score"),
+    ],
+)
+def test_scores_that_cannot_be_computed_are_refused(samples, options, message):
+    graph, data = load()
+    with pytest.raises(fheq.FheqError, match=message):
+        fheq.search(graph, data["x_train"][:samples], key=jax.random.key(0), space=SPACE, **options)
 
 
 def test_candidates_are_spread_over_what_their_scores_miss():

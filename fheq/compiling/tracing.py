@@ -97,6 +97,12 @@ class Tracing:
         }
         return {**measured, **known}
 
+    def size_unread_inputs(self, graph: Any) -> None:
+        """Gives inputs that nothing reads their ranges, without which concrete refuses what is encrypted for them."""
+        for node in graph.input_nodes.values():
+            if node not in graph.graph:
+                node.output.dtype.update_to_represent(np.array(self.ranges[node]))
+
     def _emit(self, instruction: Instruction, args: list[Any]) -> Any:
         from concrete import fhe
 

@@ -60,14 +60,18 @@ class Judge:
         n = len(parts[0])
         order = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(n)
         held = round(n * space.held_out)
-        if not 0 < held < n:
-            raise DataError(f"held_out={space.held_out} of {n} samples leaves none to fit to or none to score")
+        if not 2 <= held < n:
+            raise DataError(f"held_out={space.held_out} of {n} samples leaves less than 2 to score or none to fit to")
+        for leaf in jax.tree.leaves(targets):
+            if np.shape(leaf)[:1] != (n,):
+                raise DataError(f"targets must have {n} samples along the first axis, as the inputs; got {np.shape(leaf)}")
         whole = lambda at: tuple(join(port, part[at]) for port, part in zip(graph.inputs, parts))
         self.data, self.held = whole(order[held:]), whole(order[:held])
         self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
-        floats = evaluate(graph, *self.held)
-        self.exact = unwrap(self.outputs(floats))
-        self.best = self.measured(floats)
+        floats = self.outputs(evaluate(graph, *self.held))
+        self.exact = unwrap(floats)
+        self.best = self.scored(floats)
+        others = self.scored([np.roll(v, 1, axis=0) for v in floats])  # which tells this score from others
         # One function for all sweeps, which are then compiled once for each graph.
         self.to_float = Score(lambda y, _, t: score.measure(y, t[0], t[1]), score.finish)
         # What is tried may be extended from one run to the next; what results depend on may not.
@@ -75,7 +79,7 @@ class Judge:
             space.spec,
             (space.input_bits, space.output_bits),
             space.held_out,
-            getattr(score.measure, "__qualname__", ""),
+            f"{others:.4g}",
         )
         arrays = (*graph.constants.values(), *parts, jax.random.key_data(key), *jax.tree.leaves(targets))
         self.memory = Memory(folder, fingerprint(graph.nodes, options, *map(np.asarray, arrays)))
@@ -87,10 +91,18 @@ class Judge:
         return [np.asarray(split(p, v, "output")).reshape(-1, *p.shape) for p, v in zip(ports, values)]
 
     def measured(self, results: Any) -> float:
-        """The score of outputs."""
-        values = jax.vmap(self.score.measure)(unwrap(self.outputs(results)), self.exact, self.targets)
+        """The score of the model's results."""
+        return self.scored(self.outputs(results))
+
+    def scored(self, outputs: list[np.ndarray]) -> float:
+        values = jax.vmap(self.score.measure)(unwrap(outputs), self.exact, self.targets)
         means = jax.tree.map(lambda v: jnp.mean(jnp.asarray(v, jnp.float32), axis=0), values)
-        return float(self.score.finish(means))
+        found = self.score.finish(means)
+        if [np.shape(leaf) for leaf in jax.tree.leaves(found)] != [()]:
+            raise DataError(
+                f"a score must be one number, and this one is {jax.tree.map(np.shape, found)}: take a mean of them"
+            )
+        return float(jax.tree.leaves(found)[0])
 
     def swept(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates, of one graph, with their scores by one sweep and their predicted costs."""

@@ -41,7 +41,9 @@ class Memory:
         for line in whole.splitlines():
             self.values.update(json.loads(line))
         if self.values.setdefault("fingerprint", fingerprint) != fingerprint:
-            raise DataError(f"{str(self.folder)!r} holds results of another model, other data or other options")
+            raise DataError(
+                f"{str(self.folder)!r} holds results of another model, other data, another score or other options"
+            )
         if whole:
             os.truncate(path, len(whole) + 1)
         else:
