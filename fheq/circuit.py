@@ -213,7 +213,9 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
 
 
 def _explain(program: IntProgram, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+    lines = (str(error) or type(error).__name__).strip().splitlines()
+    # Beneath what it cannot compile concrete writes why; else the last line says it.
+    reason = " ".join(line.strip(" ^") for line in lines if line.startswith("^")) or lines[-1]
     widest = max(program.lookups, key=lambda t: t.bits, default=None)
     if widest is None:
         return f"concrete-python cannot compile the program: {reason}"

@@ -146,6 +146,9 @@ class Report:
         by_width = ", ".join(f"{n:,} of {width} bits" for width, n in self.bootstraps_by_width.items())
         text.append(f"{self.bootstraps:,} bootstraps" + (f": {by_width}" if by_width else ""))
         operations = f"{self.complexity / 1e6:,.1f} M operations predicted at p_error {self.p_error:.3g}"
+        if not np.isfinite(self.complexity):
+            remedy = "round accumulators, approximately where they are wide, lower n_bits or raise p_error"
+            operations = f"no parameters hold that beside tables at p_error {self.p_error:.3g}: {remedy}"
         text.append(f"widest integer {self.max_bits} bits; {operations}")
         return "\n".join(text)
 

@@ -163,6 +163,20 @@ def test_a_table_beside_a_sum_too_wide_for_tables_reads_its_own_bits() -> None:
         np.testing.assert_array_equal(got[1], np.full((1, 2), value**2 % 61))
 
 
+def test_what_no_parameters_hold_says_so() -> None:
+    """A table's noise times 2^17, and a table on every bit of the product: concrete takes none on so many."""
+    emit = Emitter()
+    x = emit.input("x", (1, 2), 15)
+    once = emit.lookup(x, np.arange(16)[None], np.zeros(2, int), 0, 4, "once")
+    high = emit.round(emit.scale(once, np.asarray(1 << 17)), 17, False)
+    wide = emit.lookup(high, np.arange(16)[None], np.zeros(2, int), 17, 4, "wide")
+    program = of_one_input(emit, (1, 2), 15, [wide])
+    report = fheq.cost(program)
+    assert report.complexity == np.inf and "no parameters hold" in str(report)
+    with pytest.raises(fheq.FheqError, match="only up to 16-bit table lookups are supported"):
+        fheq.compile(program)
+
+
 def repeating(rng: np.random.Generator, bits: int, ties: bool) -> IntProgram:
     """Tables whose rows are constant on blocks of their own, but for ties: first integers that go with the block before."""
     emit, rows = Emitter(), int(rng.integers(1, 4))
