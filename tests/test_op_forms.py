@@ -318,7 +318,9 @@ def of_version(opset: int, *nodes: onnx.NodeProto) -> onnx.ModelProto:
 def test_forms_of_other_versions_are_those_of_today(proto: onnx.ModelProto) -> None:
     assert fheq.check(proto) == []
     graph, x = fheq.import_onnx(proto), np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 8))
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 8)
+    program = fheq.lower(graph, qparams)
     got = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, x), atol=1e-5)
     step = float(np.max(program.inputs[0].affine.scale))
     np.testing.assert_allclose(got, reference(proto, x)[0], atol=4 * step / 2)  # half a step for each summand

@@ -130,7 +130,9 @@ def input_channels(step: Linear, x: Decoder) -> tuple[Array, Array, Array]:
     scale, start, low = (leaf[first] for leaf in (x.scale, x.offset, x.low))
     unit = xp.where(still, 0, abs(scale)).max()
     unit = xp.where(unit == 0, 1, unit)
-    return unit, xp.where(still, 0, scale / unit), xp.where(still | (scale == 0), scale * low + start, start)
+    known = np.all(step.x.elements.reshape(step.x.shape) < 0, axis=others)  # exactly, wherever the grid lies
+    value = xp.where(known, step.x.fill.reshape(step.x.shape)[first], scale * low + start)
+    return unit, xp.where(still, 0, scale / unit), xp.where(still | (scale == 0), value, start)
 
 
 def along_inputs(step: Linear, v: Array) -> Array:
