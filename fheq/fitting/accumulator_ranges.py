@@ -67,8 +67,8 @@ def operand_rounding(layout: Plan, qparams: QParams, step: Step, weights: Weight
 def _factor_rounding(layout: Plan, qparams: QParams, step: Product) -> np.ndarray:
     """How far the rounding of both factors can move a product, in its steps and shape: half a step of one times the other.
 
-    A factor that hardly varies where the other one is large, as a deviation and the reciprocal of all deviations' size, makes
-    the observed range small beside that.
+    Beside that an observed range is small where one factor is large when the other one is small, as a deviation is and the
+    reciprocal of the size of all.
     """
     decoders = (operand_decoder(layout, qparams, operand) for operand in step.operands)
     ends = ([np.abs(end + np.round(d.offset / d.scale)) for end in (d.low, d.high)] for d in decoders)
