@@ -31,19 +31,6 @@ def test_a_factor_that_hardly_varies_costs_no_bits(size: float, granularity: fhe
     assert errors[0] < size * step / np.sqrt(12) * np.hypot(1, 1 / 2) * 1.03  # of 6,000 values: known to 1 %
 
 
-@pytest.mark.parametrize(("features", "bits"), [(2, 4), (2, 5), (6, 6)])
-def test_a_vector_by_its_length_stays_in_range(features: int, bits: int) -> None:
-    """The reciprocal of the length is large where the vector is small: what was seen of their product says little of what
-    their roundings make of it."""
-    nodes = [node("ReduceL2", ["x"], ["n"], axes=[1]), node("Div", ["x", "n"], ["h"]), node("MatMul", ["h", "w"], ["y"])]
-    rng = np.random.default_rng(0)
-    known = {"w": rng.normal(size=(features, 2)).astype(np.float32)}
-    graph = fheq.import_onnx(model(nodes, {"x": ["N", features]}, ["y"], known))
-    x = rng.normal(size=(200, features)).astype(np.float32)
-    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), fheq.Spec(bits, rounding=fheq.Rounding(5))))
-    assert {row.share for row in fheq.overflow(program, *program.quantize(x)).rows} == {0}
-
-
 COSINES = {
     "root of a product": ([("Mul", "aa", "bb"), ("Sqrt", "t0"), ("Max", "t1", "eps"), ("Div", "d", "t2")], 2),
     "guard inside": ([("Mul", "aa", "bb"), ("Add", "t0", "eps"), ("Sqrt", "t1"), ("Div", "d", "t2")], 2),
@@ -88,4 +75,4 @@ def test_a_cosine_keeps_its_precision_where_norms_vary() -> None:
         np.sum(x * z, 1, keepdims=True) / np.linalg.norm(x, axis=1, keepdims=True) / np.linalg.norm(z, axis=1, keepdims=True)
     )
     want = want.reshape(got.shape)
-    assert 1 - np.sum((got - want) ** 2) / np.sum((want - want.mean()) ** 2) > 0.9
+    assert 1 - np.sum((got - want) ** 2) / np.sum((want - want.mean()) ** 2) > 0.95

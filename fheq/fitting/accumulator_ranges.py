@@ -8,7 +8,7 @@ import numpy as np
 
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.integers.bounds import Bounds, channel_bounds
-from fheq.integers.decoders import operand_decoder, step_of
+from fheq.integers.decoders import step_of
 from fheq.integers.integer_weights import Weights, quantize_weight
 from fheq.observing.clipping import tails
 from fheq.observing.statistics import Stats, TensorStats, of_statistics
@@ -17,7 +17,7 @@ from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.spec import AccumulatorRange, Spec
-from fheq.steps import Add, Linear, Operand, Product, Step, Sum, counts_decisions
+from fheq.steps import Add, Linear, Operand, Step, Sum, counts_decisions
 
 OUTSIDE = 1e-5  # share of values that may fall outside of an observed range with its margin
 DEVIATIONS = 4.42  # beyond as many standard deviations lies that share of a normal distribution
@@ -39,8 +39,6 @@ def observed_bounds(
     low, high = channel_bounds(Bounds(*seen), axis)
     half = (high - low) / 2
     more = np.hypot(half, DEVIATIONS * operand_rounding(layout, qparams, step, weights)) - half
-    if isinstance(step, Product) and not step.contract:
-        more = channel_bounds(Bounds(*(_factor_rounding(layout, qparams, step),) * 2), axis).high
     return Bounds(np.floor(low - more), np.ceil(high + more))
 
 
@@ -62,17 +60,6 @@ def operand_rounding(layout: Plan, qparams: QParams, step: Step, weights: Weight
         m, n, _ = multipliers(layout, qparams, step, *summands(layout, qparams, step))
         variance = np.max(np.square(m) * a + np.square(n) * b)
     return np.sqrt(np.asarray(variance) / 12)
-
-
-def _factor_rounding(layout: Plan, qparams: QParams, step: Product) -> np.ndarray:
-    """How far the rounding of both factors can move a product, in its steps and shape: half a step of one times the other.
-
-    Beside that an observed range is small where one factor is large when the other one is small, as a deviation is and the
-    reciprocal of the size of all.
-    """
-    decoders = (operand_decoder(layout, qparams, operand) for operand in step.operands)
-    ends = ([np.abs(end + np.round(d.offset / d.scale)) for end in (d.low, d.high)] for d in decoders)
-    return np.asarray(sum(np.maximum(*pair) for pair in ends) / 2)
 
 
 def _summand_rounding(layout: Plan, qparams: QParams, operand: Operand) -> float:
