@@ -60,21 +60,26 @@ def remove_identities(graph: Graph) -> Graph:
 
 def state_forms(graph: Graph) -> Graph:
     """Pad's value as an input and not as an attribute, as before opset 11; CastLike as the Cast that it stands for."""
-    if not any(node.op in ("CastLike", "Pad") for node in graph.nodes):
+    if not any(_is_restated(graph, node) for node in graph.nodes):
         return graph
     draft = Draft(graph)
     for node in graph.nodes:
-        if node.domain:
+        if not _is_restated(graph, node):
             draft.write(node)
-        elif node.op == "CastLike" and (kind := graph.types[node.inputs[1]].dtype) in CODES:
+        elif node.op == "CastLike":
+            kind = graph.types[node.inputs[1]].dtype
             draft.apply(node, "Cast", node.inputs[0], out=node.outputs[0], to=CODES[kind])
-        elif node.op == "Pad" and len(node.inputs) == 1 and node.attrs["mode"] == "constant":
+        else:
             pads = draft.constant(f"{node.outputs[0]}/pads", node.attrs["pads"], np.dtype(np.int64))
             value = draft.constant(f"{node.outputs[0]}/value", node.attrs["value"], graph.types[node.inputs[0]].dtype)
             draft.apply(node, "Pad", node.inputs[0], pads, value, out=node.outputs[0], mode="constant")
-        else:
-            draft.write(node)
     return fold(draft.finish())
+
+
+def _is_restated(graph: Graph, node: Node) -> bool:
+    if (node.domain, node.op) == ("", "CastLike"):
+        return graph.types[node.inputs[1]].dtype in CODES
+    return (node.domain, node.op, len(node.inputs)) == ("", "Pad", 1) and node.attrs["mode"] == "constant"
 
 
 def know_zeros(graph: Graph) -> Graph:
