@@ -23,7 +23,7 @@ from fheq.arrays.compiled import compiled_for
 from fheq.batching import check_arrays
 from fheq.client.outputs import split
 from fheq.display.progress import track
-from fheq.encryption.table_noise import missed, noise_at_tables, tabulated
+from fheq.encryption.table_noise import draws, missed, noise_at_tables, tabulated
 from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
@@ -230,7 +230,7 @@ class _Task:
 
         def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
             drop, disturb = jax.random.split(key)
-            disturbed = partial(missed, noise, disturb)
+            disturbed = partial(missed, noise, draws(layout, disturb))
             kept = self.dropped(qparams, drop)
             env = tensor_values(layout, kept, prepared, *sample, disturbed=disturbed, blocks=self.blocks)
             return self.error(layout, qparams, env, outputs, hints)

@@ -100,7 +100,7 @@ class _Search:
             for spec, qparams in zip(specs, fit_each(graph, stats, specs), strict=True):
                 name = f"pruned {tolerance:g}, {spec_name(spec)}"
                 group += [Candidate(name, p, graph, stats, spec, qparams) for p in self.space.p_errors]
-            found += self.judge.swept(group)
+            found += self.judge.rivals(group, found)
         return found
 
     def refined(self, pool: list[Candidate], target: float | None) -> list[Candidate]:
@@ -138,7 +138,10 @@ class _Search:
         """Points of reconstructed candidates: spread over the front, or by bisection where the target is just reached."""
         count, found = self.space.reconstructions, []
         if target is None:
-            for candidate in track(self.promising(pool, None, between(count)), "reconstructing", self.progress):
+            chosen = self.promising(pool, None, between(count))
+            graphs = [c.graph for c in pool]
+            chosen.sort(key=lambda c: graphs.index(c.graph))  # those of one graph together: it is compiled once
+            for candidate in track(chosen, "reconstructing", self.progress):
                 found += self.tuned(candidate)
             return found
         front = undominated([c.complexity for c in pool], [c.score for c in pool])

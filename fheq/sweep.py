@@ -22,7 +22,7 @@ from fheq.arrays.compiled import compiled_for
 from fheq.arrays.sharding import DATA, configuration_axes, gather, local_mesh, size
 from fheq.batching import check_arrays
 from fheq.display.progress import track
-from fheq.encryption.table_noise import TableNoise, missed
+from fheq.encryption.table_noise import TableNoise, draws, missed
 from fheq.errors import DataError, QuantizationError
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.fake_quant import output_values, prepare, results, tensor_values
@@ -170,16 +170,17 @@ def _sums_part(
     def block(_: None, data: Any) -> tuple[None, dict[str, Any]]:
         parts, targets, numbers, keep = data
         exact = jax.vmap(partial(_exact, graph, names))(*parts)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.PRNGKey(0)))(numbers)
+        drawn = jax.vmap(partial(draws, layout))(keys)
 
-        def measure(configuration: Any, target: Any, want: Any, number: Array, *sample: Array) -> dict[str, Any]:
+        def measure(configuration: Any, target: Any, want: Any, drawn: Any, *sample: Array) -> dict[str, Any]:
             q, noise, known = configuration
-            key = jax.random.fold_in(jax.random.PRNGKey(0), number)
-            disturbed = None if noise is None else partial(missed, noise, key)
+            disturbed = None if noise is None else partial(missed, noise, drawn)
             y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample, disturbed=disturbed))
             return {name: found(y, want, target) for name, found in measures}
 
         def total(configuration: Any) -> dict[str, Any]:
-            values = jax.vmap(partial(measure, configuration))(targets, exact, numbers, *parts)
+            values = jax.vmap(partial(measure, configuration))(targets, exact, drawn, *parts)
             return jax.tree.map(partial(_total, keep), values)
 
         # One after the other: together, the values of all would leave the caches after every operation.

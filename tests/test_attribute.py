@@ -13,7 +13,7 @@ from models import prepared
 import fheq
 from fheq import Rounding, Spec, scores
 from fheq.attribute import switch
-from fheq.encryption.table_noise import missed
+from fheq.encryption.table_noise import draws, missed
 from fheq.planning.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -93,8 +93,9 @@ def test_tables_that_miss_are_a_stage_and_miss_as_often_as_they_should() -> None
     assert row[3] > 1e-3 and result.outputs[3] < result.outputs[2] - 1
     assert np.isnan(result.alone[result.names.index("x"), 3])
     noise = fheq.table_noise(found.graph, q, p_error)
-    step = next(s for s in plan(found.graph).steps if s.out == "h")
-    many = jax.vmap(lambda key: missed(noise, key, step, jnp.zeros(step.shape)))(
+    layout = plan(found.graph)
+    step = next(s for s in layout.steps if s.out == "h")
+    many = jax.vmap(lambda key: missed(noise, draws(layout, key), step, jnp.zeros(step.shape)))(
         jax.random.split(jax.random.PRNGKey(1), 4000)
     )
     share = np.mean(np.asarray(many) != 0)
@@ -107,7 +108,7 @@ def test_tables_that_miss_are_a_stage_and_miss_as_often_as_they_should() -> None
 def test_p_error_is_swept_as_any_leaf() -> None:
     found = prepared(GEMM)
     q = fheq.fit(found.graph, found.stats, Spec(6, rounding=Rounding(6)))
-    chances = np.array([0.0, 1e-3, 1e-2, 1e-1])
+    chances = np.array([0.0, 0.1, 0.3, 0.6])
     noise = jax.vmap(lambda p: fheq.table_noise(found.graph, q, p))(chances)
     result = fheq.sweep(found.graph, fheq.stack([q] * 4), *found.data, scores={"snr": scores.snr}, noise=noise)
     quiet = fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={"snr": scores.snr})

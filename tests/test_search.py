@@ -12,10 +12,12 @@ import pytest
 
 import fheq
 from fheq.digits import load
-from fheq.scores import accuracy
+from fheq.fit import fit_each
+from fheq.scores import accuracy, as_score, r2_to_float
 from fheq.searching import memory
 from fheq.searching.allocate import Change, allocations
-from fheq.searching.front import spaced
+from fheq.searching.front import spaced, undominated
+from fheq.searching.judge import Candidate, Judge
 
 SPACE = fheq.Space(
     tolerances=(0.0, 0.3),
@@ -136,6 +138,20 @@ def test_results_are_whole_or_absent(tmp_path):
     assert resumed.values == {"fingerprint": "a", "y": 2}
     assert resumed.value("z", lambda: 4) == 4
     assert memory.Memory(tmp_path, "a").values == {"fingerprint": "a", "y": 2, "z": 4}
+
+
+def test_costs_that_are_not_predicted_leave_the_front_as_it_is(found):
+    """Against the front of all candidates' costs."""
+    graph, x, _ = found[3]
+    space = fheq.Space(weight_bits=(5, 8), spare_bits=(0,))
+    judge = Judge(graph, (x,), jax.random.key(0), as_score(r2_to_float), None, space, None, False)
+    stats, specs = fheq.calibrate(graph, *judge.data), space.specs()
+    pairs = list(zip(specs, fit_each(graph, stats, specs), strict=True))
+    candidates = [Candidate(str(n), p, graph, stats, s, q) for n, (s, q) in enumerate(pairs) for p in space.p_errors]
+    every, few = judge.swept(candidates), judge.rivals(candidates, [])
+    front = lambda pool: [pool[i] for i in undominated([c.complexity for c in pool], [c.score for c in pool])]
+    assert [(c.score, c.complexity) for c in front(few)] == [(c.score, c.complexity) for c in front(every)]
+    assert len(few) < 0.9 * len(every)
 
 
 def test_allocations_are_the_best_sets_for_their_cost():

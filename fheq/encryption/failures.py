@@ -9,6 +9,7 @@ Izabachène, "TFHE: Fast Fully Homomorphic Encryption over the Torus" (J. Crypto
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import jax
@@ -36,16 +37,24 @@ class Ciphertexts:
         self.program = program
         self.noise = noise
         self.spread = spread
-        self.key = key
-        self.drawn = 0
         self.flat = leveled(program)
         self.unrounded = {i.out: i for i in program.instructions if isinstance(i, Round) and i.approximate}
         self.read: dict[str, Array] = {}
+        # All at once: a generator for every value would take most of the time to compile.
+        self.normals = jax.random.normal(key, (self.draws(),), jnp.float32)
+
+    def draws(self) -> int:
+        """How many numbers a run draws."""
+        tables = {i.args[0] for i in self.program.lookups if self.flat.tables[i.out] >= 0}
+        names = [*(tables | (set(self.unrounded) & set(self.flat.roundings))), *(e.value for e in self.program.outputs)]
+        for i in self.program.instructions:
+            names += [i.out] * (i.lsbs if isinstance(i, Round) and not i.approximate else 0)
+        return sum(prod(self.program.values[name].shape) for name in names)
 
     def normal(self, shape: tuple[int, ...]) -> Array:
         """The next standard normals."""
-        self.drawn += 1
-        return jax.random.normal(jax.random.fold_in(self.key, self.drawn), shape, jnp.float32)
+        found, self.normals = self.normals[: prod(shape)], self.normals[prod(shape) :]
+        return found.reshape(shape)
 
     def deviation(self, name: str, worst: Array, share: Array | float) -> Array:
         """Of each element of a value, from that of the noisiest and the part of its variance that differs."""

@@ -8,10 +8,12 @@ most that, so this is what an encrypted run may lose, without lowering anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fheq.graph import Graph
 from fheq.integers.accumulator_decoders import accumulator_decoder
@@ -63,15 +65,28 @@ def noise_at_tables(layout: Plan, qparams: QParams, p_error: Array | Mapping[str
     return TableNoise(deviation, width, between)
 
 
-def missed(noise: TableNoise, key: Array, step: Step, value: Array) -> Array:
-    """A real accumulator with the noise that its table reads it through; of whole cells, where it lies at their centres.
+def draws(layout: Plan, key: Array) -> dict[str, Array]:
+    """Standard normals for one sample, by the accumulator that a table reads.
+
+    All at once: a generator for every accumulator would take most of the time to compile.
 
     Args:
         key: of `jax.random`, the sample's own.
     """
+    steps = tabulated(layout)
+    ends = np.cumsum([prod(step.shape) for step in steps], dtype=int)
+    normals = jax.random.normal(key, (ends[-1] if steps else 0,), jnp.result_type(float))
+    return {step.out: part.reshape(step.shape) for step, part in zip(steps, jnp.split(normals, ends[:-1]))}
+
+
+def missed(noise: TableNoise, drawn: Mapping[str, Array], step: Step, value: Array) -> Array:
+    """A real accumulator with the noise that its table reads it through; of whole cells, where it lies at their centres.
+
+    Args:
+        drawn: by `draws`.
+    """
     if step.out not in noise.deviation:
         return value
-    own = jax.random.fold_in(key, sorted(noise.deviation).index(step.out))
-    cells = noise.deviation[step.out] * jax.random.normal(own, step.shape, value.dtype)
+    cells = noise.deviation[step.out] * drawn[step.out]
     cells = jnp.where(noise.between[step.out], cells, jnp.round(cells))
     return value + (cells * noise.width[step.out]).reshape(step.shape)

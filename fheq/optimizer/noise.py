@@ -81,7 +81,7 @@ def keyswitch_variance(log2_base: np.ndarray, level: np.ndarray, dimension: np.n
     return decomposition + Q2 / 16 + level * secure_variance(dimension) * (base**2 + 2) / 12
 
 
-def keyswitch_cost(source: np.ndarray, dimension: np.ndarray, level: np.ndarray) -> np.ndarray:
+def keyswitch_cost(source: np.ndarray, dimension: np.ndarray, level: np.ndarray | int) -> np.ndarray:
     """Operations of a key switch from `source` to `dimension` coefficients."""
     return source * level * (2 * dimension + 3) - dimension
 

@@ -26,7 +26,8 @@ from fheq.optimizer.points import Points, chosen
 STEP = 16
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
 DESCENTS = 6
-PROMISING = 4
+PROMISING = 4  # pairs (k, N) for which n is searched
+PROBED = 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +155,12 @@ class _Search:
             fits = rows <= limit[:, None]
             level = fits.argmax(axis=1)
             found, variance = fits[np.arange(len(n)), level], rows[np.arange(len(n)), level]
-        cost = noise.keyswitch_cost(source, n, self.levels[level])
+        cost = self.switch_cost(points, pair, self.levels[level])
         return np.where(found, cost, np.inf), source * variance
+
+    def switch_cost(self, points: Points, pair: Pair, levels: np.ndarray | int) -> np.ndarray:
+        """Cost of a key switch of some levels."""
+        return noise.keyswitch_cost(self.glwe.dimension[points.glwe[pair[0]]], points.small[pair[1]], levels)
 
     def total(self, points: Points, below: float = np.inf) -> np.ndarray:
         """Cost of every candidate, infinite if it breaks a constraint or costs more than `below`."""
@@ -164,12 +169,16 @@ class _Search:
             cost = cost + number * self.boot_cost(points, p)
         for pair, number in self.problem.conversions:
             cost = cost + number * self.conversion(points, pair)[1]
-        holds, limits = self.limits(points)
+        least = sum(number * self.switch_cost(points, pair, 1) for pair, number in self.problem.switches)
         out = np.full(len(cost), np.inf)
-        where = np.flatnonzero(holds & (cost < below))
+        where = np.flatnonzero(cost + least < below)
+        if not len(where):
+            return out
         kept, cost = points[where], cost[where]
+        holds, limits = self.limits(kept)
+        where, kept, cost = where[holds], kept[holds], cost[holds]
         for pair, number in self.problem.switches:
-            cost = cost + number * self.switch(kept, pair, chosen(limits[pair], where))[0]
+            cost = cost + number * self.switch(kept, pair, chosen(limits[pair], holds))[0]
         out[where] = cost
         return out
 
@@ -231,16 +240,23 @@ class _Search:
         for every in (STEP, 1):
             g, n = np.meshgrid(glwes, noise.LWE_DIMENSIONS[::every], indexing="ij")
             points = self.candidates(p, point, g.ravel(), n.ravel(), best, shares)
-            total = self.total(points, best)
+            few = points[::PROBED]  # what the most promising of them cost bounds what is looked at
+            bound = np.sort(self.lowest(few, p, self.total(few, best)))[PROMISING - 1]
+            total = self.total(points, min(best, np.nextafter(bound, np.inf)))
             at = int(np.argmin(total)) if len(total) else 0
             if not len(total) or not np.isfinite(total[at]):
                 break
             found, best = points[at : at + 1], float(total[at])
-            lowest = np.full(len(self.glwe.k), np.inf)
-            np.minimum.at(lowest, points.glwe[p], total)
+            lowest = self.lowest(points, p, total)
             glwes = np.argsort(lowest)[: min(PROMISING, int(np.isfinite(lowest).sum()))]
             shares = (SHARES[at * len(SHARES) // len(total)],)
         return found, best
+
+    def lowest(self, points: Points, p: int, total: np.ndarray) -> np.ndarray:
+        """The least of candidates' costs for each (k, N) of a partition."""
+        lowest = np.full(len(self.glwe.k), np.inf)
+        np.minimum.at(lowest, points.glwe[p], total)
+        return lowest
 
     def candidates(
         self, p: int, point: Points, g: np.ndarray, n: np.ndarray, best: float, shares: tuple[float, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -106,6 +107,26 @@ class Judge:
 
     def swept(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates, of one graph, with their scores by one sweep and their predicted costs."""
+        return [replace(c, complexity=self.predicted(c)) for c in self.scored_together(candidates)]
+
+    def rivals(self, candidates: list[Candidate], known: list[Candidate]) -> list[Candidate]:
+        """`swept` without those that others, or known ones, are sure to surpass, whose costs are not predicted.
+
+        A quantization costs no less at a smaller p_error: what it costs at a larger one is a bound.
+        """
+        found = list(known)
+        scored = self.scored_together(candidates)
+        groups = [sorted(group, key=lambda c: -c.p_error) for _, group in groupby(scored, lambda c: c.name)]
+        for group in sorted(groups, key=lambda group: -group[0].score):  # the best are those that surpass the most
+            least = 0.0
+            for c in group:
+                if not any(k.complexity <= least and k.score >= c.score for k in found):
+                    least = self.predicted(c)
+                    found.append(replace(c, complexity=least))
+        return found[len(known) :]
+
+    def scored_together(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates, of one graph, with their scores by one sweep."""
         if not candidates:
             return []
         names = "/".join(f"{c.name} at {c.p_error:g}" for c in candidates)
@@ -125,7 +146,7 @@ class Judge:
             return np.asarray(found.scores["score"], np.float64).tolist()
 
         scores = self.memory.value(f"scores of {fingerprint(names)}", run)
-        return [replace(c, score=s, complexity=self.predicted(c)) for c, s in zip(candidates, scores)]
+        return [replace(c, score=s) for c, s in zip(candidates, scores)]
 
     def predicted(self, candidate: Candidate) -> float:
         """Operations; infinite where no parameters are found."""
