@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build_models import model, node
+from build_models import model, node, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CASES, as_tuple
@@ -122,6 +122,25 @@ def test_integers_that_are_compared_keep_all_bits() -> None:
     graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], known, kinds={"x": 7, "y": 1}))
     x = RNG.integers(0, 256, (300, 3))
     assert np.all(fheq.fit(graph, fheq.calibrate(graph, x), 4).tensors["x"].scale == 1)
+
+
+def test_integers_of_too_few_bits_stay_integers() -> None:
+    """In whole steps that a sum and a maximum share: in fake quantization, in circuits and in what is exported."""
+    nodes = [
+        node("Mul", ["a", "k"], ["m"]),
+        node("Add", ["m", "b"], ["s"]),
+        node("Mod", ["s", "seven"], ["r"]),
+        node("Max", ["r", "b"], ["y"]),
+    ]
+    known = {"k": np.array([2, 3, 5]), "seven": np.array(7)}
+    proto = model(nodes, {"a": ["N", 3], "b": ["N", 3]}, ["y"], known, kinds=dict.fromkeys("aby", 7))
+    graph, inputs = fheq.import_onnx(proto), (RNG.integers(0, 15, (300, 3)), RNG.integers(0, 8, (300, 3)))
+    qparams = fheq.fit(graph, fheq.calibrate(graph, *inputs), 6)
+    assert qparams.tensors["b"].scale > 1 and qparams.tensors["b"].scale % 1 == 0
+    program = fheq.lower(graph, qparams)
+    got = program.dequantize(fheq.simulate(program, *program.quantize(*inputs)))[0]
+    np.testing.assert_array_equal(got, np.asarray(fheq.fake_quant(graph, qparams, *inputs)))
+    np.testing.assert_array_equal(got, reference(fheq.export_qdq(graph, qparams), *inputs)[0])
 
 
 def test_quotients_of_integers_are_cut_off() -> None:

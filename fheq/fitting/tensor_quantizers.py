@@ -203,7 +203,7 @@ def _affine(
         low = np.min([ranges[m][0] for m in members], axis=0)
         high = np.max([ranges[m][1] for m in members], axis=0)
         bits = max(ranges[m][2] for m in members)
-        scale = _scale(low, high, bits) if len(members) > 1 else scales[key]
+        scale = _steps(layout, key, low, high, bits) if len(members) > 1 else scales[key]
     else:
         scale = np.max([scales[m] for m in members], axis=0)
         if sharing.group[key] not in sharing.exact and _own_steps_count(layout, key, scale, scales):

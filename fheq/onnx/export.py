@@ -79,7 +79,7 @@ class _Export:
             affine, name = self.qparams.tensors[port.name], port.name
             if port.type.dtype.kind == "f":
                 write_quantizer(self.writer, self.given_in(name), affine, port.type.shape, self.raw(name))
-            elif not is_weighed(layout, name):
+            elif not is_weighed(layout, name) and np.all(affine.scale == 1):
                 self.writer.emit("Identity", [name], self.raw(name))
             else:
                 self.quantized(port.type, name, affine, self.raw(name))
