@@ -47,15 +47,19 @@ class Learned:
 def initial(layout: Plan, qparams: QParams) -> Learned:
     """The model's own weights, no change of biases and scales."""
     steps = [step for step in layout.steps if isinstance(step, Linear) and replaceable(layout.graph, step)]
-    bias = lambda s: jnp.zeros((s.weight.shape[s.weight_axis], *(1,) * (-s.channel - 1)))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for name, first in tied(layout, qparams).items():
         shapes.setdefault(first, set()).add(np.shape(qparams.tensors[name].scale))
     return Learned(
         {s.out: jnp.asarray(s.weight, jnp.float32) for s in steps},
-        {s.out: bias(s) for s in steps if takes_bias(layout.graph, layout.points, s)},
+        {s.out: zero_bias(s) for s in steps if takes_bias(layout.graph, layout.points, s)},
         {first: jnp.zeros(found.pop() if len(found) == 1 else ()) for first, found in shapes.items()},
     )
+
+
+def zero_bias(step: Linear) -> Array:
+    """No change of a bias, by output channel."""
+    return jnp.zeros((step.weight.shape[step.weight_axis], *(1,) * (-step.channel - 1)))
 
 
 def tied(layout: Plan, qparams: QParams) -> Mapping[str, str]:

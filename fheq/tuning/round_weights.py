@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
+from fheq.arrays.compiled import compiled_for
 from fheq.batching import check_arrays
 from fheq.client.outputs import rejoined
 from fheq.fake_quant import prepare, tensor_values
@@ -21,6 +21,7 @@ from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, takes_bias, with_weights
 from fheq.steps import Linear
+from fheq.tuning.learned import zero_bias
 from fheq.tuning.surgeon import Reader, features, one_matrix
 
 
@@ -41,19 +42,37 @@ def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
     layout = plan(graph)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     steps = [s for s in layout.steps if isinstance(s, Linear) and replaceable(layout.graph, s) and one_matrix(s)]
-    changed: dict[str, Linear] = {}
-    targets = list(dict.fromkeys(step.x.key for step in steps))
+    changed = {step.out: step for step in steps}
     with enable_x64():
-        exact = jax.vmap(lambda *x: interpret(layout.graph, dict(zip(layout.inputs, x)), targets=targets))(*data)
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), qparams)
+        exact = jax.vmap(lambda *x: interpret(layout.graph, dict(zip(layout.inputs, x)), targets=_read(layout)))(*data)
         for step in steps:
-            tuned = replace(layout, steps=tuple(changed.get(s.out, s) for s in layout.steps))
-            run = partial(tensor_values, tuned, qparams, prepare(tuned, qparams))
-            values = jax.vmap(lambda *x, run=run, key=step.x.key: run(*x)[key])(*data)
-            reader = Reader.observe(step, features(step, exact), features(step, {step.x.key: values}, qparams))
+            weights = {out: (np.float64(s.weight), s.bias + zero_bias(s)) for out, s in changed.items()}
+            values = _quantized(layout, wide, weights, *data)
+            reader = Reader.observe(step, features(step, exact), features(step, values, qparams))
             rounded = _rounded(layout, qparams, reader)
             keeps = not takes_bias(layout.graph, layout.points, step)
             changed[step.out] = replace(rounded, bias=step.bias) if keeps else rounded
     return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
+
+
+def _read(layout: Plan) -> list[str]:
+    """The tensors that linear steps read."""
+    return list(dict.fromkeys(step.x.key for step in layout.steps if isinstance(step, Linear)))
+
+
+@compiled_for(1)
+def _quantized(layout: Plan, qparams: QParams, weights: dict[str, tuple[Any, Any]], *data: Any) -> dict[str, Any]:
+    """What linear steps read, all samples of it, with the weights and biases of some by the tensors that they make."""
+    changed = lambda s: replace(s, weight=weights[s.out][0], bias=weights[s.out][1]) if s.out in weights else s
+    tuned = replace(layout, steps=tuple(map(changed, layout.steps)))
+    prepared, names = prepare(tuned, qparams), _read(layout)
+
+    def one(*sample: Any) -> dict[str, Any]:
+        env = tensor_values(tuned, qparams, prepared, *sample)
+        return {name: env[name] for name in names}
+
+    return jax.vmap(one)(*data)
 
 
 def _rounded(layout: Plan, qparams: QParams, reader: Reader) -> Linear:
