@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
+from fheq.errors import UnsupportedError
 from fheq.graph import Graph, Node
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, find, lookup
@@ -152,6 +153,9 @@ class Elements:
             tensor: name of a tensor in a region.
             need: flat indices, shape `(G,)`.
             source: gives the real values `(G, V)` of elements `(G,)` of a source tensor.
+
+        Raises:
+            UnsupportedError: the operators in the region are too many for Python's stack.
         """
         memo: dict[tuple[str, bytes], Any] = {}
 
@@ -161,7 +165,13 @@ class Elements:
                 memo[key] = self._value(name, need, source, visit)
             return memo[key]
 
-        return visit(tensor, np.asarray(need, np.int64))
+        try:
+            return visit(tensor, np.asarray(need, np.int64))
+        except RecursionError:
+            raise UnsupportedError(
+                f"tensor {tensor!r}: hundreds of operators follow one another between two layers; fuse them, or raise "
+                "Python's limit (sys.setrecursionlimit)"
+            ) from None
 
     def _value(self, name: str, need: np.ndarray, source: Callable, visit: Callable) -> Any:
         if name in self._graph.constants:

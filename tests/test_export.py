@@ -15,7 +15,7 @@ from models import as_tuple
 import fheq
 from fheq import AccumulatorRange, Granularity, Rounding, Spec
 from fheq.affine import LEAVES
-from fheq.errors import ModelError
+from fheq.errors import ModelError, UnsupportedError
 from fheq.planning.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -311,6 +311,13 @@ def test_onnxruntime_runs_an_exported_product_as_it_does_by_default():
     session = onnxruntime.InferenceSession(fheq.export_qdq(graph, qparams).SerializeToString())
     (got,) = session.run(None, {"a": a, "b": b})
     np.testing.assert_allclose(got, fheq.fake_quant(graph, qparams, a, b), atol=1e-5)
+
+
+def test_a_tensor_named_as_what_is_written_for_another_is_refused_by_name():
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Sigmoid", ["h"], ["h/scale"]), node("MatMul", ["h/scale", "w"], ["y"])]
+    graph, x = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"], {"w": tensor(3, 3)})), tensor(20, 3)
+    with pytest.raises(UnsupportedError, match=r"'h/scale' .*'h': rename it"):
+        fheq.export_qdq(graph, fheq.fit(graph, fheq.calibrate(graph, x), 6))
 
 
 def test_outputs_that_are_known_need_no_encryption() -> None:

@@ -139,6 +139,15 @@ CIRCUITS = {
         model([EMPTY, node("Concat", ["e", "x"], ["c"], axis=1), node("Relu", ["c"], ["y"])], {"x": ["N", 2]}, ["y"], MOVED),
         [tensor(4, 2)],
     ),
+    "nothing before a layer": (
+        model(
+            [node("Concat", ["x", "none"], ["c"], axis=1), node("MatMul", ["c", "w"], ["y"])],
+            {"x": [1, 2]},
+            ["y"],
+            {"none": np.zeros((1, 0), np.float32), "w": tensor(2, 2)},
+        ),
+        [tensor(1, 2)],
+    ),
     "a product over nothing": (
         model(
             [EMPTY, node("MatMul", ["e", "w"], ["p"]), node("Add", ["p", "x"], ["a"]), node("Relu", ["a"], ["y"])],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,9 @@ class Writer:
 
         Args:
             functions: those that nodes may call.
+
+        Raises:
+            UnsupportedError: a tensor of the model is named as what is written for another one.
         """
         # Import takes a first axis of 1 for the samples; any other has to be named.
         named = any(p.batch_axis for p in (*inputs, *outputs))
@@ -107,6 +111,9 @@ class Writer:
             return helper.make_tensor_value_info(p.name, helper.np_dtype_to_tensor_dtype(p.type.dtype), shape)
 
         nodes = self._live({port.name for port in outputs})
+        made = Counter([*self.constants, *(p.name for p in inputs), *(name for n in self.nodes for name in n.output if name)])
+        for name in (n for n, count in made.items() if count > 1):
+            raise UnsupportedError(f"tensor {name!r} is named as what is written here for {name.rsplit('/', 1)[0]!r}: rename it")
         used = {name for node in nodes for name in node.input}
         tensors = [numpy_helper.from_array(v, k) for k, v in self.constants.items() if k in used]
         proto = helper.make_graph(nodes, "quantized", [info(p) for p in inputs], [info(p) for p in outputs], tensors)

@@ -56,6 +56,8 @@ def _separated(draft: Draft, node: Node) -> bool:
 
 def _is_uneven(node: Node, value: np.ndarray, channel: int) -> bool:
     """Whether a channel of a known part has several values, the zeros that a convolution pads with among them."""
+    if not value.size:
+        return False
     rows = np.moveaxis(value, channel, 0).reshape(value.shape[channel], -1)
     padded = node.op in _CONVOLUTIONS and (
         node.op == "ConvTranspose" or any(node.attrs.get("pads") or ()) or "SAME" in str(node.attrs.get("auto_pad", ""))
