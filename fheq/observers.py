@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from fheq.errors import QuantizationError
 from fheq.observing.clipping import End, clip_error, ends
 from fheq.observing.statistics import HIGH, HISTOGRAM, LOW, MOMENTS, PARTS, TensorStats, bins, of_statistics
 
@@ -60,6 +61,10 @@ class Percentile:
 
     percent: float = 99.9
     reads: ClassVar[tuple[str, ...]] = (HISTOGRAM,)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise QuantizationError(f"percent must be above 0 and at most 100, got {self.percent!r}")
 
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Observer`."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from numbers import Integral
+from numbers import Integral, Real
 
 from fheq.errors import QuantizationError
 from fheq.observers import MeanSquaredError, Observer
 
 DEFAULT_MODEL_BITS = 5
 MAX_TABLE_BITS = 16
+MAX_BITS = 24  # float32, in which models compute, tells no more apart
 _KEYS = ("op_inputs", "op_weights", "model_inputs", "model_outputs")
 
 
@@ -67,7 +68,7 @@ def get_n_bits_dict(n_bits: int | Mapping[str, int]) -> dict[str, int]:
             has op_inputs and op_weights and may have model_inputs (default 5) and model_outputs (default max(5, op_inputs)).
 
     Raises:
-        ValueError: an unknown or missing key, a value that is no integer or below 1, model_outputs below op_inputs.
+        ValueError: an unknown or missing key, a value that is no integer or not from 1 to 24, model_outputs below op_inputs.
     """
     if isinstance(n_bits, Mapping):
         given = dict(n_bits)
@@ -96,8 +97,23 @@ def get_n_bits_dict(n_bits: int | Mapping[str, int]) -> dict[str, int]:
 def _check_bits(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise BitsError(f"{what} must be an integer, got {value!r}")
-    if value < 1:
+    if int(value) < 1:
         raise BitsError(f"{what} must be at least 1, got {value}")
+    if int(value) > MAX_BITS:
+        raise BitsError(f"{what} must be at most {MAX_BITS}, got {value}")
+
+
+def _check_kinds(options: Override | Spec, kinds: Mapping[str, type]) -> None:
+    """Checks what cannot be told apart later on: a word in place of a choice would be as good as none."""
+    for name, kind in kinds.items():
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, kind):
+            choices = f" ({', '.join(map(str, kind))})" if issubclass(kind, Enum) else ""
+            raise QuantizationError(f"{name} must be a {kind.__name__}{choices}, got {value!r}")
+    for name in ("observer", "input_observer"):
+        observer = getattr(options, name, None)
+        if observer is not None and (isinstance(observer, type) or not callable(getattr(observer, "range", None))):
+            raise QuantizationError(f"{name} must be an observer, such as MinMax() or Percentile(99.9), got {observer!r}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,11 @@ class Override:
     granularity: Granularity | None = None
     observer: Observer | None = None
     rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_bits is not None:
+            _check_bits("an override's n_bits", self.n_bits)
+        _check_kinds(self, {"granularity": Granularity, "rounding": Rounding})
 
 
 @dataclass(frozen=True)
@@ -147,10 +168,15 @@ class Spec:
     def __post_init__(self) -> None:
         if self.n_bits is not None:
             get_n_bits_dict(self.n_bits)
+        kinds = {"activations": Granularity, "weights": Granularity, "symmetry": Symmetry, "accumulators": AccumulatorRange}
+        _check_kinds(self, {**kinds, "rounding": Rounding, "output_rounding": Rounding, "overrides": Mapping})
+        for name, override in self.overrides.items():
+            if not isinstance(override, Override):
+                raise QuantizationError(f"overrides[{name!r}] must be an Override, got {override!r}")
         if self.output_rounding is not None and not self.output_rounding.approximate:
             raise QuantizationError("output_rounding must be approximate: exact rounding takes tables and saves none here")
-        if not 0 <= self.margin <= 10:
-            raise QuantizationError(f"margin must be between 0 and 10 (a fraction of the range), got {self.margin}")
+        if not isinstance(self.margin, Real) or not 0 <= self.margin <= 10:
+            raise QuantizationError(f"margin must be between 0 and 10 (a fraction of the range), got {self.margin!r}")
 
     def bits(self) -> dict[str, int]:
         """The four bit-widths.

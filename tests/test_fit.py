@@ -328,3 +328,23 @@ def test_an_override_of_a_layer_that_was_composed_says_so(name: str) -> None:
     stats = fheq.calibrate(graph, np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32))
     with pytest.raises(QuantizationError, match=f"{name}.*composed.*override what it became.*v/composed"):
         fheq.fit(graph, stats, Spec(6, overrides={name: Override(n_bits=3)}))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Spec(5, weights="per_tensor"), "weights must be a Granularity"),
+        (lambda: Spec(5, accumulators="worst_case"), r"accumulators must be .*AccumulatorRange\.WORST_CASE"),
+        (lambda: Spec(5, rounding=4), "rounding must be a Rounding, got 4"),
+        (lambda: Spec(5, observer=fheq.MinMax), "observer must be an observer"),
+        (lambda: Spec(5, margin="a"), "margin must be between"),
+        (lambda: Spec(5, overrides={"h": 3}), r"overrides\['h'\] must be an Override"),
+        (lambda: Spec(32), "n_bits must be at most 24, got 32"),
+        (lambda: fheq.Override(n_bits=2.5), "override's n_bits must be an integer"),
+        (lambda: fheq.Override(granularity="per_tensor"), "granularity must be a Granularity"),
+        (lambda: fheq.Percentile(101), "percent must be above 0"),
+    ],
+)
+def test_options_of_another_kind_are_refused_by_name(make, message):
+    with pytest.raises(QuantizationError, match=message):
+        make()

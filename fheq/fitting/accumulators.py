@@ -19,7 +19,7 @@ from fheq.integers.bounds import Bounds, channel_bounds, worst_case
 from fheq.integers.cell_thresholds import block_bits, meets_stated_steps, shift_onto_blocks, shift_onto_thresholds
 from fheq.integers.integer_weights import Reading, Weights, quantize_weight
 from fheq.observing.statistics import Stats
-from fheq.planning.granularity import channel_axis, first_of_channel
+from fheq.planning.granularity import channel_axis, first_of_channel, varies_in_channel
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams, unsigned
 from fheq.spec import MAX_TABLE_BITS, Rounding, Spec
@@ -81,6 +81,9 @@ def fit_accumulator(
     if stated is not None:
         return stated
     rounding = rounding_of(layout, spec, step)
+    if isinstance(step, Add) and sums_accumulators(layout, step):
+        qparams = _in_one_unit(layout, qparams, step)
+        worst = channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     if rounding is not None and isinstance(step, Add) and sums_accumulators(layout, step):
         qparams = _in_smaller_units(layout, qparams, step, bounds, rounding)
@@ -122,10 +125,24 @@ def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds,
         parts = np.maximum(np.floor(room / span), 1)
         if np.min(parts * span) >= FULL * room:
             break
+    scale = np.broadcast_to(accumulator_decoder(layout, qparams, step)[0], step.shape)
+    unit = np.ravel(first_of_channel(scale, channel_axis(layout, step.out))) / parts
+    return _in_units(layout, qparams, step, unit)
+
+
+def _in_one_unit(layout: Plan, qparams: QParams, step: Add) -> QParams:
+    """`qparams` with the least unit of each channel of a sum of accumulators, where those of its elements differ."""
     axis = channel_axis(layout, step.out)
     scale = np.broadcast_to(accumulator_decoder(layout, qparams, step)[0], step.shape)
-    unit = np.ravel(first_of_channel(scale, axis)) / parts
-    zero = np.zeros_like(unit)
+    if not varies_in_channel(scale, axis):
+        return qparams
+    others = tuple(i for i in range(scale.ndim) if axis is None or i != axis % scale.ndim)
+    return _in_units(layout, qparams, step, np.ravel(np.min(scale, axis=others)))
+
+
+def _in_units(layout: Plan, qparams: QParams, step: Add, unit: np.ndarray) -> QParams:
+    """`qparams` with one unit for each channel of a sum of accumulators."""
+    axis, zero = channel_axis(layout, step.out), np.zeros_like(unit)
     known = Affine(unit if axis is not None else unit[0], *(zero,) * 4, axis)
     return replace(qparams, accumulators={**qparams.accumulators, step.out: known})
 

@@ -2,7 +2,8 @@
 
 A sum takes each of its operands by a whole number of times. Where a layer's result is added to a tensor, a little coarser
 weights make one step of the tensor a whole number of those of the layer. Where two layers are added, the one of finer steps
-gets coarser ones, of which a whole number makes a step of the other: its error stays the lesser one.
+gets coarser ones, of which a whole number makes a step of the other: its error stays the lesser one. Where the channels of
+what is added lie otherwise than the sum's, all steps are powers of two of one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 from fheq.affine import Affine, as_float32
 from fheq.fitting.accumulators import rounding_of
 from fheq.fitting.stated_weights import stated_weight
-from fheq.integers.accumulator_decoders import summands, sums_accumulators
+from fheq.integers.accumulator_decoders import Summand, accumulator_decoder, summands, sums_accumulators
 from fheq.integers.decoders import step_of
 from fheq.observing.statistics import Stats, TensorStats
-from fheq.planning.granularity import channel_axis, first_of_channel
+from fheq.planning.granularity import channel_axis, first_of_channel, varies_in_channel
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
@@ -43,20 +44,22 @@ def fit_sums(layout: Plan, stats: Stats, spec: Spec, qparams: QParams) -> dict[s
     return changed
 
 
+def _layer(layout: Plan, qparams: QParams, operand: Operand) -> Linear | None:
+    """The layer whose accumulator a sum reads, if its weights are the model's to change and its alone."""
+    made = step_of(layout, operand.key) if operand.key in layout.summed else None
+    if not isinstance(made, Linear) or stated_weight(layout, qparams, made) is not None:
+        return None
+    users = sum(isinstance(s, Linear) and s.weight_name == made.weight_name for s in layout.steps)
+    return made if users == 1 else None
+
+
 def _free(layout: Plan, qparams: QParams, step: Add) -> list[Linear | None]:
     """The layers whose accumulators a sum reads as they lie, channel by channel, and whose weights are theirs alone."""
     found: list[Linear | None] = []
     for operand in step.operands:
-        made = step_of(layout, operand.key) if operand.key in layout.summed else None
-        free = (
-            isinstance(made, Linear)
-            and operand.in_order
-            and operand.shape == made.shape
-            and made.channel == channel_axis(layout, step.out)
-            and sum(isinstance(s, Linear) and s.weight_name == made.weight_name for s in layout.steps) == 1
-            and stated_weight(layout, qparams, made) is None
-        )
-        found.append(made if free and isinstance(made, Linear) else None)
+        made = _layer(layout, qparams, operand)
+        lies = made is not None and operand.in_order and operand.shape == made.shape
+        found.append(made if made is not None and lies and made.channel == channel_axis(layout, step.out) else None)
     return found
 
 
@@ -68,14 +71,15 @@ def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) 
     """
     changed: dict[str, Affine] = {}
     axis = channel_axis(layout, step.out)
+    lying = summands(layout, qparams, step)
+    if any(varies_in_channel(part.scale, axis) for part in lying):
+        return _in_powers_of_two(layout, qparams, step, lying)
     for i, made in enumerate(_free(layout, qparams, step)):
         if made is None:
             continue
         parts = summands(layout, replace(qparams, weights={**qparams.weights, **changed}), step)
         ratio = parts[1 - i].scale / parts[i].scale
-        first = first_of_channel(ratio, axis)
-        varies = np.any(np.abs(ratio - first) > NOISE * first)
-        ratio = np.zeros(first.size) if varies else np.ravel(first)
+        ratio = np.ravel(first_of_channel(ratio, axis))
         if _in_steps_of_a_tensor(layout, step.operands[1 - i]):
             factor = _parts_of_a_step(
                 ratio, np.ones_like(ratio) if wide else _span(stats[step.out]) / _span(stats[made.out])
@@ -83,6 +87,24 @@ def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) 
         else:
             factor = np.where(ratio >= 1, ratio / (np.floor(np.clip(ratio, 1, MOST) + NOISE) if wide else 1.0), 1.0)
         changed[made.weight_name] = _coarser(qparams, made, factor)
+    return changed
+
+
+def _in_powers_of_two(layout: Plan, qparams: QParams, step: Add, parts: tuple[Summand, Summand]) -> dict[str, Affine]:
+    """The weights of the layers that a sum adds, where channels do not lie as the sum's do: no two steps of one channel are
+    then in a ratio that whole multipliers miss."""
+    layers = [_layer(layout, qparams, operand) if operand.slope is None else None for operand in step.operands]
+    given = [part.scale for part, made in zip(parts, layers) if made is None]
+    base = np.max([np.max(scale) for scale in given or [part.scale for part in parts]])
+    powers = np.concatenate([np.ravel(np.log2(scale / base)) for scale in given]) if given else np.zeros(0)
+    if np.any(np.abs(powers - np.round(powers)) > NOISE):
+        return {}  # weights alone cannot mend that
+    changed = {}
+    for made in (layer for layer in layers if layer is not None):
+        whole = np.broadcast_to(accumulator_decoder(layout, qparams, made)[0], made.shape)
+        scale = np.ravel(first_of_channel(whole, channel_axis(layout, made.out)))
+        power = 2.0 ** np.ceil(np.log2(scale / base) - NOISE)
+        changed[made.weight_name] = _coarser(qparams, made, base * power / scale)
     return changed
 
 

@@ -111,9 +111,10 @@ class Writer:
             return helper.make_tensor_value_info(p.name, helper.np_dtype_to_tensor_dtype(p.type.dtype), shape)
 
         nodes = self._live({port.name for port in outputs})
-        made = Counter([*self.constants, *(p.name for p in inputs), *(name for n in self.nodes for name in n.output if name)])
-        for name in (n for n, count in made.items() if count > 1):
-            raise UnsupportedError(f"tensor {name!r} is named as what is written here for {name.rsplit('/', 1)[0]!r}: rename it")
+        made = [*self.constants, *(p.name for p in inputs), *(name for node in self.nodes for name in node.output if name)]
+        for name in (name for name, count in Counter(made).items() if count > 1):
+            other = name.rsplit("/", 1)[0]
+            raise UnsupportedError(f"tensor {name!r} is named as what is written here for {other!r}: rename it")
         used = {name for node in nodes for name in node.input}
         tensors = [numpy_helper.from_array(v, k) for k, v in self.constants.items() if k in used]
         proto = helper.make_graph(nodes, "quantized", [info(p) for p in inputs], [info(p) for p in outputs], tensors)

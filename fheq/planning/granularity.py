@@ -65,6 +65,12 @@ def first_of_channel(v: np.ndarray, axis: int | None) -> np.ndarray:
     return v[index]
 
 
+def varies_in_channel(v: np.ndarray, axis: int | None) -> bool:
+    """Whether elements of a channel differ by more than scales do that are the same in float32."""
+    first = first_of_channel(v, axis)
+    return bool(np.any(np.abs(v - first) > 1e-6 * np.abs(first)))
+
+
 @dataclass(frozen=True)
 class Sharing:
     """Granularity of the quantized tensors.
