@@ -107,6 +107,15 @@ CIRCUITS = {
         ),
         [tensor(4, 2, 2), tensor(4, 2, 2), FLAGS[[0, 1, 2, 0], None]],
     ),
+    "a known mask that chooses": (
+        model(
+            [node("Relu", ["x"], ["r"]), node("Where", ["m", "r", "z"], ["y"])],
+            {"x": ["N", 2, 1], "z": ["N", 1, 3]},
+            ["y"],
+            {"m": np.array([[True, False, True], [False, True, False]])},
+        ),
+        [tensor(4, 2, 1), tensor(4, 1, 3)],
+    ),
     "a column times a row": (
         model([node("Mul", ["a", "b"], ["y"])], {"a": ["N", 2, 1], "b": ["N", 1, 2]}, ["y"]),
         [tensor(4, 2, 1), tensor(4, 1, 2)],

@@ -128,13 +128,16 @@ def _logic(draft: Draft, node: Node) -> bool:
 
 def _where(draft: Draft, node: Node) -> bool:
     """A choice by a computed condition c: c * a + (1 - c) * b, one product where a or b is zero, b + c * (a - b) where one
-    is known otherwise; nothing of these where all are functions of one tensor, as any function of it is one table."""
+    is known otherwise; nothing of these where all are functions of one tensor, as any function of it is one table. A known
+    condition takes elements of both, where they are not functions of one tensor."""
     condition, a, b = node.inputs
     known = {name: draft.constants[name] for name in (a, b) if name in draft.constants}
     result, out = draft.types[node.outputs[0]], node.outputs[0]
-    if not draft.depends(condition) or (a in known and b in known) or result.dtype.kind == "b":
+    if len({elementwise_source(draft.graph, name) for name in node.inputs if name not in draft.constants}) == 1:
         return False
-    if len({elementwise_source(draft.graph, name) for name in node.inputs if name not in known}) == 1:
+    if condition in draft.constants and not known:
+        return _selected(draft, node)
+    if not draft.depends(condition) or (a in known and b in known) or result.dtype.kind == "b":
         return False
     if any(not np.all(np.isfinite(value.astype(np.float64))) for value in known.values()):
         return False
@@ -150,6 +153,18 @@ def _where(draft: Draft, node: Node) -> bool:
         return True
     part = draft.apply(node, "Mul", draft.cast(node, condition, result.dtype), draft.apply(node, "Sub", a, b))
     draft.apply(node, "Add", b, part, out=out)
+    return True
+
+
+def _selected(draft: Draft, node: Node) -> bool:
+    """The elements of two computed tensors that a known condition takes: a movement."""
+    condition, *names = node.inputs
+    out, shape = node.outputs[0], draft.types[node.outputs[0]].shape
+    sizes = [int(np.prod(draft.types[name].shape)) for name in names]
+    a, b = (np.broadcast_to(np.arange(n).reshape(draft.types[name].shape), shape) for n, name in zip(sizes, names))
+    places = np.where(draft.constants[condition], a, sizes[0] + b)
+    both = draft.apply(node, "Concat", *(draft.reshape(node, name, (1, -1)) for name in names), axis=1)
+    draft.reshape(node, draft.pick(node, both, places), shape, out=out)
     return True
 
 
