@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from fheq.errors import FheqError
 from fheq.spec import DEFAULT_MODEL_BITS
@@ -64,12 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize = _command(commands, "quantize", "calibrate and quantize a model")
     _quantization(quantize)
     quantize.add_argument("--report", action="store_true", help="show widths, ranges, tables and cost")
-    quantize.add_argument("-o", "--output", metavar="FILE", help="write the quantizers to a JSON file")
-    quantize.add_argument("--qdq", metavar="FILE", help="write the quantized model, as ONNX with QuantizeLinear nodes")
+    quantize.add_argument("-o", "--output", type=_file, metavar="FILE", help="write the quantizers to a JSON file")
+    quantize.add_argument("--qdq", type=_file, metavar="FILE", help="write the quantized model, as ONNX with QuantizeLinear nodes")
     compile_ = _command(commands, "compile", "compile a model to an encrypted circuit")
     _quantization(compile_)
     _errors(compile_)
-    compile_.add_argument("-o", "--output", metavar="DIR", help="write server.zip, client.zip and quantizers.json")
+    compile_.add_argument("-o", "--output", type=_folder, metavar="DIR", help="write server.zip, client.zip and quantizers.json")
     run = _command(commands, "run", "compare float, quantized and encrypted predictions")
     _quantization(run)
     _errors(run)
@@ -129,6 +130,8 @@ def _n_bits(text: str) -> int | dict[str, int]:
     unknown = [key for key, _, _ in pairs if key not in N_BITS_KEYS]
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown keys {unknown}; there are {', '.join(N_BITS_KEYS)}")
+    if len(dict.fromkeys(key for key, _, _ in pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"a key is there twice in {text!r}")
     return {key: _integer(value) for key, _, value in pairs}
 
 
@@ -144,8 +147,22 @@ def _rounding(text: str) -> int | str:
 
 
 def _dim(text: str) -> tuple[str, int]:
-    name, _, size = text.partition("=")
+    name, given, size = text.partition("=")
+    if not name or not given:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=SIZE")
     return name, _integer(size)
+
+
+def _file(text: str) -> str:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
+    return text
+
+
+def _folder(text: str) -> str:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; give a folder")
+    return text
 
 
 def _count(text: str) -> int:
