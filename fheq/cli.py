@@ -66,11 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     _quantization(quantize)
     quantize.add_argument("--report", action="store_true", help="show widths, ranges, tables and cost")
     quantize.add_argument("-o", "--output", type=_file, metavar="FILE", help="write the quantizers to a JSON file")
-    quantize.add_argument("--qdq", type=_file, metavar="FILE", help="write the quantized model, as ONNX with QuantizeLinear nodes")
+    quantize.add_argument(
+        "--qdq", type=_file, metavar="FILE", help="write the quantized model, as ONNX with QuantizeLinear nodes"
+    )
     compile_ = _command(commands, "compile", "compile a model to an encrypted circuit")
     _quantization(compile_)
     _errors(compile_)
-    compile_.add_argument("-o", "--output", type=_folder, metavar="DIR", help="write server.zip, client.zip and quantizers.json")
+    compile_.add_argument(
+        "-o", "--output", type=_folder, metavar="DIR", help="write server.zip, client.zip and quantizers.json"
+    )
     run = _command(commands, "run", "compare float, quantized and encrypted predictions")
     _quantization(run)
     _errors(run)
