@@ -134,7 +134,7 @@ def _n_bits(text: str) -> int | dict[str, int]:
     unknown = [key for key, _, _ in pairs if key not in N_BITS_KEYS]
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown keys {unknown}; there are {', '.join(N_BITS_KEYS)}")
-    if len(dict.fromkeys(key for key, _, _ in pairs)) < len(pairs):
+    if len({key for key, _, _ in pairs}) < len(pairs):
         raise argparse.ArgumentTypeError(f"a key is there twice in {text!r}")
     return {key: _integer(value) for key, _, value in pairs}
 

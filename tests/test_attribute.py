@@ -108,10 +108,11 @@ def test_tables_that_miss_are_a_stage_and_miss_as_often_as_they_should() -> None
 def test_p_error_is_swept_as_any_leaf() -> None:
     found = prepared(GEMM)
     q = fheq.fit(found.graph, found.stats, Spec(6, rounding=Rounding(6)))
-    chances = np.array([0.0, 0.1, 0.3, 0.6])
+    chances = np.array([0.0, 1e-3, 1e-2, 1e-1])
+    data = [np.tile(x, (50, *(1,) * (x.ndim - 1))) for x in found.data]  # so many that some tables miss at each of them
     noise = jax.vmap(lambda p: fheq.table_noise(found.graph, q, p))(chances)
-    result = fheq.sweep(found.graph, fheq.stack([q] * 4), *found.data, scores={"snr": scores.snr}, noise=noise)
-    quiet = fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={"snr": scores.snr})
+    result = fheq.sweep(found.graph, fheq.stack([q] * 4), *data, scores={"snr": scores.snr}, noise=noise)
+    quiet = fheq.sweep(found.graph, fheq.stack([q]), *data, scores={"snr": scores.snr})
     np.testing.assert_allclose(result.scores["snr"][0], quiet.scores["snr"][0], rtol=1e-5)
     assert np.all(np.diff(result.scores["snr"]) < 0)
     with pytest.raises(fheq.FheqError, match=r"noise\.deviation"):

@@ -140,9 +140,10 @@ def test_results_are_whole_or_absent(tmp_path):
     assert memory.Memory(tmp_path, "a").values == {"fingerprint": "a", "y": 2, "z": 4}
 
 
-def test_costs_that_are_not_predicted_leave_the_front_as_it_is(found):
+def test_costs_that_are_not_predicted_leave_the_front_as_it_is():
     """Against the front of all candidates' costs."""
-    graph, x, _ = found[3]
+    graph, data = load()
+    x = data["x_train"][:200]
     space = fheq.Space(weight_bits=(5, 8), spare_bits=(0,))
     judge = Judge(graph, (x,), jax.random.key(0), as_score(r2_to_float), None, space, None, False)
     stats, specs = fheq.calibrate(graph, *judge.data), space.specs()

@@ -73,20 +73,19 @@ def fit_accumulator(
         qparams: `unsigned` ones of its tensors and weight.
         known: the step with this weight, where it is known.
     """
-    if isinstance(step, Linear):
-        weights, worst = known or weighed(layout, qparams, step)
-    else:
-        weights, worst = None, channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
+    weights, worst = (known or weighed(layout, qparams, step)) if isinstance(step, Linear) else (None, None)
     stated = _stated(layout, qparams, step, weights)
     if stated is not None:
         return stated
     rounding = rounding_of(layout, spec, step)
-    if isinstance(step, Add) and sums_accumulators(layout, step):
-        qparams = _in_one_unit(layout, qparams, step)
+    added = step if isinstance(step, Add) and sums_accumulators(layout, step) else None
+    if added is not None:
+        qparams = _in_one_unit(layout, qparams, added)
+    if worst is None:
         worst = channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
-    if rounding is not None and isinstance(step, Add) and sums_accumulators(layout, step):
-        qparams = _in_smaller_units(layout, qparams, step, bounds, rounding)
+    if rounding is not None and added is not None:
+        qparams = _in_smaller_units(layout, qparams, added, bounds, rounding)
         worst = channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
         bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
     if rounding is not None:

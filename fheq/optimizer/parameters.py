@@ -27,7 +27,7 @@ STEP = 16
 SHARES = (0.5, 0.25, 0.1, 0.03, 0.005)  # of a noise bound, that a conversion may use up
 DESCENTS = 6
 PROMISING = 4  # pairs (k, N) for which n is searched
-PROBED = 17
+PROBED = 17  # of so many candidates one is looked at first; prime, so that all levels are among them
 
 
 @dataclass(frozen=True, eq=False)
