@@ -106,6 +106,16 @@ def test_second_order_rounding_beats_rounding_to_nearest(fitted, granularity):
     )
 
 
+def test_second_order_rounding_takes_back_no_pruning(fitted):
+    """Weights that make up for others' errors are not those of channels that a layer does not read: they would cost tables."""
+    graph, _, x, _ = fitted
+    pruned = fheq.prune(graph, x, tolerance=0.25)
+    qparams = fheq.fit(pruned, fheq.calibrate(pruned, x), fheq.Spec(4, rounding=fheq.Rounding(4, approximate=True)))
+    rounded = fheq.round_weights(pruned, qparams, x)
+    tables = [sum(row.lookups for row in fheq.cost(fheq.lower(g, qparams)).rows) for g in (pruned, rounded)]
+    assert tables[1] <= tables[0]
+
+
 @pytest.mark.parametrize("block, alike", [(0, False), (1, True), (2, False)])
 def test_a_block_is_tuned_for_its_own_results_alone(fitted, block, alike):
     graph, qparams, x, _ = fitted

@@ -29,7 +29,8 @@ def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
     """The graph with its weights on the grids of their quantizers.
 
     Layer after layer, input after input: a weight is rounded, and the weights that are not rounded yet make up for the error
-    that this causes in the layer's results, given the quantized values that it reads. Quantizers stay as they are.
+    that this causes in the layer's results, given the quantized values that it reads. Quantizers stay as they are, and what
+    a layer does not read, such as a pruned channel, it does not read afterwards either.
 
     Args:
         graph: what `import_onnx` gives.
@@ -81,7 +82,10 @@ def _rounded(layout: Plan, qparams: QParams, reader: Reader) -> Linear:
     a = qparams.weights[step.weight_name]
     scale, zero, qmin, qmax = (np.ravel(np.asarray(leaf, np.float64)) for leaf in (a.scale, a.zero_point, a.qmin, a.qmax))
     ratio = np.repeat(np.asarray(quantize_weight(layout, qparams, step).ratio), reader.weight.shape[1])
-    for at in np.flatnonzero(ratio):  # an input that does not vary is no weight's business
+    unread = ~np.any(reader.matrix, axis=1)
+    for at in np.flatnonzero(unread):
+        reader = reader.fixed(slice(at, at + 1), np.zeros((1, len(reader.units))))
+    for at in np.flatnonzero((ratio != 0) & ~unread):  # an input that does not vary is no weight's business
         unit = scale / ratio[at]
         weight = reader.weight.reshape(len(ratio), -1)[at] * reader.units
         rounded = (np.clip(np.round(weight / unit) + zero, qmin, qmax) - zero) * unit

@@ -50,6 +50,11 @@ def _rows(step: Linear, x: Any) -> np.ndarray:
     return np.asarray(x).reshape(-1, x.shape[-1])
 
 
+def _matrix(step: Linear) -> np.ndarray:
+    """The weights, `(features, outputs)`."""
+    return step.weight if step.form == "matmul" else step.weight.reshape(len(step.weight), -1).T
+
+
 @dataclass(frozen=True)
 class Reader:
     """A layer whose inputs are being pruned.
@@ -71,7 +76,7 @@ class Reader:
     @staticmethod
     def observe(step: Linear, exact: Any, pruned: Any) -> Reader:
         """The layer with the weights that give the model's results from the pruned copy's inputs, by least squares."""
-        matrix = step.weight if step.form == "matmul" else step.weight.reshape(len(step.weight), -1).T
+        matrix = _matrix(step)
         size, count = len(matrix), 0
         shapes = (size,), matrix.shape[1:], (size, size), matrix.shape, matrix.shape[1:]
         sums: list[np.ndarray] = [np.zeros(shape) for shape in shapes]
@@ -90,6 +95,11 @@ class Reader:
         units = np.sqrt(np.maximum(variance, 1e-6 * variance.max() + 1e-30))
         rows = size // (step.weight.shape[0] if step.form == "matmul" else step.weight.shape[1])
         return Reader(step, (fitted / units).reshape(-1, rows, len(units)), inverse, units, mean, target)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The step's own weights, `(channels * features, outputs)`."""
+        return _matrix(self.step)
 
     @property
     def channels(self) -> int:
