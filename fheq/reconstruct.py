@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 Array = Any
 BLOCK = 100  # optimizer steps per call
-EDGE = 0.05  # of an accumulator's range, at both ends: values in there are pushed back
+EDGE = 0.05  # of an accumulator's range, at both ends, at least: values in there are pushed back
+PUSH = 10.0  # weight of that: a value that wraps around spoils more than what most values gain
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ class _Task:
     Args:
         initial: the model's own weights.
         between: the values on the grid below and above them, where they are to stay.
+        room: what the float model leaves free of each accumulator's range, below and above (see `_room`).
     """
 
     layout: Plan
@@ -187,17 +189,19 @@ class _Task:
     p_error: Array
     initial: Learned
     between: dict[str, tuple[Array, Array]]
+    room: dict[str, tuple[Array, Array]]
 
     @classmethod
     def of(cls, layout: Plan, training: Training, qparams: QParams, targets: Targets, p_error: Array) -> _Task:
         start = initial(layout, qparams)
         between = _neighbours(layout, qparams, start) if training.adaptive else {}
-        return cls(layout, training, qparams, targets, p_error, start, between)
+        room = {name: _room(qparams, name, hint) for name, hint in targets.hints.items() if name in qparams.accumulators}
+        return cls(layout, training, qparams, targets, p_error, start, between, room)
 
     @property
     def given(self) -> tuple[Any, ...]:
         """All but what a loss is compiled for: what differs between quantizers of a graph."""
-        return self.qparams, self.targets, self.p_error, self.initial, self.between
+        return self.qparams, self.targets, self.p_error, self.initial, self.between, self.room
 
     @property
     def blocks(self) -> dict[str, int] | None:
@@ -253,16 +257,31 @@ class _Task:
         targets = self.targets
         own = sum(map(relative, output_values(layout, qparams, env), outputs, targets.output_power))
         inner = sum(relative(env[name], t, targets.hint_power[name]) for name, t in hints.items()) / max(len(hints), 1)
-        return own + self.training.hints * inner + sum(_beyond(qparams, s.out, env[s.out]) for s in self.rounded)
+        beyond = PUSH * sum(_beyond(qparams, s.out, env[s.out], self.room[s.out]) for s in self.rounded)
+        return own + self.training.hints * inner + beyond
 
 
-def _beyond(qparams: QParams, name: str, y: Array) -> Array:
+def _ends(qparams: QParams, name: str, ndim: int) -> tuple[Array, Array]:
+    """The real values at the ends of an accumulator's range, to broadcast against its tensor."""
+    a = qparams.accumulators[name].expanded(ndim)
+    return a.scale * (a.qmin - a.zero_point), a.scale * (a.qmax - a.zero_point)
+
+
+def _room(qparams: QParams, name: str, samples: Array) -> tuple[Array, Array]:
+    """What samples leave free of an accumulator's range, below and above, as shares of it: room for unseen ones."""
+    low, high = _ends(qparams, name, samples.ndim - 1)
+    shape = np.broadcast_shapes(np.shape(low), (1,) * (samples.ndim - 1))
+    inner = (0, *(axis + 1 for axis, size in enumerate(shape) if size == 1))
+    least, most = (f(samples, axis=inner, keepdims=True)[0] for f in (jnp.min, jnp.max))
+    share = lambda free: jnp.clip(free / (high - low), EDGE, 0.5 - EDGE)
+    return share(least - low), share(high - most)
+
+
+def _beyond(qparams: QParams, name: str, y: Array, room: tuple[Array, Array]) -> Array:
     """Mean square of how far values are in the outer parts of an accumulator's range, in units of these parts."""
-    a = qparams.accumulators[name].expanded(y.ndim)
-    low, high = a.scale * (a.qmin - a.zero_point), a.scale * (a.qmax - a.zero_point)
-    edge = EDGE * (high - low)
-    over = jnp.maximum(y - high + edge, 0) + jnp.maximum(low + edge - y, 0)
-    return jnp.mean((over / edge) ** 2)
+    low, high = _ends(qparams, name, y.ndim)
+    below, above = (share * (high - low) for share in room)
+    return jnp.mean(jnp.maximum((low + below - y) / below, 0) ** 2 + jnp.maximum((y - high + above) / above, 0) ** 2)
 
 
 @compiled_for(2, kept=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from build_models import model, node, reference
 from hypothesis import given, settings
@@ -72,6 +73,52 @@ def test_added_to_other_numbers_they_stay_exact_and_cost_them_no_precision() -> 
     back = found["x"].dequantize(found["x"].quantize(CATEGORIES))
     np.testing.assert_allclose(back, CATEGORIES, rtol=2.0**-24)
     assert np.all(found["z"].scale < 2 * np.ptp(REAL, axis=0) / 255 * 1.5)
+
+
+INTEGERS = {"x": onnx.TensorProto.INT64}
+NUMBERS = RNG.integers(0, 20, (200, 3))
+COARSE = {
+    "w": RNG.normal(size=(3, 3)).astype(np.float32),
+    "c": np.int64(7),
+    "E": RNG.normal(size=(20, 4)).astype(np.float32),
+}
+SUMMED = [node("Cast", ["x"], ["f"], to=1), node("MatMul", ["f", "w"], ["l"]), node("Relu", ["l"], ["r"])]
+SUMMED += [node("Sub", ["r", "f"], ["d"])]
+READ_OTHERWISE = {
+    "row": [node("Gather", ["E", "x"], ["y"])],
+    "constant": [node("Equal", ["x", "c"], ["b"]), node("Cast", ["b"], ["y"], to=1)],
+    "each other": [
+        node("Split", ["x"], ["first", "second", "third"], axis=1),
+        node("Less", ["first", "second"], ["b"]),
+        node("Cast", ["b"], ["y"], to=1),
+    ],
+}
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+@pytest.mark.parametrize("read", READ_OTHERWISE)
+def test_integers_that_coarser_numbers_are_added_to_still_are_what_they_are(read: str, bits: int) -> None:
+    """As rows of a table, or in comparisons, where a wrong one is wrong altogether."""
+    proto = model(SUMMED + READ_OTHERWISE[read], {"x": ["N", 3]}, ["y", "d"], COARSE, kinds=INTEGERS)
+    graph = fheq.import_onnx(proto)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, NUMBERS), Spec(bits, observer=MinMax())))
+    y, d = program.dequantize(*fheq.simulate(program, *program.quantize(NUMBERS)))
+    exact, real = reference(proto, NUMBERS)
+    np.testing.assert_allclose(y, exact, atol=0.5001 * np.max(program.outputs[0].affine.scale) if read == "row" else 0)
+    assert np.sqrt(np.mean((d - real) ** 2)) < 2.0 ** (1 - bits) * np.ptp(real)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 8])
+def test_integers_compared_with_other_numbers_share_whole_steps(bits: int) -> None:
+    nodes = [node("Cast", ["x"], ["f"], to=1), node("Max", ["f", "u"], ["y"])]
+    real = (20 * RNG.normal(size=(200, 3))).astype(np.float32)
+    proto = model(nodes, {"x": ["N", 3], "u": ["N", 3]}, ["y"], kinds=INTEGERS)
+    graph = fheq.import_onnx(proto)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, NUMBERS, real), bits)
+    program = fheq.lower(graph, qparams)
+    y = program.dequantize(fheq.simulate(program, *program.quantize(NUMBERS, real)))[0]
+    np.testing.assert_allclose(y, fheq.fake_quant(graph, qparams, NUMBERS, real), rtol=1e-6)
+    assert np.max(np.abs(y - np.maximum(NUMBERS, real))) < 1.5 * np.ptp(real) / 2**bits + np.max(qparams.tensors["x"].scale)
 
 
 @given(st.lists(st.integers(-300, 300), min_size=1, max_size=40), st.integers(1, 9), st.floats(-20, 0), st.floats(0, 20))

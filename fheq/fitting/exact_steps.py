@@ -40,8 +40,8 @@ def take_whole(
             seen = seen._replace(minimum=np.minimum(seen.minimum, 0), maximum=np.maximum(seen.maximum, 0))
         whole[key] = is_whole(seen, bits).reshape(low.shape)
         interval = holding(seen, (np.atleast_1d(low), np.atleast_1d(high)), np.atleast_1d(whole[key]))
+        interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
         if list(sharing.group.values()).count(sharing.group[key]) == 1:
-            interval = in_steps_of_one(seen, interval, bits, np.atleast_1d(whole[key]))
             weighted = any(isinstance(step, Linear) and step.operands[0].key == key for step in layout.steps)
             filled = filling(*interval, bits, np.atleast_1d(whole[key]))
             steps[key] = filled.reshape(low.shape) if weighted else np.ones(low.shape)

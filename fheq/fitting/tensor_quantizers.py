@@ -10,8 +10,8 @@ import numpy as np
 from fheq.affine import Affine, affine_bits, as_float32, bit_length
 from fheq.fitting.exact_steps import Range, is_weighed, meets_filler, take_grids, take_whole
 from fheq.fitting.product_scales import Interval, steps_in_products
+from fheq.fitting.shared_steps import Group, coarser
 from fheq.fitting.thresholds import on_edges
-from fheq.fitting.whole_numbers import unit_fraction
 from fheq.graph import describe
 from fheq.observers import observed_range
 from fheq.observing.statistics import Stats, TensorStats, per_tensor
@@ -19,7 +19,7 @@ from fheq.planning.granularity import Sharing, share
 from fheq.planning.plan import Plan
 from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Override, Spec
-from fheq.steps import Add, Join
+from fheq.steps import Join
 
 TINY = 1e-12  # relative width below which a range counts as a point
 
@@ -188,50 +188,37 @@ def _affine(
     stated: Mapping[str, Affine],
     whole: Mapping[str, np.ndarray],
 ) -> Affine:
-    axis = sharing.axis[key]
+    axis, number = sharing.axis[key], sharing.group[key]
     low, high, bits = ranges[key]
     given = next((stated[m] for m in members if m in stated), None)
+    group = Group.of(layout, members, scales, whole)
     if given is not None and (given.axis is None or axis is not None):
-        if sharing.group[key] in sharing.identical:
+        if number in sharing.identical:
             return replace(given, axis=axis, mode="ROUND")
         scale = np.broadcast_to(np.asarray(given.scale, np.float64), low.shape)
-        if sharing.group[key] in sharing.exact:
-            bits = max(bits, int(np.max(np.ceil(np.log2((high - low) / scale + 1)))))
+        if number in sharing.exact:
+            bits = _holding(low, high, scale, bits)
         else:
             scale = scale * coarser(scale, scales[key])
-    elif sharing.group[key] in sharing.identical:
-        low = np.min([ranges[m][0] for m in members], axis=0)
-        high = np.max([ranges[m][1] for m in members], axis=0)
-        bits = max(ranges[m][2] for m in members)
-        scale = _steps(layout, key, low, high, bits) if len(members) > 1 else scales[key]
+    elif len(members) == 1:
+        scale = scales[key]
+    elif number in sharing.identical or number in sharing.exact:
+        scale = group.coarsest
+        if number in sharing.identical:
+            low = np.min([ranges[m][0] for m in members], axis=0)
+            high = np.max([ranges[m][1] for m in members], axis=0)
+            bits = max(ranges[m][2] for m in members)
+            scale = _scale(low, high, bits)
+        scale = group.together(scale)
+        bits = _holding(low, high, scale, bits)
     else:
-        scale = np.max([scales[m] for m in members], axis=0)
-        if sharing.group[key] not in sharing.exact and _own_steps_count(layout, key, scale, scales):
-            scale = scale / finer(scale, scales[key])
-    if len(members) > 1 and given is None:
-        scale = unit_fraction(scale, np.any([whole[m] for m in members if m in whole], axis=0))
+        scale = group.in_sum(key)
     return affine_between(low, high, scale, bits, axis)
 
 
-def _own_steps_count(layout: Plan, key: str, shared: np.ndarray, scales: Mapping[str, np.ndarray]) -> bool:
-    """Whether anything reads a tensor that can tell its own steps from coarser shared ones: a sum with nothing as coarse, or
-    what is no sum."""
-    coarse = lambda other: other != key and (other not in scales or np.all(finer(shared, scales[other]) == 1))
-    readers = [step for step in layout.steps if any(o.key == key for o in step.operands)]
-    return any(not isinstance(step, Add) or not any(coarse(o.key) for o in step.operands) for step in readers)
-
-
-def finer(shared: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The power of two, up to 16, by which a tensor's own steps may divide those that it shares in a sum.
-
-    The sum then multiplies its other operand by as much, for nothing but some bits of width.
-    """
-    return np.clip(2.0 ** np.floor(np.log2(shared / own) + 1e-9), 1.0, 16.0)
-
-
-def coarser(stated: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The whole number of steps that a model states, for what a tensor is added to, in one of the tensor's own."""
-    return np.maximum(np.ceil(own / stated - 1e-6), 1.0)
+def _holding(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int) -> int:
+    """The bits given, or as many as a range has steps."""
+    return max(bits, int(np.max(np.ceil(np.log2((high - low) / scale + 1) - TINY))))
 
 
 def affine_between(low: np.ndarray, high: np.ndarray, scale: np.ndarray, bits: int, axis: int | None) -> Affine:
