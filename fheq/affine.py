@@ -92,6 +92,7 @@ def varying(leaves: Mapping[str, Array]) -> Affine:
 
 
 ACCUMULATOR_ROUNDINGS = ("exact", "approximate")
+MAX_LSBS = 62  # of what int64 holds
 LEAVES = ("scale", "zero_point", "qmin", "qmax", "lsbs")
 
 
@@ -209,6 +210,8 @@ def validate(affine: Affine, name: str) -> None:
         if getattr(affine, field_name) not in known:
             given = getattr(affine, field_name)
             raise QuantizationError(f"quantizer of {name!r}: {field_name} is {given!r}; it must be one of {known}")
+    if np.any(leaves["lsbs"] != np.clip(np.round(leaves["lsbs"]), 0, MAX_LSBS)):
+        raise QuantizationError(f"quantizer of {name!r}: lsbs must be whole numbers from 0 to {MAX_LSBS}")
     if np.any(leaves["scale"] <= 0):
         raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
     if np.any(leaves["qmin"] > leaves["qmax"]):

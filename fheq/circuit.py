@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -154,8 +155,11 @@ def compile(
     Raises:
         CompileError: no cryptographic parameters exist, or concrete-python refuses the program; the message says what to
             change.
+        DataError: `program` is something else.
         ValueError: a probability outside of (0, 1), both probabilities, or an unknown name in `clear`.
     """
+    if not isinstance(program, IntProgram):
+        raise DataError(f"compile takes a program, which lower gives; got {type(program).__name__}")
     p_error, global_p_error = failure_probabilities(p_error, global_p_error)
     clear = frozenset(clear)
     names = [entry.code.port.name if entry.code else entry.name for entry in program.inputs]
@@ -164,6 +168,9 @@ def compile(
         raise ValueError(f"clear names unknown inputs {sorted(unknown)}; there are {list(dict.fromkeys(names))}")
     clear = frozenset(entry.name for entry, name in zip(program.inputs, names) if name in clear)
     return Circuit(program, p_error, global_p_error, _compile(program, p_error, global_p_error, clear))
+
+
+_COMPILING = Lock()  # concrete's compiler, and the solver that it uses, serve one thread at a time
 
 
 def _set_up_thread() -> None:
@@ -203,11 +210,12 @@ def _compile(program: IntProgram, p_error: float | None, global_p_error: float |
     sample = tuple(np.zeros(entry.port.type.shape, np.int64) for entry in program.inputs)
     compiler = fhe.Compiler(tracing.function(), statuses)
     try:
-        graph = compiler.trace([sample], configuration)
-        measure = graph.measure_bounds
-        graph.measure_bounds = lambda inputset: tracing.bounds(measure(inputset))
-        tracing.size_unread_inputs(graph)
-        return compiler.compile([sample], configuration)
+        with _COMPILING:
+            graph = compiler.trace([sample], configuration)
+            measure = graph.measure_bounds
+            graph.measure_bounds = lambda inputset: tracing.bounds(measure(inputset))
+            tracing.size_unread_inputs(graph)
+            return compiler.compile([sample], configuration)
     except (RuntimeError, ValueError, AssertionError, TypeError, LookupError, NotImplementedError) as error:
         raise CompileError(_explain(program, error)) from error
 

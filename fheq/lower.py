@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.affine import Affine, affine_bits, bit_length, validate
+from fheq.affine import Affine, bit_length, validate
 from fheq.client.one_hot import Code
 from fheq.emit import Emitter
 from fheq.errors import QuantizationError
@@ -14,12 +14,12 @@ from fheq.fitting.accumulators import whole_shift
 from fheq.graph import Graph, Port, TensorType
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.integers.alignment import check_alignment
-from fheq.integers.bounds import channel_bounds, worst_case
+from fheq.integers.bounds import channel_bounds, range_bits, worst_case
 from fheq.integers.decoders import Decoder, key_decoder, operand_axis, operand_decoder
 from fheq.integers.integer_weights import lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
-from fheq.planning.granularity import channel_axis
+from fheq.planning.granularity import channel_axis, first_of_channel
 from fheq.planning.plan import Plan, plan
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
@@ -196,7 +196,7 @@ class _Lowering:
         worst = worst_case(self.layout, self.qparams, step)
         axis = channel_axis(self.layout, step.out)
         shift = whole_shift(self.layout, step, affine, scale, offset)
-        bits = affine_bits(affine)
+        bits = range_bits(affine, first_of_channel(scale, axis).ravel())
         lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1

@@ -89,10 +89,13 @@ def compile_many(
         One result per program, in order. Nothing is raised for a program that fails.
 
     Raises:
-        ValueError: a probability outside of (0, 1), or both; a timeout that is not positive.
+        ValueError: a probability outside of (0, 1), none for a program, or both kinds; a timeout that is not positive.
         CompileError: `then` cannot be sent to other processes.
     """
     keyed = dict(programs) if isinstance(programs, Mapping) else dict(enumerate(programs))
+    missing = [key for key in keyed if isinstance(p_error, Mapping) and key not in p_error]
+    if missing:
+        raise ValueError(f"p_error has no probability for program {missing[0]!r}")
     chances = {key: p_error[key] if isinstance(p_error, Mapping) else p_error for key in keyed}
     for chance in chances.values():
         failure_probabilities(chance, global_p_error)

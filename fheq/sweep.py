@@ -75,15 +75,20 @@ def sweep(
             get the scores of all (see `fheq.arrays.sharding`).
 
     Raises:
-        DataError: inputs or targets do not fit.
+        DataError: inputs or targets do not fit, there are no scores, or `chunk` or `batch_size` is below 1.
         QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
     """
+    for name, number in (("chunk", chunk), ("batch_size", batch_size)):
+        if number < 1:
+            raise DataError(f"{name} must be at least 1, got {number}")
     layout = plan(graph)
     count, swept = configurations(qparams=qparams, noise=noise), (_uniform(qparams), jax.tree.map(np.asarray, noise))
     local = local_mesh(mesh)
     devices, shards = size(local, (DATA,)), 1 if local is None else size(local, configuration_axes(local))
     blocks = _blocks(graph, inputs, targets, batch_size * devices, devices)
     names = None if tensors is None else _known(layout, tensors)
+    if not scores:
+        raise DataError("scores is empty: give at least one function, by its name")
     measures = {name: as_score(score) for name, score in scores.items()}
     static = tuple((name, score.measure) for name, score in measures.items())
     chunk = min(chunk, -(-count // shards)) * shards
@@ -130,6 +135,8 @@ def _blocks(
     for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
         if np.ndim(leaf) == 0 or len(leaf) != n:
             raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
+        if np.asarray(leaf).dtype.kind not in "iufb":
+            raise DataError(f"targets{jax.tree_util.keystr(path)} must be numbers, got {np.asarray(leaf).dtype}")
     count = -(-n // batch_size)  # blocks, all of about the same size
     width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)

@@ -14,6 +14,7 @@ from models import as_tuple, prepared
 import fheq
 from fheq import Rounding, Spec
 from fheq.arrays.slopes import with_finite_slopes
+from fheq.digits import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 GEMM = "gemm_with_alpha_beta_and_transposes"
@@ -104,6 +105,29 @@ def test_a_step_against_the_gradient_lowers_the_loss() -> None:
     wide = q.tensors["x"].scale * 1.7
     value, slope = jax.value_and_grad(loss)(wide)
     assert min(loss(wide - rate * slope) for rate in (0.003, 0.01, 0.03, 0.1)) < value
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 2.0])
+@pytest.mark.parametrize("rounding", [None, Rounding(4)])
+def test_edited_steps_of_an_input_keep_the_real_range_of_what_reads_it(factor: float, rounding: Rounding | None) -> None:
+    graph, data = load()
+    x = data["x_train"][:200]
+    q = fheq.fit(graph, fheq.calibrate(graph, x), Spec(4, rounding=rounding))
+    (name,) = (port.name for port in graph.inputs)
+    edited = replace(q, tensors={**q.tensors, name: replace(q.tensors[name], scale=factor * q.tensors[name].scale)})
+    program = fheq.lower(graph, edited)
+    integers = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
+    difference = np.abs(np.asarray(fheq.fake_quant(graph, edited, x)) - integers)
+    assert np.mean(difference > 1e-4 * np.ptp(integers)) < 0.05  # ties, which float32 decides otherwise
+
+
+@pytest.mark.parametrize("lsbs", [-1.0, 1.5, 99.0])
+def test_low_bits_that_are_no_number_of_bits_are_refused(lsbs: float) -> None:
+    found, q = prepared(GEMM), fitted(GEMM, Spec(4))
+    name, accumulator = next(iter(q.accumulators.items()))
+    edited = replace(q, accumulators={**q.accumulators, name: replace(accumulator, lsbs=np.asarray(lsbs))})
+    with pytest.raises(fheq.FheqError, match=f"{name}.*lsbs"):
+        fheq.lower(found.graph, edited)
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from mortal import MORTAL, X, assert_survived, double
 from mortal import small_program as program
@@ -99,6 +100,10 @@ def test_what_cannot_be_sent_is_refused_before_any_work() -> None:
         fheq.compile_many([program(2)], lambda circuit: circuit.complexity)
     with pytest.raises(ValueError, match="p_error"):
         fheq.compile_many([program(2)], p_error=2.0)
+    with pytest.raises(ValueError, match="program 1"):
+        fheq.compile_many([program(2), program(3)], p_error={0: 0.1})
+    with pytest.raises(fheq.FheqError, match="got ModelProto"):
+        fheq.compile(onnx.ModelProto())
     with pytest.raises(ValueError, match="timeout"):
         fheq.compile_many([program(2)], timeout=0)
 

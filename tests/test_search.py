@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -107,13 +108,15 @@ def test_own_scores_have_targets(found):
         (40, {"score": accuracy}, "compares with targets"),
         (40, {"score": accuracy, "targets": np.zeros(30)}, "must have 40 samples"),
         (40, {"score": lambda y, exact, target: y - exact}, r"one number, and this one is \(10,\)"),
+        (40, {"score": lambda y, exact, target: jnp.nan}, "finite"),
+        (40, {"space": replace(SPACE, rounding_bits=())}, "no quantization to try"),
         (4, {}, "less than 2 to score"),
     ],
 )
 def test_scores_that_cannot_be_computed_are_refused(samples, options, message):
     graph, data = load()
     with pytest.raises(fheq.FheqError, match=message):
-        fheq.search(graph, data["x_train"][:samples], key=jax.random.key(0), space=SPACE, **options)
+        fheq.search(graph, data["x_train"][:samples], key=jax.random.key(0), **{"space": SPACE, **options})
 
 
 def test_candidates_are_spread_over_what_their_scores_miss():
@@ -124,6 +127,20 @@ def test_candidates_are_spread_over_what_their_scores_miss():
     assert spaced([0.5, 0.9, 1.1], 1.0, np.linspace(0, 1, 3))[-1] == 2, "some quantized models beat the float one"
     assert spaced([0.5], 1.0, np.array([0.5])) == [0]
     assert spaced([1.0], 1.0, np.array([0.5])) == [0]
+
+
+def test_damaged_results_are_named(tmp_path):
+    kept = memory.Memory(tmp_path / "one", "a")
+    kept.arrays("x", lambda: {"y": np.zeros(3)})
+    (file,) = (tmp_path / "one").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(fheq.FheqError, match=f"{file.name}' is damaged"):
+        kept.arrays("x", dict)
+    (tmp_path / "one" / memory.RESULTS).write_text("{}\n{'x'\n{}\n")
+    with pytest.raises(fheq.FheqError, match=f"{memory.RESULTS} in .*one' is damaged"):
+        memory.Memory(tmp_path / "one", "a")
+    with pytest.raises(fheq.FheqError, match="is a file"):
+        memory.Memory(file, "a")
 
 
 def test_results_are_whole_or_absent(tmp_path):

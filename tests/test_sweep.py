@@ -130,6 +130,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fheq.stack([])
     with pytest.raises(fheq.FheqError, match="targets"):
         fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={}, targets=np.zeros(3))
+    for wrong in ({"chunk": 0}, {"batch_size": -1}, {"scores": {}}, {"targets": np.array(["a"] * len(found.data[0]))}):
+        with pytest.raises(fheq.FheqError, match=next(iter(wrong))):
+            fheq.sweep(found.graph, fheq.stack([q]), *found.data, **{"scores": {"one": lambda y, _, t: 1.0}, **wrong})
     with pytest.raises(fheq.FheqError, match="no field"):
         fheq.grid(bits=(2, 3))
     mixed = fheq.stack(fitted(GEMM, [Spec(4, rounding=Rounding(4)), Spec(4, rounding=Rounding(4, approximate=True))]))

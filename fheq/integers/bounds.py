@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fheq.affine import Affine, affine_bits, bit_length
 from fheq.integers.accumulator_decoders import multipliers, summands
 from fheq.integers.decoders import operand_decoder, step_of
 from fheq.integers.integer_weights import Weights, apply_form, lacking, quantize_weight
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Linear, Maximum, Operand, Product, Step, Sum
+
+SLACK = 1e-6  # relative: scales are float32
 
 
 class Bounds(NamedTuple):
@@ -98,3 +101,9 @@ def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
         return Bounds(bounds.low.min().reshape(1), bounds.high.max().reshape(1))
     others = tuple(i for i in range(ndim) if i != axis % ndim)
     return Bounds(bounds.low.min(axis=others), bounds.high.max(axis=others))
+
+
+def range_bits(affine: Affine, unit: np.ndarray) -> int:
+    """Bits that the real range of an accumulator takes: more than its quantizer's where edits made its unit smaller."""
+    steps = (affine.qmax - affine.qmin) * affine.scale / np.where(unit == 0, np.inf, np.abs(unit))
+    return max(affine_bits(affine), bit_length(float(np.max(np.ceil(steps * (1 - SLACK))))))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Memory:
         fingerprint: of everything that the results depend on.
 
     Raises:
-        DataError: the folder holds results of something else.
+        DataError: the folder holds results of something else, or damaged ones, or is none.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: str):
@@ -35,11 +36,13 @@ class Memory:
         self.values: dict[str, Any] = {}
         if self.folder is None:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"{str(self.folder)!r} is a file; results are kept in a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RESULTS
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
         for line in whole.splitlines():
-            self.values.update(json.loads(line))
+            self.values.update(self._parsed(line))
         if self.values.setdefault("fingerprint", fingerprint) != fingerprint:
             raise DataError(
                 f"{str(self.folder)!r} holds results of another model, other data, another score or other options"
@@ -48,6 +51,14 @@ class Memory:
             os.truncate(path, len(whole) + 1)
         else:
             path.write_text(_line("fingerprint", fingerprint))
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            return dict(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"{RESULTS} in {str(self.folder)!r} is damaged ({error}): remove the folder to start anew"
+            ) from error
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
         """A value that JSON can hold."""
@@ -66,8 +77,11 @@ class Memory:
         if not path.exists():
             np.savez(path.with_suffix(".new.npz"), **compute())
             path.with_suffix(".new.npz").replace(path)
-        with np.load(path) as found:
-            return dict(found)
+        try:
+            with np.load(path) as found:
+                return dict(found)
+        except (EOFError, ValueError, BadZipFile) as error:
+            raise DataError(f"{str(path)!r} is damaged ({error}): remove it, and it is made again") from error
 
 
 def _line(name: str, value: Any) -> str:
