@@ -83,8 +83,8 @@ def reconstruct(
 
     Args:
         graph: what `import_onnx` or `prune` gives.
-        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values near the ends of an accumulator's range are
-            pushed back into it.
+        qparams: what `fit` gives for it. Bits, roundings and ranges stay; values in the outer parts of an accumulator's
+            range, which the float model leaves free on these inputs, are pushed back: unseen ones would wrap around.
         inputs: calibration data, as for `evaluate`.
         key: a key of `jax.random`; the same key gives the same result.
         p_error: probability that a table fails, which the values shall bear: the noise at tables' inputs.

@@ -108,6 +108,35 @@ def test_integers_that_coarser_numbers_are_added_to_still_are_what_they_are(read
     assert np.sqrt(np.mean((d - real) ** 2)) < 2.0 ** (1 - bits) * np.ptp(real)
 
 
+FEW = {
+    "decisions": [node("Greater", ["z", "zero"], ["b"]), node("Cast", ["b"], ["f"], to=1), node("Add", ["u", "f"], ["s"])],
+    "integers": [node("Cast", ["x"], ["f"], to=1), node("Add", ["u", "f"], ["s"])],
+    "decisions summed with others": [
+        node("Greater", ["z", "zero"], ["b"]),
+        node("Cast", ["b"], ["f"], to=1),
+        *(node("Unsqueeze", [name, "axis"], [f"{name}1"]) for name in "fu"),
+        node("Concat", ["f1", "u1"], ["both"], axis=1),
+        node("ReduceSum", ["both", "axis"], ["s"], keepdims=0),
+    ],
+}
+
+
+@pytest.mark.parametrize("few", FEW)
+def test_few_whole_numbers_cost_what_is_added_to_them_no_bits(few: str) -> None:
+    """Steps of 1, of which a decision has no more than one, are no reason for others to have such steps."""
+    arrays = {"u": REAL, "x": NUMBERS % 3} if few == "integers" else {"u": REAL, "z": RNG.normal(size=(200, 3)).astype("f")}
+    nodes = [*FEW[few], node("Sigmoid", ["s"], ["t"]), node("MatMul", ["t", "w"], ["y"])]
+    known = {"w": COARSE["w"], "zero": np.float32(0), "axis": np.array([1])}
+    graph = fheq.import_onnx(model(nodes, {name: ["N", 3] for name in arrays}, ["y"], known, kinds=INTEGERS))
+    exact, errors = np.asarray(fheq.evaluate(graph, *arrays.values())), []
+    for bits in (5, 8):
+        program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *arrays.values()), bits))
+        y = program.dequantize(fheq.simulate(program, *program.quantize(*arrays.values())))[0]
+        errors.append(np.sqrt(np.mean((y - exact) ** 2) / np.var(exact)))
+    assert errors[1] < errors[0] / 3  # 8 by the bits alone, less where steps are parts of 1
+    assert errors[1] < 0.02
+
+
 @pytest.mark.parametrize("bits", [2, 4, 6])
 def test_a_part_of_integers_meets_others_in_a_difference(bits: int) -> None:
     """The whole tensor has a quantizer for each channel, which a layer absorbs, and its parts share one."""

@@ -3,7 +3,8 @@
 The coarsest of a group sets the step of all. In a sum, a tensor of finer steps may keep a part of the common one, of
 which the sum takes a whole number: that costs nothing but width. Whole numbers in coarser steps than 1 are other numbers,
 which is an error like others to a layer; to an index, or to a comparison, it is a wrong row, or a wrong decision. Where such
-readers are, the common step is a multiple of the one in which whole numbers are exact.
+readers are, the common step is a multiple of the one in which whole numbers are exact. In steps of 1 they are exact however
+few they are, so that what is added to them may have a part of 1 for its step.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fheq.fitting.accumulator_ranges import decides
+from fheq.fitting.exact_steps import Range
 from fheq.fitting.whole_numbers import unit_fraction
 from fheq.planning.plan import Plan
+from fheq.regions import is_boolean
 from fheq.steps import Add, Step
 
 FINER = 16.0  # own steps in a common one, at most
-DECIDED = 256.0  # where wrong whole numbers are wrong decisions
+DECIDED = 256.0  # of integers, where wrong ones are wrong rows of tables and wrong decisions
 TINY = 1e-6  # of a step
 
 
@@ -29,57 +32,67 @@ class Group:
 
     Args:
         own: the steps that each would have by itself, by name, `()` or `(C,)`.
+        least: steps that would do: finer ones for whole numbers, which lose nothing in theirs and make no others coarse.
         whole: where they hold whole numbers that their bits can count, by name.
     """
 
     layout: Plan
     own: Mapping[str, np.ndarray]
+    least: Mapping[str, np.ndarray]
     whole: Mapping[str, np.ndarray]
 
     @staticmethod
-    def of(layout: Plan, members: list[str], scales: Mapping[str, np.ndarray], whole: Mapping[str, np.ndarray]) -> Group:
+    def of(
+        layout: Plan,
+        members: list[str],
+        ranges: Mapping[str, Range],
+        scales: Mapping[str, np.ndarray],
+        whole: Mapping[str, np.ndarray],
+    ) -> Group:
         """The group of these members.
 
         Args:
-            scales, whole: of all tensors; `whole` of inputs in floating point.
+            ranges, scales, whole: of all tensors; `whole` of inputs in floating point.
         """
         steps = dict(zip(members, np.broadcast_arrays(*(scales[m] for m in members))))
-        known = {m: is_integral(layout, m) or whole.get(m, False) for m in members}
+        known = {m: is_integral(layout, m) or is_boolean(layout.graph, m) or whole.get(m, False) for m in members}
         counted = {m: np.broadcast_to(known[m], steps[m].shape) for m in members}
-        return Group(layout, {m: unit_fraction(s, counted[m]) for m, s in steps.items()}, counted)
+        own = {m: unit_fraction(s, counted[m]) for m, s in steps.items()}
+        bits = max(ranges[m][2] for m in members)
+        finest = {m: (ranges[m][1] - ranges[m][0]) / (2.0**bits - 1) for m in members}
+        least = {m: np.where(counted[m], np.minimum(s, finest[m]), s) for m, s in own.items()}
+        return Group(layout, own, least, counted)
 
     def in_sum(self, key: str) -> np.ndarray:
         """The step of a tensor that is summed with the others."""
         common = self._common()
-        if self._keeps(key):
-            times = common / self.own[key]
-            exact = self.whole[key] & (np.abs(times - np.round(times)) <= TINY * times)
-            return np.where(exact, self.own[key], self._part(key, common))
-        return self._part(key, common)
+        times = common / self.own[key]
+        divides = np.abs(times - np.round(times)) <= TINY * times
+        exact = self.whole[key] & ((self._keeps(key) & divides) | (times <= 1))
+        return np.where(exact, self.own[key], self._part(key, common))
 
     def together(self, step: np.ndarray) -> np.ndarray:
         """The step of all, that they have exactly alike, from one that would do."""
         if any(is_integral(self.layout, m) for m in self.own):  # a step of 1/3 is no number of floating point
             step = np.where(step > 1, np.ceil(step - TINY), 2.0 ** np.ceil(np.log2(step) - TINY))
         step = unit_fraction(step, np.any(list(self.whole.values()), axis=0))
-        decided = [self.own[m] for m in self.own if np.all(self.whole[m]) and self._decisive(m)]
-        least = np.min([step, *np.broadcast_arrays(*decided)], axis=0) if decided else step
-        return least if np.all(step <= DECIDED * least) else step
+        decisive = [m for m in self.own if np.all(self.whole[m]) and self._decisive(m)]
+        return np.min([step, *(self.own[m] for m in decisive if np.all(step <= self._limit(m) * self.own[m]))], axis=0)
 
     @property
     def coarsest(self) -> np.ndarray:
         """The largest of the steps."""
-        return np.max(list(self.own.values()), axis=0)
+        return np.max(list(self.least.values()), axis=0)
 
     def _common(self) -> np.ndarray:
-        """The step of all, of which some have a part: a multiple of the least in which whole numbers are kept."""
+        """The step of all, of which some have a part: a multiple, or part, of the least in which whole numbers are kept."""
         step = self.coarsest
-        kept = [np.where(self.whole[m], self.own[m], np.inf) for m in self.own if self._keeps(m)]
-        least = np.min(kept, axis=0) if kept else np.full_like(step, np.inf)
-        exact = np.isfinite(least)
-        unit = np.where(exact, least, 1.0)
-        counted = np.any(list(self.whole.values()), axis=0)
-        step = np.where(exact, unit * np.ceil(step / unit - TINY), unit_fraction(step, counted))
+        kept = lambda m: self.whole[m] & (self._keeps(m) | (self.own[m] >= step))
+        unit = np.min([np.where(kept(m), own, np.inf) for m, own in self.own.items()], axis=0)
+        exact = np.isfinite(unit)
+        unit = np.where(exact, unit, 1.0)
+        multiple = np.where(step < unit, unit / np.floor(unit / step + TINY), unit * np.ceil(step / unit - TINY))
+        step = np.where(exact, multiple, unit_fraction(step, np.any(list(self.whole.values()), axis=0)))
         return np.ceil(step - TINY) if any(is_integral(self.layout, m) for m in self.own) and np.all(step > 1) else step
 
     def _part(self, key: str, common: np.ndarray) -> np.ndarray:
@@ -89,9 +102,13 @@ class Group:
     def _keeps(self, key: str) -> bool:
         """Whether a tensor is to have the steps in which its whole numbers are exact."""
         times = np.max(np.where(self.whole[key], self.coarsest / self.own[key], 1.0))
-        if not np.any(self.whole[key]) or times > (DECIDED if is_integral(self.layout, key) else FINER):
+        if not np.any(self.whole[key]) or times > self._limit(key):
             return False
         return self._decisive(key) or (times <= FINER and self._counts(key, self.coarsest))
+
+    def _limit(self, key: str) -> float:
+        """How many of its own steps a tensor may have in a common one, to keep them."""
+        return DECIDED if is_integral(self.layout, key) else FINER
 
     def _counts(self, key: str, common: np.ndarray) -> bool:
         """Whether a step reads a tensor that can tell its own steps from coarser common ones: a sum with nothing as coarse,

@@ -191,7 +191,7 @@ def _affine(
     axis, number = sharing.axis[key], sharing.group[key]
     low, high, bits = ranges[key]
     given = next((stated[m] for m in members if m in stated), None)
-    group = Group.of(layout, members, scales, whole)
+    group = Group.of(layout, members, ranges, scales, whole)
     if given is not None and (given.axis is None or axis is not None):
         if number in sharing.identical:
             return replace(given, axis=axis, mode="ROUND")
