@@ -74,8 +74,6 @@ class _Search:
     def front(self, target: float | None, budget: float | None) -> Front:
         within = lambda c: budget is None or c.complexity <= budget
         pool = [c for c in self.grid() if within(c)]
-        if not pool and budget is None:
-            raise QuantizationError(f"nothing that was tried can be run encrypted: {self.space}")
         if not pool:
             raise QuantizationError(f"nothing that was tried costs at most {budget:g} operations")
         pool += [c for c in self.refined(pool, target) if within(c)]

@@ -135,8 +135,9 @@ def _blocks(
     for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
         if np.ndim(leaf) == 0 or len(leaf) != n:
             raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
-        if np.asarray(leaf).dtype.kind not in "iufb":
-            raise DataError(f"targets{jax.tree_util.keystr(path)} must be numbers, got {np.asarray(leaf).dtype}")
+        kind = np.asarray(leaf).dtype
+        if not (jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, np.bool_)):
+            raise DataError(f"targets{jax.tree_util.keystr(path)} must be numbers, got {kind}")
     count = -(-n // batch_size)  # blocks, all of about the same size
     width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)

@@ -10,7 +10,7 @@ import numpy as np
 from fheq.affine import Affine, affine_bits, as_float32, bit_length
 from fheq.fitting.exact_steps import Range, is_weighed, meets_filler, take_grids, take_whole
 from fheq.fitting.product_scales import Interval, steps_in_products
-from fheq.fitting.shared_steps import Group, coarser
+from fheq.fitting.shared_steps import Group, coarser, is_integral
 from fheq.fitting.thresholds import on_edges
 from fheq.graph import describe
 from fheq.observers import observed_range
@@ -112,7 +112,7 @@ def _check_stated(layout: Plan, stats: Stats, spec: Spec, keys: list[str]) -> No
     read = {operand.key for step in layout.steps for operand in step.operands} | {*layout.points.values()}
     read |= {region.source for name, region in layout.regions.items() if name in layout.outputs}
     for key in keys:
-        free = layout.graph.types[key].dtype.kind in "iub" or (key in layout.inputs and key not in read)
+        free = is_integral(layout, key) or (key in layout.inputs and key not in read)
         if key in stats and not free and spec.override(*_names(layout, key)).n_bits is None:
             producer = layout.graph.producers().get(key)
             made = f", made by {describe(producer)}," if producer else ""
@@ -191,7 +191,6 @@ def _affine(
     axis, number = sharing.axis[key], sharing.group[key]
     low, high, bits = ranges[key]
     given = next((stated[m] for m in members if m in stated), None)
-    group = Group.of(layout, members, ranges, scales, whole)
     if given is not None and (given.axis is None or axis is not None):
         if number in sharing.identical:
             return replace(given, axis=axis, mode="ROUND")
@@ -203,6 +202,7 @@ def _affine(
     elif len(members) == 1:
         scale = scales[key]
     elif number in sharing.identical or number in sharing.exact:
+        group = Group.of(layout, members, ranges, scales, whole)
         scale = group.coarsest
         if number in sharing.identical:
             low = np.min([ranges[m][0] for m in members], axis=0)
@@ -212,7 +212,7 @@ def _affine(
         scale = group.together(scale)
         bits = _holding(low, high, scale, bits)
     else:
-        scale = group.in_sum(key)
+        scale = Group.of(layout, members, ranges, scales, whole).in_sum(key)
     return affine_between(low, high, scale, bits, axis)
 
 

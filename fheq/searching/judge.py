@@ -74,8 +74,8 @@ class Judge:
         self.best = self.scored(floats)
         if not np.isfinite(self.best):
             raise DataError(f"the score of the float model is {self.best}; it must be a finite number")
-        if not space.specs() or not space.p_errors:
-            raise DataError("the space has no quantization to try: give other rounding_bits, spare_bits or p_errors")
+        if not min(map(len, (space.tolerances, space.specs(), space.p_errors))):
+            raise DataError("the space has no quantization to try: one of its axes is empty, or leaves nothing of another")
         others = self.scored([np.roll(v, 1, axis=0) for v in floats])  # which tells this score from others
         # One function for all sweeps, which are then compiled once for each graph.
         self.to_float = Score(lambda y, _, t: score.measure(y, t[0], t[1]), score.finish)

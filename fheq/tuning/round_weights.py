@@ -22,7 +22,7 @@ from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, takes_bias, with_weights
 from fheq.steps import Linear
 from fheq.tuning.learned import zero_bias
-from fheq.tuning.surgeon import Reader, features, one_matrix
+from fheq.tuning.surgeon import Reader, features, one_matrix, weight_matrix
 
 
 def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
@@ -82,7 +82,7 @@ def _rounded(layout: Plan, qparams: QParams, reader: Reader) -> Linear:
     a = qparams.weights[step.weight_name]
     scale, zero, qmin, qmax = (np.ravel(np.asarray(leaf, np.float64)) for leaf in (a.scale, a.zero_point, a.qmin, a.qmax))
     ratio = np.repeat(np.asarray(quantize_weight(layout, qparams, step).ratio), reader.weight.shape[1])
-    unread = ~np.any(reader.matrix, axis=1)
+    unread = ~np.any(weight_matrix(step), axis=1)
     for at in np.flatnonzero(unread):
         reader = reader.fixed(slice(at, at + 1), np.zeros((1, len(reader.units))))
     for at in np.flatnonzero((ratio != 0) & ~unread):  # an input that does not vary is no weight's business

@@ -50,8 +50,8 @@ def _rows(step: Linear, x: Any) -> np.ndarray:
     return np.asarray(x).reshape(-1, x.shape[-1])
 
 
-def _matrix(step: Linear) -> np.ndarray:
-    """The weights, `(features, outputs)`."""
+def weight_matrix(step: Linear) -> np.ndarray:
+    """The weights of a step, `(features, outputs)`."""
     return step.weight if step.form == "matmul" else step.weight.reshape(len(step.weight), -1).T
 
 
@@ -76,12 +76,12 @@ class Reader:
     @staticmethod
     def observe(step: Linear, exact: Any, pruned: Any) -> Reader:
         """The layer with the weights that give the model's results from the pruned copy's inputs, by least squares."""
-        matrix = _matrix(step)
-        size, count = len(matrix), 0
-        shapes = (size,), matrix.shape[1:], (size, size), matrix.shape, matrix.shape[1:]
+        own = weight_matrix(step)
+        size, count = len(own), 0
+        shapes = (size,), own.shape[1:], (size, size), own.shape, own.shape[1:]
         sums: list[np.ndarray] = [np.zeros(shape) for shape in shapes]
         for at in range(0, len(exact), CHUNK):
-            y = _rows(step, exact[at : at + CHUNK]) @ matrix
+            y = _rows(step, exact[at : at + CHUNK]) @ own
             x = _rows(step, pruned[at : at + CHUNK])
             count += len(x)
             for i, term in enumerate((x.sum(0), y.sum(0), x.T @ x, x.T @ y, (y**2).sum(0))):
@@ -90,16 +90,11 @@ class Reader:
         covariance = square - np.outer(mean, mean)
         ridge = RIDGE * max(np.trace(covariance) / size, 1e-30)
         inverse = np.linalg.inv(covariance + ridge * np.eye(size))
-        fitted = matrix + inverse @ (cross - np.outer(mean, target) - covariance @ matrix)
+        fitted = own + inverse @ (cross - np.outer(mean, target) - covariance @ own)
         variance = power - target**2
         units = np.sqrt(np.maximum(variance, 1e-6 * variance.max() + 1e-30))
         rows = size // (step.weight.shape[0] if step.form == "matmul" else step.weight.shape[1])
         return Reader(step, (fitted / units).reshape(-1, rows, len(units)), inverse, units, mean, target)
-
-    @property
-    def matrix(self) -> np.ndarray:
-        """The step's own weights, `(channels * features, outputs)`."""
-        return _matrix(self.step)
 
     @property
     def channels(self) -> int:
