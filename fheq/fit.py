@@ -11,7 +11,8 @@ from fheq.affine import Affine
 from fheq.errors import QuantizationError
 from fheq.fitting.accumulators import fit_accumulator, weighed
 from fheq.fitting.cells import fill_cells, rounds_nothing, too_wide
-from fheq.fitting.negligible import floors_of, raised
+from fheq.fitting.inverse_norms import ceilings_of
+from fheq.fitting.negligible import floors_of, limited
 from fheq.fitting.stated_weights import stated_weight
 from fheq.fitting.sums import fit_sums
 from fheq.fitting.tensor_quantizers import fit_tensors, tensor_bits
@@ -82,10 +83,11 @@ def _of_tensors(spec: Spec) -> Spec:
 
 def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
     """`fit` for specs of equal `_of_tensors`."""
-    floors = floors_of(layout, stats, lambda key: tensor_bits(layout, key, specs[0]))
-    tensors = fit_tensors(layout, raised(stats, floors.tensors), specs[0])
+    bits = lambda key: tensor_bits(layout, key, specs[0])
+    floors, ceilings = floors_of(layout, stats, bits), ceilings_of(layout, stats, bits)
+    tensors = fit_tensors(layout, limited(stats, floors.tensors, ceilings), specs[0])
     check_alignment(layout, QParams(tensors, {}, {}))
-    reached = raised(stats, floors.accumulators)
+    reached = limited(stats, floors.accumulators, {})
     found = _with_tensors(layout, reached, specs, tensors, True)
     vain = [i for i, spec in enumerate(specs) if rounds_nothing(spec) and too_wide(found[i])]
     for i, qparams in zip(vain, _with_tensors(layout, reached, [specs[i] for i in vain], tensors, False) if vain else ()):

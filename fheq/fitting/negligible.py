@@ -31,9 +31,12 @@ class Floors(NamedTuple):
     accumulators: dict[str, float]
 
 
-def raised(stats: Stats, floors: Mapping[str, float]) -> Stats:
-    """The statistics of tensors when clipped below."""
-    return {**stats, **{name: clipped(stats[name], floor, np.inf) for name, floor in floors.items()}} if floors else stats
+def limited(stats: Stats, floors: Mapping[str, float], ceilings: Mapping[str, float]) -> Stats:
+    """The statistics of tensors when clipped below, or above."""
+    found = dict(stats)
+    for name in {**floors, **ceilings}:
+        found[name] = clipped(found[name], floors.get(name, -np.inf), ceilings.get(name, np.inf))
+    return found
 
 
 def floors_of(layout: Plan, stats: Stats, bits: Callable[[str], int]) -> Floors:

@@ -1,0 +1,99 @@
+"""Normalizations: rows of zeros, and rows much smaller than others, leave the inverses of norms their steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from build_models import model, node
+
+import fheq
+
+ROWS, FEATURES = 1200, 6
+NORM = [node("ReduceL2", ["x", "axes"], ["l"])]
+VARIANCE = [
+    node("ReduceMean", ["x", "axes"], ["m"]),
+    node("Sub", ["x", "m"], ["c"]),
+    node("Mul", ["c", "c"], ["q"]),
+    node("ReduceMean", ["q", "axes"], ["v"]),
+]
+FORMS: dict[str, list[onnx.NodeProto]] = {
+    "LayerNormalization": [node("LayerNormalization", ["x", "gain"], ["y"], axis=-1)],
+    "LpNormalization": [node("LpNormalization", ["x"], ["y"], axis=-1, p=2)],
+    "L2, at least epsilon": [*NORM, node("Max", ["l", "epsilon"], ["n"]), node("Div", ["x", "n"], ["y"])],
+    "L1, and epsilon": [
+        node("ReduceL1", ["x", "axes"], ["l"]),
+        node("Add", ["l", "epsilon"], ["n"]),
+        node("Div", ["x", "n"], ["y"]),
+    ],
+    "maximum": [
+        node("Abs", ["x"], ["s"]),
+        node("ReduceMax", ["s", "axes"], ["l"]),
+        node("Add", ["l", "epsilon"], ["n"]),
+        node("Div", ["x", "n"], ["y"]),
+    ],
+    "root mean square": [
+        node("Mul", ["x", "x"], ["q"]),
+        node("ReduceMean", ["q", "axes"], ["v"]),
+        node("Add", ["v", "epsilon"], ["e"]),
+        node("Sqrt", ["e"], ["n"]),
+        node("Reciprocal", ["n"], ["r"]),
+        node("Mul", ["x", "r"], ["y"]),
+    ],
+    "power": [
+        *VARIANCE,
+        node("Add", ["v", "epsilon"], ["e"]),
+        node("Pow", ["e", "power"], ["r"]),
+        node("Mul", ["c", "r"], ["y"]),
+    ],
+    "after a product": [
+        *NORM,
+        node("Add", ["l", "epsilon"], ["n"]),
+        node("MatMul", ["x", "w"], ["p"]),
+        node("Div", ["p", "n"], ["y"]),
+    ],
+}
+KNOWN = {
+    "gain": np.ones(FEATURES, np.float32),
+    "axes": np.array([-1]),
+    "epsilon": np.float32(1e-6),
+    "power": np.float32(-0.5),
+    "w": np.random.default_rng(1).normal(size=(FEATURES, 3)).astype(np.float32),
+}
+
+
+def imported(form: str, features: int = FEATURES) -> fheq.Graph:
+    nodes = FORMS[form]
+    known = {name: value for name, value in KNOWN.items() if any(name in n.input for n in nodes)}
+    known = {name: value[:features] if name == "gain" else value for name, value in known.items()}
+    return fheq.import_onnx(model(nodes, {"x": ["N", features]}, ["y"], known, opset=18))
+
+
+def error(graph: fheq.Graph, seen: np.ndarray, x: np.ndarray, bits: int) -> float:
+    """Of integers fitted on `seen`, as a part of the size of what the model makes of x."""
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, seen), bits))
+    want = np.asarray(fheq.evaluate(graph, x), np.float64)
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+    return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_zeros_take_no_steps(form: str) -> None:
+    """As padding and dead channels are; their norm's inverse is a thousand or a million, and multiplies zeros."""
+    x = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype(np.float32)
+    padded = np.concatenate([x, np.zeros_like(x[: ROWS // 2])])
+    graph = imported(form)
+    alone, beside = (error(graph, seen, x, 6) for seen in (x, padded))
+    assert alone < 0.15
+    assert beside < 1.25 * alone
+
+
+@pytest.mark.parametrize("features", [2, 3, FEATURES])
+def test_small_rows_do_not_outweigh_the_others(features: int) -> None:
+    """Where all squares of a row round to 0, its inverse is that of a row of squares that do, and no larger."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(ROWS, features)) * np.exp(rng.normal(size=(ROWS, 1)))).astype(np.float32)
+    graph = imported("LayerNormalization", features)
+    errors = [error(graph, x, x, bits) for bits in (4, 6, 8)]
+    assert max(errors) < 1  # an answer of zeros
+    assert errors[2] < errors[1] < errors[0]
