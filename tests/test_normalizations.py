@@ -8,6 +8,9 @@ import pytest
 from build_models import model, node
 
 import fheq
+from fheq.interpret import interpret
+from fheq.planning.plan import plan
+from fheq.steps import Product
 
 ROWS, FEATURES = 1200, 6
 NORM = [node("ReduceL2", ["x", "axes"], ["l"])]
@@ -53,11 +56,54 @@ FORMS: dict[str, list[onnx.NodeProto]] = {
         node("Div", ["p", "n"], ["y"]),
     ],
 }
+INVERSE = [node("Add", ["v", "epsilon"], ["e"]), node("Sqrt", ["e"], ["n"]), node("Reciprocal", ["n"], ["r"])]
+FAST = [
+    node("ReduceSum", ["x", "axes"], ["t"]),
+    node("Mul", ["t", "share"], ["m"]),
+    node("Pow", ["x", "two"], ["xx"]),
+    node("ReduceMean", ["xx", "axes"], ["s"], keepdims=0),
+    node("Mul", ["m", "m"], ["mm"]),
+    node("Squeeze", ["mm", "axes"], ["f"]),
+    node("Sub", ["s", "f"], ["d"]),
+    node("Relu", ["d"], ["p"]),
+    node("Unsqueeze", ["p", "axes"], ["v"]),
+]
+WRITTEN = {
+    "squares less the square of the mean": [*FAST, *INVERSE, node("Sub", ["x", "m"], ["c"]), node("Mul", ["c", "r"], ["y"])],
+    "the gain before the deviation": [
+        *VARIANCE,
+        *INVERSE,
+        node("Mul", ["r", "gains"], ["g"]),
+        node("Mul", ["c", "g"], ["z"]),
+        node("Add", ["z", "gains"], ["y"]),
+    ],
+    "two products": [
+        *VARIANCE,
+        *INVERSE,
+        node("Mul", ["r", "gains"], ["g"]),
+        node("Neg", ["m"], ["k"]),
+        node("Mul", ["k", "g"], ["b"]),
+        node("Add", ["b", "gains"], ["o"]),
+        node("Mul", ["x", "g"], ["z"]),
+        node("Add", ["z", "o"], ["y"]),
+    ],
+    "the mean twice": [
+        *VARIANCE,
+        *INVERSE,
+        node("ReduceMean", ["x", "axes"], ["m2"]),
+        node("Sub", ["x", "m2"], ["c2"]),
+        node("Mul", ["c2", "r"], ["y"]),
+    ],
+}
+FORMS |= WRITTEN
 KNOWN = {
     "gain": np.ones(FEATURES, np.float32),
     "axes": np.array([-1]),
     "epsilon": np.float32(1e-6),
     "power": np.float32(-0.5),
+    "two": np.float32(2),
+    "share": np.float32(1 / FEATURES),
+    "gains": np.linspace(0.5, 1.5, FEATURES, dtype=np.float32),
     "w": np.random.default_rng(1).normal(size=(FEATURES, 3)).astype(np.float32),
 }
 
@@ -86,6 +132,20 @@ def test_rows_of_zeros_take_no_steps(form: str) -> None:
     alone, beside = (error(graph, seen, x, 6) for seen in (x, padded))
     assert alone < 0.15
     assert beside < 1.25 * alone
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_however_it_is_written_it_is_one_product(form: str) -> None:
+    """Of deviations and the inverse of one row, as LayerNormalization is; the planned graph computes the same."""
+    graph = imported(form)
+    planned, reference = plan(graph), plan(imported("LayerNormalization"))
+    assert [type(step) for step in planned.steps] == [type(step) for step in reference.steps]
+    (product,) = (step for step in planned.steps if isinstance(step, Product))
+    assert planned.shape(product.b.key) == (1, 1)
+    x = np.random.default_rng(0).normal(3, 1, (1, FEATURES)).astype(np.float32)
+    (name,) = planned.outputs
+    found = interpret(planned.graph, {"x": x}, targets=[name])[name]
+    np.testing.assert_allclose(found, fheq.evaluate(graph, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", [2, 3, FEATURES])

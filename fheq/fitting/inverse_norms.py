@@ -27,7 +27,23 @@ LEAST = 1e-30
 UNRESOLVED = 2 / 9
 """The square, in steps, whose root has the inverse of least squared error for all numbers whose squares round to 0: with
 x^2 even in x from 0 to a, where 2 a^2 is a step, the sum of (r x - 1)^2 is least at r = 1.5 / a."""
-_BEFORE = ("Abs", "Add", "Cast", "Clip", "Equal", "Identity", "Less", "Max", "Mul", "Pow", "Sqrt", "Sub", "Where")
+_BEFORE = (
+    "Abs",
+    "Add",
+    "Cast",
+    "Clip",
+    "Div",
+    "Equal",
+    "Identity",
+    "Less",
+    "Max",
+    "Mul",
+    "Pow",
+    "Relu",
+    "Sqrt",
+    "Sub",
+    "Where",
+)
 """Operators between a sum and the number that is inverted."""
 
 
@@ -72,7 +88,9 @@ def _factors(layout: Plan, makers: Mapping[str, Step], key: str) -> set[str]:
         last = stack.pop()
         source = layout.points.get(last, last)
         maker = makers.get(source)
-        if source not in found and (isinstance(maker, Product | Sum) or (isinstance(maker, Linear) and not np.any(maker.bias))):
+        if source not in found and (
+            isinstance(maker, Product | Sum) or (isinstance(maker, Linear) and not np.any(maker.bias))
+        ):
             stack += [operand.key for operand in maker.operands]
         found.add(source)
     return found

@@ -35,7 +35,9 @@ from fheq.rewrites import (
     separate_known_parts,
     settle_decisions,
 )
+from fheq.rewriting.common_factors import rearrange
 from fheq.rewriting.edit import bypassed
+from fheq.rewriting.equal_nodes import merge_equal_nodes
 from fheq.rewriting.pins import is_float_cast
 from fheq.stated.accumulators import take_accumulators
 from fheq.steps import Add, Operand, Step, makes_accumulator
@@ -124,7 +126,8 @@ def plan(graph: Graph) -> Plan:
     server, stated = take_accumulators(server)
     with jax.ensure_compile_time_eval():  # also where the caller is being traced
         exact = bypassed(server, lambda node: is_float_cast(node, server.types))
-        simple = settle_decisions(separate_known_parts(decompose(quantize_before_movement(exact))))
+        simple = merge_equal_nodes(rearrange(merge_equal_nodes(decompose(quantize_before_movement(exact)))))
+        simple = settle_decisions(separate_known_parts(simple))
         found = walked(separate_encodings(compose(compose_joined(activate_before_maximum(simple)))))
         made = outputs(found)  # which may make points
         parts = found.graph, tuple(found.steps), found.regions, found.points, made, found.adopted

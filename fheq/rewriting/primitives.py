@@ -29,7 +29,7 @@ def scalar(draft: Draft, node: Node, label: str, value: float, like: str) -> str
     return draft.constant(f"{node.outputs[0]}/{label}", value, draft.types[like].dtype)
 
 
-def _axes(draft: Draft, node: Node) -> tuple[int, ...] | None:
+def axes_of(draft: Draft, node: Node) -> tuple[int, ...] | None:
     """The axes of a Reduce node, from its input or attribute; None when they are not known."""
     rank = len(draft.types[node.inputs[0]].shape)
     given = node.attrs.get("axes") or ()
@@ -67,7 +67,7 @@ def log_sum_exp(
 
 def _reduction(draft: Draft, node: Node) -> bool:
     """ReduceL1, L2, LogSum, LogSumExp, SumSquare: an elementwise op, ReduceSum, an elementwise op."""
-    axes = _axes(draft, node)
+    axes = axes_of(draft, node)
     if axes is None:
         return False
     x, out, keep = node.inputs[0], node.outputs[0], bool(node.attrs["keepdims"])
@@ -98,7 +98,7 @@ def _part(draft: Draft, node: Node, x: str, axis: int, index: int) -> str:
 
 def _product(draft: Draft, node: Node) -> bool:
     """ReduceProd: slices multiplied one by one."""
-    axes, shape = _axes(draft, node), draft.types[node.inputs[0]].shape
+    axes, shape = axes_of(draft, node), draft.types[node.inputs[0]].shape
     if axes is None or any(not 1 <= shape[a] <= LARGEST_PRODUCT for a in axes):
         return False
     value = node.inputs[0]

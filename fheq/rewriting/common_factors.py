@@ -1,0 +1,110 @@
+"""Products of computed tensors with fewer of them, and with known factors last.
+
+A sum of two products by one tensor, as x r - m r is in some normalizations, is one product. And an inverse that is first
+multiplied by the gain of each channel would take a table for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+from fheq.graph import Graph, Node
+from fheq.rewriting.edit import Draft
+from fheq.rewriting.variances import centre_variance
+
+
+def rearrange(graph: Graph) -> Graph:
+    """The graph, in simple operators, with its products and variances in the forms that suit integers."""
+    draft = Draft(graph)
+    changed = False
+    for node in graph.nodes:
+        if _rearranged(draft, node):
+            changed = True
+        else:
+            draft.write(node)
+    return rearrange(draft.finish()) if changed else graph  # one form may be part of another
+
+
+def _rearranged(draft: Draft, node: Node) -> bool:
+    if node.domain or node.op not in ("Add", "Mul", "Sub") or draft.types[node.outputs[0]].dtype.kind != "f":
+        return False
+    if node.op == "Mul":
+        return _known_factor_last(draft, node)
+    return (node.op == "Sub" and centre_variance(draft, node)) or _factored(draft, node)
+
+
+def _known_factor_last(draft: Draft, node: Node) -> bool:
+    """a (r c) as (a r) c, for a known c of more elements than r."""
+    for a, b in (node.inputs, node.inputs[::-1]):
+        maker = draft.graph.producers().get(b)
+        if maker is None or maker.domain or maker.op != "Mul" or a in draft.constants or b in draft.pinned:
+            continue
+        known = [name for name in maker.inputs if name in draft.constants]
+        if len(known) == 1:
+            (rest,) = (name for name in maker.inputs if name not in known)
+            if prod(draft.types[rest].shape) < prod(draft.types[b].shape):
+                draft.apply(node, "Mul", draft.apply(node, "Mul", a, rest), known[0], out=node.outputs[0])
+                return True
+    return False
+
+
+class _Term(NamedTuple):
+    """A part of a sum, with its sign; the two factors of a product of computed tensors."""
+
+    sign: int
+    name: str
+    factors: tuple[str, ...] = ()
+
+
+def _factored(draft: Draft, node: Node) -> bool:
+    """a r + b r + c as (a + b) r + c, for a known c, or without."""
+    terms = list(_terms(draft, node.outputs[0], 1))
+    products = sorted((term for term in terms if term.factors), key=lambda term: -term.sign)
+    known = [term for term in terms if term.name in draft.constants]
+    if len(products) != 2 or len(known) + 2 != len(terms) or products[0].sign < 0:
+        return False
+    one, two = products
+    common = set(one.factors) & set(two.factors)
+    if len(common) != 1:
+        return False
+    (factor,) = common
+    a, b = (
+        next(name for name in term.factors if name != factor) if len(set(term.factors)) > 1 else factor for term in products
+    )
+    value = draft.apply(node, "Add" if two.sign > 0 else "Sub", a, b)
+    value = draft.apply(node, "Mul", value, factor, out="" if known else node.outputs[0])
+    for place, term in enumerate(known, 1):
+        op = "Add" if term.sign > 0 else "Sub"
+        value = draft.apply(node, op, value, term.name, out=node.outputs[0] if place == len(known) else "")
+    return True
+
+
+def _terms(draft: Draft, name: str, sign: int, first: bool = True) -> Iterator[_Term]:
+    """What is added up to a tensor, through sums that nothing else reads."""
+    node = draft.graph.producers().get(name)
+    alone = first or (len(draft.graph.consumers().get(name, ())) == 1 and not _is_kept(draft, name))
+    if node is None or node.domain or not alone:
+        yield _Term(sign, name)
+    elif node.op in ("Add", "Sub"):
+        yield from _terms(draft, node.inputs[0], sign, False)
+        yield from _terms(draft, node.inputs[1], sign if node.op == "Add" else -sign, False)
+    elif node.op == "Neg":
+        yield from _terms(draft, node.inputs[0], -sign, False)
+    elif node.op == "Mul" and draft.depends(*node.inputs):
+        signs, factors = zip(*(_unsigned(draft, factor) for factor in node.inputs))
+        yield _Term(sign * prod(signs), name, factors)
+    else:
+        yield _Term(sign, name)
+
+
+def _unsigned(draft: Draft, name: str) -> tuple[int, str]:
+    """A tensor, or what it is the negative of, and the sign."""
+    node = draft.graph.producers().get(name)
+    negative = node is not None and node.op == "Neg" and not node.domain and name not in draft.pinned
+    return (-1, node.inputs[0]) if node is not None and negative else (1, name)
+
+
+def _is_kept(draft: Draft, name: str) -> bool:
+    return name in draft.pinned or any(port.name == name for port in draft.graph.outputs)
