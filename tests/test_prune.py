@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from build_models import model, node
@@ -9,6 +10,10 @@ from onnx import ModelProto
 
 import fheq
 from fheq.digits import load
+from fheq.interpret import interpret
+from fheq.planning.granularity import channel_axis
+from fheq.planning.plan import plan
+from fheq.tuning.effects import effects
 
 SPEC = fheq.Spec(5, rounding=fheq.Rounding(5, approximate=True))
 
@@ -116,3 +121,49 @@ def test_ranks_above_two():
     exact = np.asarray(fheq.evaluate(graph, x))
     assert np.mean((np.asarray(fheq.evaluate(pruned, x)) - exact) ** 2) < 0.1 * np.var(exact)
     assert tables(pruned, x) < tables(graph, x)
+
+
+CONVOLVED = [
+    node("Conv", ["x", "w"], ["h"]),
+    node("Tanh", ["h"], ["t"]),
+    node("Flatten", ["t"], ["f"]),
+    node("MatMul", ["f", "v"], ["a"]),
+    node("Relu", ["a"], ["r"]),
+    node("MatMul", ["r", "u"], ["y"]),
+]
+
+
+def convolved(nodes: list) -> fheq.Graph:
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 1, 2, 2), "v": (27, 6), "u": (6, 2)}
+    return fheq.import_onnx(model(nodes, {"x": ["N", 1, 4, 4]}, ["y"], {k: weights(rng, s) for k, s in shapes.items()}))
+
+
+def weights(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return (rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["h", "a"])
+def test_effects_are_what_small_errors_add_to_the_outputs(name: str) -> None:
+    """Against noise in one channel at a time: both are means over random signs."""
+    graph, rng = convolved(CONVOLVED), np.random.default_rng(1)
+    x = rng.normal(size=(4096, 1, 1, 4, 4)).astype(np.float32)
+    layout, size = plan(graph), 1e-3
+    exact = np.asarray(fheq.evaluate(graph, x[:, 0]))
+    found = effects(layout, [x])[name]
+    axis = channel_axis(layout, name)
+    for channel, predicted in enumerate(found):
+        place = np.arange(len(found)) == channel
+        shape = [1] * len(layout.shape(name))
+        shape[axis] = len(found)
+        noise = size * rng.choice([-1, 1], (len(x), *layout.shape(name))) * place.reshape(shape)
+        disturbed = jax.vmap(lambda x, e: interpret(graph, {"x": x}, tap=lambda n, v: v + e if n == name else v)["y"])
+        added = np.asarray(disturbed(x, noise.astype(np.float32))).reshape(exact.shape) - exact
+        measured = np.mean(added**2) / np.mean(np.var(exact, axis=0)) / size**2
+        assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("op", ["Round", "Sign", "Floor"])
+def test_where_derivatives_are_0_effects_are_unknown(op: str) -> None:
+    graph = convolved([node(op, n.input, n.output) if n.op_type == "Tanh" else n for n in CONVOLVED])
+    assert effects(plan(graph), [np.ones((8, 1, 1, 4, 4), np.float32)]) == {}

@@ -7,6 +7,7 @@ weights that read it become 0 and the other weights of the reading layers make u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,19 +27,22 @@ from fheq.planning.plan import Plan, plan
 from fheq.rewriting.weights import with_weights
 from fheq.steps import Linear
 from fheq.tuning.channel_groups import Group, read_by_linear
+from fheq.tuning.effects import effects
 from fheq.tuning.surgeon import Reader, features
 
 
 def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
     """The graph without the channels that it can do without, on the data given.
 
-    A channel is removed while the relative squared error that this adds to the results of the layers that read it is no
-    more than `tolerance` times the share of the model's tables that it takes. The weights of removed channels are 0.
+    A channel is removed while the relative squared error that this adds to the model's outputs is no more than `tolerance`
+    times the share of the model's tables that it takes. The error is that of the layers that read it, weighed by derivatives
+    of the outputs (see `fheq.tuning.effects`); in a model that rounds or decides, where these say nothing, it is the
+    relative error of these layers' results. The weights of removed channels are 0.
 
     Args:
         graph: what `import_onnx` gives.
         inputs: calibration data, as for `evaluate`; no labels.
-        tolerance: relative squared error of a layer for all of the model's tables; 0 removes only what is never used.
+        tolerance: relative squared error of the outputs for all of the model's tables; 0 removes only what is never used.
 
     Raises:
         DataError: the data do not fit, or the tolerance is negative.
@@ -50,16 +54,17 @@ def prune(graph: Graph, *inputs: Any, tolerance: float) -> Graph:
     groups = read_by_linear(layout)
     if not groups:
         return graph
+    weighed = effects(layout, arrays)
     with enable_x64():
-        changed = _Walk(layout, groups, tolerance).run(arrays)
+        changed = _Walk(layout, groups, tolerance, weighed).run(arrays)
     return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph
 
 
 class _Walk:
     """Runs the model and its pruned copy side by side, node by node; a group is pruned when its first reader comes."""
 
-    def __init__(self, layout: Plan, groups: list[Group], tolerance: float):
-        self.layout = layout
+    def __init__(self, layout: Plan, groups: list[Group], tolerance: float, weighed: Mapping[str, np.ndarray]):
+        self.layout, self.weighed = layout, weighed
         self.graph = wide(layout.graph)
         self.tolerance = tolerance
         self.groups = {group.readers[0].out: group for group in groups}
@@ -106,7 +111,11 @@ class _Walk:
         return jax.vmap(one)(*(env[name] for name in computed))
 
     def solve(self, group: Group, exact: dict[str, Any], pruned: dict[str, Any]) -> None:
-        readers = [Reader.observe(step, features(step, exact), features(step, pruned)) for step in group.readers]
+        known = all(step.out in self.weighed for step in group.readers)
+        readers = [
+            Reader.observe(step, features(step, exact), features(step, pruned), self.weighed[step.out] if known else None)
+            for step in group.readers
+        ]
         limit = self.tolerance * group.share
         alive = np.ones(readers[0].channels, bool)
         while alive.sum() > 1:

@@ -64,6 +64,7 @@ class Reader:
         inverse: inverse covariance of the inputs, `(channels * features, channels * features)`.
         units: standard deviation of each output.
         mean: means of the inputs; target: means of the outputs.
+        importance: what an error of one standard deviation of each output costs.
     """
 
     step: Linear
@@ -72,10 +73,15 @@ class Reader:
     units: np.ndarray
     mean: np.ndarray
     target: np.ndarray
+    importance: np.ndarray
 
     @staticmethod
-    def observe(step: Linear, exact: Any, pruned: Any) -> Reader:
-        """The layer with the weights that give the model's results from the pruned copy's inputs, by least squares."""
+    def observe(step: Linear, exact: Any, pruned: Any, effect: np.ndarray | None = None) -> Reader:
+        """The layer with the weights that give the model's results from the pruned copy's inputs, by least squares.
+
+        Args:
+            effect: what a squared error of each output costs; by default all count alike, in units of their variances.
+        """
         own = weight_matrix(step)
         size, count = len(own), 0
         shapes = (size,), own.shape[1:], (size, size), own.shape, own.shape[1:]
@@ -94,7 +100,8 @@ class Reader:
         variance = power - target**2
         units = np.sqrt(np.maximum(variance, 1e-6 * variance.max() + 1e-30))
         rows = size // (step.weight.shape[0] if step.form == "matmul" else step.weight.shape[1])
-        return Reader(step, (fitted / units).reshape(-1, rows, len(units)), inverse, units, mean, target)
+        importance = np.full(len(units), 1 / len(units)) if effect is None else effect * units**2
+        return Reader(step, (fitted / units).reshape(-1, rows, len(units)), inverse, units, mean, target, importance)
 
     @property
     def channels(self) -> int:
@@ -102,14 +109,14 @@ class Reader:
         return len(self.weight)
 
     def errors(self) -> np.ndarray:
-        """Relative squared error, averaged over the outputs, that the removal of each channel adds."""
+        """The error that the removal of each channel adds, the outputs weighed by their importance."""
         rows = self.weight.shape[1]
         blocks = self.inverse.reshape(self.channels, rows, self.channels, rows)
         own = blocks[np.arange(self.channels), :, np.arange(self.channels)]
         gone = np.trace(own, axis1=1, axis2=2) == 0
         # Inverses of these small blocks: `solve` takes ten times as long for as many right-hand sides as there are outputs.
         solved = np.linalg.inv(np.where(gone[:, None, None], np.eye(rows), own)) @ self.weight
-        return np.einsum("kro,kro->k", self.weight, solved) / len(self.units)
+        return np.einsum("kro,kro,o->k", self.weight, solved, self.importance)
 
     def without(self, channel: int) -> Reader:
         """The layer without a channel, the others making up for it."""
