@@ -194,8 +194,11 @@ def cell(lsbs: Array, dtype: Any) -> Array:
     return jnp.ldexp(jnp.ones((), dtype), jnp.asarray(lsbs).astype(jnp.int32))
 
 
-def validate(affine: Affine, name: str) -> None:
+def validate(affine: Affine, name: str, integral: bool = False) -> None:
     """Checks the invariants of a concrete (not traced) quantizer.
+
+    Args:
+        integral: whether it makes integers: zero point and limits are whole numbers, and no bits are removed.
 
     Raises:
         QuantizationError: naming the tensor and the broken invariant.
@@ -214,5 +217,10 @@ def validate(affine: Affine, name: str) -> None:
         raise QuantizationError(f"quantizer of {name!r}: lsbs must be whole numbers from 0 to {MAX_LSBS}")
     if np.any(leaves["scale"] <= 0):
         raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
+    for leaf in ("zero_point", "qmin", "qmax") if integral else ():
+        if np.any(leaves[leaf] != np.round(leaves[leaf])):
+            raise QuantizationError(f"quantizer of {name!r}: {leaf} must be whole numbers")
+    if integral and np.any(leaves["lsbs"]):
+        raise QuantizationError(f"quantizer of {name!r}: lsbs must be 0; low bits are removed from accumulators alone")
     if np.any(leaves["qmin"] > leaves["qmax"]):
         raise QuantizationError(f"quantizer of {name!r}: qmin is above qmax")

@@ -62,7 +62,7 @@ def check_complete(layout: Plan, qparams: QParams) -> None:
         for name in names:
             if name not in getattr(qparams, part):
                 raise QuantizationError(f"qparams.{part} lacks {name!r}: fit this graph")
-            validate(getattr(qparams, part)[name], name)
+            validate(getattr(qparams, part)[name], name, integral=part != "accumulators")
     check_alignment(layout, qparams)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fheq.affine import Affine
+from fheq.affine import Affine, integers_of
 from fheq.planning.plan import Plan
 from fheq.regions import FILLER, in_float64
 
@@ -49,7 +49,7 @@ def tabulate(
     label = np.unique(np.stack([label, *leaves], axis=1), axis=0, return_inverse=True)[1].ravel()
     first = np.full(label.max() + 1, -1)
     first[label[::-1]] = np.arange(size)[::-1]
-    rows = [_rows(layout, point, first[at], scale, offset, codes, leaves) for at in _slices(len(first), len(codes))]
+    rows = [_rows(layout, point, affine, first[at], scale, offset, codes, leaves) for at in _slices(len(first), len(codes))]
     table, same = distinct_rows(np.concatenate(rows))
     applied = np.stack([np.where(elements == FILLER, -1, elements), same[label]], axis=1)
     pairs, place = np.unique(applied, axis=0, return_inverse=True)
@@ -68,7 +68,7 @@ def _slices(groups: int, entries: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, groups, step)]
 
 
-def _rows(layout: Plan, point: str, elements: np.ndarray, scale, offset, codes, leaves) -> np.ndarray:
+def _rows(layout: Plan, point: str, affine: Affine, elements: np.ndarray, scale, offset, codes, leaves) -> np.ndarray:
     def source(_: str, need: np.ndarray) -> np.ndarray:
         safe = np.maximum(need, 0)
         return scale[safe][:, None] * codes[None, :] + offset[safe][:, None]
@@ -77,5 +77,6 @@ def _rows(layout: Plan, point: str, elements: np.ndarray, scale, offset, codes, 
     step, zero_point, qmin, qmax = (leaf[elements][:, None] for leaf in leaves)
     steps = np.nan_to_num(real / step, nan=0.0, posinf=1e300, neginf=-1e300)
     largest = np.max(leaves[3])
-    q = np.clip(np.round(steps) + zero_point, qmin, qmax).astype(np.min_scalar_type(int(largest)))
+    whole = integers_of(affine.mode, steps, zero_point + affine.origin) - affine.origin
+    q = np.clip(whole, qmin, qmax).astype(np.min_scalar_type(int(largest)))
     return np.broadcast_to(q, (len(elements), len(codes)))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from build_models import model, node
 from models import CASES, prepared
 
 import fheq
 from fheq import Override, Spec
 from fheq.affine import Affine
 from fheq.client.outputs import rejoined
+from fheq.errors import QuantizationError
 from fheq.planning.plan import plan
 from fheq.tuning.edits import chain, masked, partition, select
 
@@ -79,3 +82,45 @@ def test_selected_names_are_keys_of_overrides_and_edits_map_over_values() -> Non
     np.testing.assert_allclose(swept.tensors["x"].scale[1], 2 * q.tensors["x"].scale, rtol=1e-6)
     with pytest.raises(fheq.FheqError, match="'Softmax'"):
         select(found.graph, op="Softmax")
+
+
+def edited(qparams: fheq.QParams, part: str, name: str, **leaves: Any) -> fheq.QParams:
+    affines = getattr(qparams, part)
+    return replace(qparams, **{part: {**affines, name: replace(affines[name], **leaves)}})
+
+
+@pytest.mark.parametrize("mode", ["CEIL", "FLOOR", "HALF_DOWN", "HALF_UP", "ROUND_TO_ZERO"])
+@pytest.mark.parametrize("name", ["x", "r"])
+def test_programs_round_as_an_edited_mode_says(name: str, mode: str) -> None:
+    graph, x = network()
+    qparams = edited(fheq.fit(graph, fheq.calibrate(graph, x), 4), "tensors", name, mode=mode)
+    program = fheq.lower(graph, qparams)
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+    want = np.asarray(fheq.fake_quant(graph, qparams, x))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.std(want))
+    nearest = fheq.fake_quant(graph, edited(qparams, "tensors", name, mode="ROUND"), x)
+    assert mode.startswith("HALF") or np.any(want != nearest)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "leaf"),
+    [("tensors", "x", "zero_point"), ("tensors", "r", "qmin"), ("tensors", "r", "lsbs"), ("weights", "w", "zero_point")],
+)
+def test_what_makes_no_integers_is_refused(part: str, name: str, leaf: str) -> None:
+    graph, x = network()
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 4)
+    moved = getattr(getattr(qparams, part)[name], leaf) + (1 if leaf == "lsbs" else 0.5)
+    with pytest.raises(QuantizationError, match=f"{name}.*{leaf}"):
+        fheq.lower(graph, edited(qparams, part, name, **{leaf: moved}))
+
+
+def network() -> tuple[fheq.Graph, np.ndarray]:
+    rng = np.random.default_rng(0)
+    nodes = [
+        node("MatMul", ["x", "w"], ["p"]),
+        node("Add", ["p", "b"], ["h"]),  # so that none is at 0, where errors of float32 decide
+        node("Tanh", ["h"], ["r"]),
+        node("MatMul", ["r", "v"], ["y"]),
+    ]
+    known = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("w", (5, 6)), ("b", 6), ("v", (6, 4)))}
+    return fheq.import_onnx(model(nodes, {"x": ["N", 5]}, ["y"], known)), rng.normal(size=(300, 5)).astype(np.float32)
