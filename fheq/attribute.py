@@ -22,7 +22,8 @@ from fheq.encryption.table_noise import TableNoise, table_noise, tabulated
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
 from fheq.integers.accumulator_decoders import accumulator_decoder, summands, sums_accumulators
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
 from fheq.steps import Add, Linear, Step, makes_accumulator
@@ -157,7 +158,7 @@ def attribute(
         p_error: probability that a lookup misses (see `fheq.table_noise`).
         chunk, batch_size: as for `sweep`.
     """
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     tables = [step.out for step in tabulated(layout)]
     names, owners = _owners(layout, qparams, tables)
     qparams = jax.tree.map(jnp.asarray, qparams)

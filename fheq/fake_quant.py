@@ -22,7 +22,8 @@ from fheq.integers.decoders import join_pieces
 from fheq.integers.integer_weights import along_inputs, apply_form, quantize_weight
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, lookup
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
 
@@ -50,7 +51,7 @@ def fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> Array | tuple[
 
 @compiled_for(1)
 def _fake_quant(graph: Graph, qparams: QParams, *inputs: Array) -> list[Array]:
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     parts = over_samples(partial(_sample, layout, qparams), graph.inputs, inputs)
     return [join(port, part) for port, part in zip(graph.outputs, parts)]
 

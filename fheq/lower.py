@@ -20,11 +20,12 @@ from fheq.integers.integer_weights import lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.planning.granularity import channel_axis, first_of_channel
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import needed, plan_for
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
-from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum, makes_accumulator
+from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 from fheq.tables import tabulate
 
 NOTHING = np.zeros(())
@@ -41,29 +42,23 @@ def lower(graph: Graph, qparams: QParams) -> IntProgram:
     Raises:
         QuantizationError: a quantizer is missing or breaks an invariant, named.
     """
-    layout = plan(graph)
-    check_complete(layout, qparams)
+    layout = checked(graph, qparams)
     qparams = unsigned(qparams)
     return narrow_wide(read_in_blocks(merge_tables(simplify(_Lowering(layout, qparams).program(graph)))))
 
 
-def check_complete(layout: Plan, qparams: QParams) -> None:
-    """Checks that every quantizer is there and holds its invariants.
+def checked(graph: Graph, qparams: QParams) -> Plan:
+    """The plan of a graph, each of whose quantizers is there and holds its invariants.
 
     Raises:
         QuantizationError: naming what is not, or the node that reads scales which it cannot undo.
     """
-    needed = {
-        "tensors": [*layout.inputs, *layout.points],
-        "weights": [s.weight_name for s in layout.steps if isinstance(s, Linear)],
-        "accumulators": [s.out for s in layout.steps if makes_accumulator(s)],
-    }
-    for part, names in needed.items():
+    layout = plan_for(graph, qparams)
+    for part, names in needed(layout).items():
         for name in names:
-            if name not in getattr(qparams, part):
-                raise QuantizationError(f"qparams.{part} lacks {name!r}: fit this graph")
             validate(getattr(qparams, part)[name], name, integral=part != "accumulators")
     check_alignment(layout, qparams)
+    return layout
 
 
 class _Lowering:

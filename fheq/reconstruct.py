@@ -30,7 +30,8 @@ from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
 from fheq.integers.integer_weights import along_inputs, quantize_weight
 from fheq.interpret import interpret
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.steps import Linear, Step
 from fheq.tuning.learned import Learned, applied, initial, with_learned
@@ -118,7 +119,7 @@ def tune(
         raise DataError(f"training.steps must be at least 1, got {training.steps}")
     if training.block < 0:
         raise DataError(f"training.block must be at least 1, or 0 for no blocks, got {training.block}")
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     targets = _targets(layout, split(teacher or graph)[0], *data)

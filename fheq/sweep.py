@@ -29,6 +29,7 @@ from fheq.fake_quant import output_values, prepare, results, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
 from fheq.planning.plan import Plan, plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.scores import Measure, Score, as_score
 from fheq.sweeping.configurations import configurations
@@ -81,7 +82,7 @@ def sweep(
     for name, number in (("chunk", chunk), ("batch_size", batch_size)):
         if number < 1:
             raise DataError(f"{name} must be at least 1, got {number}")
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     count, swept = configurations(qparams=qparams, noise=noise), (_uniform(qparams), jax.tree.map(np.asarray, noise))
     local = local_mesh(mesh)
     devices, shards = size(local, (DATA,)), 1 if local is None else size(local, configuration_axes(local))

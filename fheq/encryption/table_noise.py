@@ -17,7 +17,8 @@ import numpy as np
 
 from fheq.graph import Graph
 from fheq.integers.accumulator_decoders import accumulator_decoder
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.steps import Step, makes_accumulator
 
@@ -48,7 +49,7 @@ def table_noise(graph: Graph, qparams: QParams, p_error: Array | Mapping[str, Ar
     Args:
         p_error: probability, from 0 to 1; or one by the accumulator's name, 0 where none is given.
     """
-    return noise_at_tables(plan(graph), qparams, p_error)
+    return noise_at_tables(plan_for(graph, qparams), qparams, p_error)
 
 
 def noise_at_tables(layout: Plan, qparams: QParams, p_error: Array | Mapping[str, Array]) -> TableNoise:

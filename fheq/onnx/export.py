@@ -16,14 +16,14 @@ from fheq.client.encodings import is_encoding
 from fheq.fitting.exact_steps import is_weighed
 from fheq.graph import Graph, Node, Port, TensorType
 from fheq.integers.accumulator_decoders import multipliers, summands, sums_accumulators
-from fheq.lower import check_complete
+from fheq.lower import checked
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
 from fheq.onnx.estimator_functions import estimator_functions
 from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantizer, write_rounded
 from fheq.onnx.samples import for_any_number
 from fheq.onnx.weights import known_channels, write_bias, write_weight
 from fheq.onnx.writer import Writer
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
 from fheq.steps import Add, Linear, Step, makes_accumulator
@@ -53,9 +53,7 @@ def export_qdq(graph: Graph, qparams: QParams) -> onnx.ModelProto:
         QuantizationError: a quantizer has more than 16 bits, or a zero point that is not whole.
         UnsupportedError: a node without an ONNX form.
     """
-    layout = plan(graph)
-    check_complete(layout, qparams)
-    return _Export(layout, qparams, graph.outputs).model(graph)
+    return _Export(checked(graph, qparams), qparams, graph.outputs).model(graph)
 
 
 class _Export:

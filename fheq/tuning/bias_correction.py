@@ -14,7 +14,7 @@ from fheq.calibrate import by_channel
 from fheq.fake_quant import prepare, tensor_values
 from fheq.graph import Graph
 from fheq.interpret import interpret
-from fheq.planning.plan import plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.tuning.learned import Learned, applied, initial, with_learned
 
@@ -35,7 +35,7 @@ def correct_biases(graph: Graph, qparams: QParams, *inputs: Any) -> tuple[Graph,
     Raises:
         DataError: the data do not fit.
     """
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)
     learned = initial(layout, qparams)

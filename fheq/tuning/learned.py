@@ -16,7 +16,8 @@ from fheq.client.outputs import rejoined
 from fheq.fitting.accumulators import same_range
 from fheq.graph import Graph
 from fheq.planning.granularity import share
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.regions import is_boolean, is_integer
 from fheq.rewriting.weights import replaceable, takes_bias, with_weights
@@ -27,7 +28,7 @@ Array = Any
 
 def with_learned(graph: Graph, qparams: QParams, learned: Learned) -> tuple[Graph, QParams]:
     """The graph and the quantizers with what `tune` learned for them."""
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     tuned, qparams = applied(layout, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), qparams), learned)
     changed = {s.out: s for s in tuned.steps if isinstance(s, Linear) and s.out in learned.weights}
     return rejoined(graph, with_weights(layout.graph, changed)) if changed else graph, qparams

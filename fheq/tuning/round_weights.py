@@ -17,7 +17,8 @@ from fheq.fake_quant import prepare, tensor_values
 from fheq.graph import Graph
 from fheq.integers.integer_weights import quantize_weight
 from fheq.interpret import interpret
-from fheq.planning.plan import Plan, plan
+from fheq.planning.plan import Plan
+from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
 from fheq.rewriting.weights import replaceable, takes_bias, with_weights
 from fheq.steps import Linear
@@ -40,7 +41,7 @@ def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
     Raises:
         DataError: the data do not fit.
     """
-    layout = plan(graph)
+    layout = plan_for(graph, qparams)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     steps = [s for s in layout.steps if isinstance(s, Linear) and replaceable(layout.graph, s) and one_matrix(s)]
     changed = {step.out: step for step in steps}
