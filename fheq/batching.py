@@ -14,7 +14,7 @@ import numpy as np
 
 from fheq.arrays.namespace import array_namespace
 from fheq.errors import DataError
-from fheq.graph import Port
+from fheq.graph import Port, is_float
 
 Array = Any
 
@@ -137,13 +137,13 @@ def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndar
         except ValueError as error:
             raise DataError(f"input {port.name!r} is not an array: {error}") from error
         want = port.type.dtype
-        if np.issubdtype(want, np.floating) and not np.issubdtype(array.dtype, np.floating):
+        if is_float(want) and not is_float(array.dtype):
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected floating point ({want})")
         if np.issubdtype(want, np.integer) and not np.issubdtype(array.dtype, np.integer):
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected integers ({want})")
         if want == np.bool_ and array.dtype != np.bool_:
             raise DataError(f"input {port.name!r} has dtype {array.dtype}; expected bool")
-        if np.issubdtype(array.dtype, np.floating):
+        if is_float(array.dtype):
             array = filled(port, array)
             if not np.all(np.isfinite(array)):
                 raise DataError(

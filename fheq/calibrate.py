@@ -20,7 +20,7 @@ from fheq.arrays.sharding import DATA, gather, local_mesh, size
 from fheq.batching import check_arrays
 from fheq.errors import DataError
 from fheq.fake_quant import operand_values
-from fheq.graph import Graph
+from fheq.graph import Graph, is_float
 from fheq.integers.integer_weights import apply_form
 from fheq.interpret import run_node
 from fheq.observers import Observer, parts_read
@@ -207,7 +207,7 @@ def wide(graph: Graph) -> Graph:
 
 def widened(value: Any) -> Any:
     """A float array of JAX in float64 (where 64-bit types are enabled)."""
-    return value.astype(jnp.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
+    return value.astype(jnp.float64) if is_float(value.dtype) else value
 
 
 def _channels(layout: Plan, name: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fheq.client.outputs import split
 from fheq.errors import DataError, FheqError, ModelError, QuantizationError, ShapeError, UnsupportedError
-from fheq.graph import Graph, Node, Port, describe
+from fheq.graph import Graph, Node, Port, describe, is_float
 from fheq.planning.plan import Plan, plan
 from fheq.planning.planner import walked
 from fheq.planning.prediction import largest_sum, predicted_tables, tables_by_node
@@ -170,7 +170,7 @@ def problem(error: FheqError) -> Problem:
 
 def _not_a_number(graph: Graph) -> Iterator[FheqError]:
     """Nodes that read a known tensor with NaN in it."""
-    bad = {name for name, v in graph.constants.items() if v.dtype.kind == "f" and np.any(np.isnan(v))}
+    bad = {name for name, v in graph.constants.items() if is_float(v.dtype) and np.any(np.isnan(v))}
     for node in graph.nodes if bad else ():
         for name in node.inputs:
             if name in bad:

@@ -15,7 +15,7 @@ from fheq.arrays.compiled import compiled_for
 from fheq.arrays.slopes import with_finite_slopes
 from fheq.batching import filled, join, over_samples
 from fheq.evaluate import evaluate_sample, unwrap
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands, sums_accumulators
 from fheq.integers.cell_thresholds import meets_stated_steps
 from fheq.integers.decoders import join_pieces
@@ -67,7 +67,7 @@ def results(layout: Plan, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
     if layout.client is None:
         return outputs
     found = evaluate_sample(layout.client, *outputs)
-    return tuple(jnp.where(jnp.isnan(v), 0, v) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in found)
+    return tuple(jnp.where(jnp.isnan(v), 0, v) if is_float(v.dtype) else v for v in found)
 
 
 class Prepared(NamedTuple):
@@ -144,7 +144,7 @@ def tensor_values(
         value = samples[layout.encoded.get(name, name)]
         real = jnp.asarray(value, jnp.result_type(float))
         quantized = affine.fake_quant(qparams.tensors[name], real)
-        env[name] = quantized if layout.graph.types[name].dtype.kind == "f" else quantized.astype(value.dtype)
+        env[name] = quantized if is_float(layout.graph.types[name].dtype) else quantized.astype(value.dtype)
     steps = {step.out: step for step in layout.steps}
     for node in layout.graph.nodes:
         step = steps.get(node.outputs[0])
@@ -169,8 +169,8 @@ def tensor_values(
 def _node_values(graph: Graph, node: Node, env: Mapping[str, Array]) -> tuple[Array, ...]:
     """The outputs of a node that is no step."""
     read = lambda name: env[name] if name in env else jnp.asarray(graph.constants[name])
-    real = [n for n in dict.fromkeys(node.inputs) if n in env and jnp.issubdtype(env[n].dtype, jnp.floating)]
-    if lookup(node).kind is not Kind.ELEMENTWISE or not real or graph.types[node.outputs[0]].dtype.kind != "f":
+    real = [n for n in dict.fromkeys(node.inputs) if n in env and is_float(env[n].dtype)]
+    if lookup(node).kind is not Kind.ELEMENTWISE or not real or not is_float(graph.types[node.outputs[0]].dtype):
         return run_node(node, read, graph.constants)
 
     def value(*xs: Array) -> Array:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.dtypes import issubdtype
 
 if TYPE_CHECKING:
     from fheq.affine import Affine
@@ -24,6 +25,11 @@ def _view(values: dict[Any, Any]) -> MappingProxyType[Any, Any]:
 
 
 copyreg.pickle(MappingProxyType, lambda view: (_view, (dict(view),)))  # graphs travel between processes
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a type is one of floating-point numbers, those that numpy itself lacks (bfloat16) among them."""
+    return bool(issubdtype(dtype, np.floating))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fheq.batching import filled, numbered
 from fheq.client.one_hot import Code
 from fheq.errors import DataError
 from fheq.evaluate import evaluate
-from fheq.graph import Graph, Port
+from fheq.graph import Graph, Port, is_float
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class IntProgram:
             return real
         results = evaluate(self.client, *(r.astype(port.type.dtype) for port, r in zip(self.client.inputs, real)))
         arrays = (np.asarray(r) for r in (results if isinstance(results, tuple) else (results,)))
-        return tuple(np.where(np.isnan(r), 0, r).astype(np.float64) if r.dtype.kind == "f" else r for r in arrays)
+        return tuple(np.where(np.isnan(r), 0, r).astype(np.float64) if is_float(r.dtype) else r for r in arrays)
 
 
 def _typed(entry: Entry, real: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from build_models import mlp, model, node, tensor
 from exported_models import MODELS
+from ml_dtypes import bfloat16
 from models import as_tuple
 
 import fheq
@@ -209,6 +210,28 @@ def test_other_precisions_and_an_output_that_is_an_input(dtype):
     for got, want in zip(session.run(None, {"x": x[:1]}), fheq.fake_quant(graph, qparams, x[:1]), strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+def test_bfloat16_is_computed_in_float32():
+    """onnxruntime quantizes none of it; its bindings give no arrays of it either, so that the output is cast here."""
+    kind = onnx.TensorProto.BFLOAT16
+    proto = model(
+        [node("MatMul", ["x", "w"], ["m"]), node("Relu", ["m"], ["y"])],
+        {"x": ["N", 4]},
+        ["y"],
+        {"w": tensor(4, 3).astype(bfloat16)},
+        kinds={"x": kind, "y": kind},
+    )
+    graph, x = fheq.import_onnx(proto), tensor(60, 4).astype(bfloat16)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 6)
+    exported = fheq.export_qdq(graph, qparams)
+    exported.graph.node.append(node("Cast", ["y"], ["z"], to=onnx.TensorProto.FLOAT))
+    exported.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 3]))
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    given = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(x.view(np.uint16), kind)
+    (got,) = session.run_with_ort_values(["z"], {"x": given})
+    want = np.asarray(fheq.fake_quant(graph, qparams, x)).astype(bfloat16)
+    np.testing.assert_allclose(got.numpy(), want.astype(np.float32), rtol=2**-8)
 
 
 def test_samples_along_another_axis_of_the_output_stay_there():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fheq.affine import LEAVES
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import Kind, Op, lookup, register
 from fheq.rewriting.edit import Draft
 
@@ -32,7 +32,7 @@ def is_encoding(node: Node) -> bool:
 def separate_encodings(graph: Graph) -> Graph:
     """The graph with an Encode node before the readers of an input that want it on another grid than the first one does."""
     for port in graph.inputs:
-        if port.type.dtype.kind == "f":
+        if is_float(port.type.dtype):
             ends = list(_ends(graph, port.name, moved=False))
             if any(name == port.name for name in (p.name for p in graph.outputs)):
                 ends.append((None, port.name, None))

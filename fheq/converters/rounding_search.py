@@ -15,7 +15,7 @@ from fheq.batching import check_arrays, join
 from fheq.evaluate import named
 from fheq.fake_quant import fake_quant
 from fheq.fit import fit
-from fheq.graph import Graph, Port
+from fheq.graph import Graph, Port, is_float
 from fheq.lower import lower
 from fheq.observing.statistics import Stats
 from fheq.program import IntProgram
@@ -136,7 +136,7 @@ def distance(ports: Sequence[Port], wanted: Outputs, got: Outputs) -> float:
     """
     worst = 0.0
     for port, y, z in zip(ports, wanted, got):
-        if y.dtype.kind != "f" and z.dtype.kind != "f":
+        if not is_float(y.dtype) and not is_float(z.dtype):
             worst = max(worst, float(np.mean(y != z)))
             continue
         axis = port.batch_axis or 0
@@ -170,7 +170,7 @@ def _joined(ports: Sequence[Port], results: list[Any]) -> Outputs:
 def _measured(values: Any) -> np.ndarray:
     """Values in float64, labels as they are."""
     values = np.asarray(values)
-    return values.astype(np.float64) if values.dtype.kind == "f" else values
+    return values.astype(np.float64) if is_float(values.dtype) else values
 
 
 def _faked(graph: Graph, qparams: QParams, chunks: list[list[np.ndarray]]) -> Outputs:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.estimators.outputs import DOMAIN, constant_like, real_input
-from fheq.graph import Node
+from fheq.graph import Node, is_float
 from fheq.ops.mappings import mapping_of
 from fheq.ops.table import Kind, Op, register
 from fheq.rewriting.edit import Draft
@@ -68,7 +68,7 @@ def _label_encoder(node: Node, x: Array) -> Array:
     keys, values, default = mapping_of(node)
     order = np.argsort(keys, kind="stable")
     keys, values = keys[order], values[order]
-    if keys.dtype.kind == "f" and np.isnan(keys[-1:]).any():
+    if is_float(keys.dtype) and np.isnan(keys[-1:]).any():
         x = jnp.where(jnp.isnan(x), np.inf, x)
         keys = np.where(np.isnan(keys), np.inf, keys)
     at = jnp.clip(jnp.searchsorted(jnp.asarray(keys), x), 0, len(keys) - 1)
@@ -80,9 +80,9 @@ def without_strings(node: Node) -> Node:
     keys, values, default = mapping_of(node)
     attrs: dict[str, Any] = {}
     for part, numbers in (("keys", keys), ("values", values)):
-        kind = "floats" if numbers.dtype.kind == "f" else "int64s"
+        kind = "floats" if is_float(numbers.dtype) else "int64s"
         attrs[f"{part}_{kind}"] = tuple(numbers.tolist())
-    name, python = ("default_float", float) if values.dtype.kind == "f" else ("default_int64", int)
+    name, python = ("default_float", float) if is_float(values.dtype) else ("default_int64", int)
     return replace(node, op="LabelEncoder", attrs={**attrs, name: python(default)}, version=max(node.version, 2))
 
 

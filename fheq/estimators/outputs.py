@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.errors import UnsupportedError
-from fheq.graph import Node, describe
+from fheq.graph import Node, describe, is_float
 from fheq.ops.table import Kind, Op, register
 from fheq.rewriting.edit import Draft
 
@@ -26,7 +26,7 @@ LEAST_PROBABILITY, UNSETTLED, SWEEPS = 1e-7, 0.005, 100
 def real_input(draft: Draft, node: Node, position: int = 0) -> str:
     """An input as float32, or float64 where it is that."""
     name = node.inputs[position]
-    return name if draft.types[name].dtype.kind == "f" else draft.apply(node, "Cast", name, to=1)
+    return name if is_float(draft.types[name].dtype) else draft.apply(node, "Cast", name, to=1)
 
 
 def constant_like(draft: Draft, node: Node, label: str, value: Any, like: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from fheq.affine import Affine
 from fheq.fitting.function_grids import Grid, grid_of, grid_on
 from fheq.fitting.whole_numbers import filling, holding, in_steps_of_one, is_whole
+from fheq.graph import is_float
 from fheq.observing.statistics import Stats, per_tensor
 from fheq.planning.granularity import Sharing
 from fheq.planning.plan import Plan
@@ -32,7 +33,7 @@ def take_whole(
     whole, steps = {}, {}
     for port in layout.graph.inputs:
         key = port.name
-        if port.type.dtype.kind != "f" or key in stated or key not in ranges:
+        if not is_float(port.type.dtype) or key in stated or key not in ranges:
             continue
         low, high, bits = ranges[key]
         seen = stats[key] if sharing.axis[key] is not None else per_tensor(stats[key])

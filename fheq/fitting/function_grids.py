@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import Kind, lookup
 
 NOISE = 1e-6  # relative; constants are float32
@@ -50,7 +50,7 @@ def _after(graph: Graph, node: Node, grid: Grid) -> Grid | None:
     """The grid after one more operator."""
     step, low, high = grid
     if node.op == "Cast" or lookup(node).kind is Kind.MOVEMENT:
-        return grid if graph.types[node.outputs[0]].dtype.kind == "f" else None
+        return grid if is_float(graph.types[node.outputs[0]].dtype) else None
     if node.op == "Neg":
         return Grid(step, -high, -low)
     if node.op == "Relu":

@@ -12,7 +12,7 @@ from fheq.fitting.exact_steps import Range, is_weighed, meets_filler, take_grids
 from fheq.fitting.product_scales import Interval, steps_in_products
 from fheq.fitting.shared_steps import Group, coarser, is_integral
 from fheq.fitting.thresholds import on_edges
-from fheq.graph import describe
+from fheq.graph import describe, is_float
 from fheq.observers import observed_range
 from fheq.observing.statistics import Stats, TensorStats, per_tensor
 from fheq.planning.granularity import Sharing, share
@@ -73,7 +73,7 @@ def _of_whole(layout: Plan, key: str, whole: Mapping[str, np.ndarray]) -> bool:
 
 def _divisible(layout: Plan, key: str) -> bool:
     port = next((p for p in layout.graph.inputs if p.name == key), None)
-    return (port is None or port.type.dtype.kind == "f") and not is_boolean(layout.graph, key)
+    return (port is None or is_float(port.type.dtype)) and not is_boolean(layout.graph, key)
 
 
 def _stated(layout: Plan, key: str) -> Affine | None:

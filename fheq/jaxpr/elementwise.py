@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fheq.errors import UnsupportedError
+from fheq.graph import is_float
 from fheq.jaxpr.equation import Equation
 from fheq.ops.arguments import DTYPES
 
@@ -65,7 +66,7 @@ def _extreme(op: str) -> Callable[[Equation], str]:
     def rule(e: Equation) -> str:
         idle = -np.inf if op == "Max" else np.inf
         for known, other in (e.inputs, e.inputs[::-1]):
-            if not e.is_known(known) or e.dtype_of(known).kind != "f" or e.shape_of(other) != e.shape:
+            if not e.is_known(known) or not is_float(e.dtype_of(known)) or e.shape_of(other) != e.shape:
                 continue
             value = e.known(known, "")
             if np.all(value == idle):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -14,7 +13,7 @@ from onnx import TensorProto, helper
 from fheq.affine import Affine
 from fheq.client.encodings import is_encoding
 from fheq.fitting.exact_steps import is_weighed
-from fheq.graph import Graph, Node, Port, TensorType
+from fheq.graph import Graph, Node, Port, TensorType, is_float
 from fheq.integers.accumulator_decoders import multipliers, summands, sums_accumulators
 from fheq.lower import checked
 from fheq.onnx.accumulator_function import accumulator_call, accumulator_function
@@ -75,7 +74,7 @@ class _Export:
         layout = self.layout
         for port in layout.graph.inputs:
             affine, name = self.qparams.tensors[port.name], port.name
-            if port.type.dtype.kind == "f":
+            if is_float(port.type.dtype):
                 write_quantizer(self.writer, self.given_in(name), affine, port.type.shape, self.raw(name))
             elif not is_weighed(layout, name) and np.all(affine.scale == 1):
                 self.writer.emit("Identity", [name], self.raw(name))
@@ -185,7 +184,7 @@ class _Export:
             if name in sources or node is None:
                 continue
             known = len(node.inputs) > 1 and node.inputs[1] in graph.constants  # a divisor, or an exponent
-            if node.op in WITH_DOMAINS and not known and graph.types[key].dtype.kind == "f":
+            if node.op in WITH_DOMAINS and not known and is_float(graph.types[key].dtype):
                 return True
             stack += [n for n in node.inputs if n in self.layout.regions]
         return False
@@ -288,4 +287,4 @@ class _Export:
 
 def _computed_in(dtype: np.dtype) -> np.dtype:
     """The type that stands for one in an exported model: QuantizeLinear does not take every precision."""
-    return np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+    return np.dtype(np.float32) if is_float(dtype) else dtype

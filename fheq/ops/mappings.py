@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fheq.errors import ModelError
-from fheq.graph import Node, describe
+from fheq.graph import Node, describe, is_float
 
 
 def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -33,4 +33,4 @@ def mapping_of(node: Node) -> tuple[np.ndarray, np.ndarray, Any]:
         kind
     ]
     default = attrs.get(name)
-    return found["keys"][1], values, (0 if values.dtype.kind == "f" else -1) if default is None else np.ravel(default)[0]
+    return found["keys"][1], values, (0 if is_float(values.dtype) else -1) if default is None else np.ravel(default)[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import lookup
 from fheq.regions import FILLER, Elements, Movement, in_float64
 from fheq.steps import Operand, Step
@@ -67,7 +67,7 @@ class Walk:
         self.begin(step.out, quantized)
 
     def is_affine(self, node: Node) -> bool:
-        if node.op == "Cast" and self.graph.types[node.outputs[0]].dtype.kind == "f":
+        if node.op == "Cast" and is_float(self.graph.types[node.outputs[0]].dtype):
             return True
         positions = [i for i, name in enumerate(node.inputs) if name in self.regions]
         allowed = lookup(node).affine

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, find
 
@@ -66,7 +66,7 @@ class Search:
         """Whether a node is affine in what is computed, in floating point, with weights that are free to change."""
         op, computed = find(node), self.computed(node)
         names = [name for name in (*computed, *node.outputs) if name]
-        if op is None or any(self.graph.types[name].dtype.kind != "f" for name in names) or not computed:
+        if op is None or any(not is_float(self.graph.types[name].dtype) for name in names) or not computed:
             return False
         if any(name in self.graph.pinned for name in (*node.inputs, *node.outputs)):
             return False
@@ -145,7 +145,7 @@ def affine_map(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Matrix `(outputs, inputs)` and offset `(outputs,)` of what the nodes make of a source of a given shape, in float64."""
     known = {n: constants[n] for node in nodes for n in node.inputs if n in constants}
-    known = {n: v.astype(np.float64) if v.dtype.kind == "f" else v for n, v in known.items()}
+    known = {n: v.astype(np.float64) if is_float(v.dtype) else v for n, v in known.items()}
     largest = 1
 
     def run(x: jax.Array) -> jax.Array:

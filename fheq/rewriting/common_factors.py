@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.variances import centre_variance
 
@@ -28,7 +28,7 @@ def rearrange(graph: Graph) -> Graph:
 
 
 def _rearranged(draft: Draft, node: Node) -> bool:
-    if node.domain or node.op not in ("Add", "Mul", "Sub") or draft.types[node.outputs[0]].dtype.kind != "f":
+    if node.domain or node.op not in ("Add", "Mul", "Sub") or not is_float(draft.types[node.outputs[0]].dtype):
         return False
     if node.op == "Mul":
         return _known_factor_last(draft, node)

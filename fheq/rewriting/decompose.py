@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.ops.mappings import mapping_of
 from fheq.regions import elementwise_source
 from fheq.rewriting import (
@@ -147,7 +147,7 @@ def _where(draft: Draft, node: Node) -> bool:
         chosen = draft.apply(node, "Not", condition) if zero == a else condition
         draft.apply(node, "Mul", draft.cast(node, chosen, result.dtype), other, out=out)
         return True
-    if not known and result.dtype.kind == "f":
+    if not known and is_float(result.dtype):
         otherwise = draft.cast(node, draft.apply(node, "Not", condition), result.dtype)
         _paired(draft, node, (a, b), (draft.cast(node, condition, result.dtype), otherwise), out)
         return True

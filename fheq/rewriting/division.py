@@ -11,7 +11,7 @@ from math import sqrt
 
 import numpy as np
 
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import Kind, lookup
 from fheq.regions import elementwise_source
 from fheq.rewriting.edit import CODES, Draft
@@ -129,7 +129,7 @@ def _is_positive(graph: Graph, name: str) -> bool:
     if node.op == "Pow" and node.inputs[1] in graph.constants:
         return bool(np.all(graph.constants[node.inputs[1]] % 2 == 0))
     follows = node.op in _OF_POSITIVE or lookup(node).kind is Kind.MOVEMENT
-    return follows and all(_is_positive(graph, n) for n in node.inputs if n and graph.types[n].dtype.kind == "f")
+    return follows and all(_is_positive(graph, n) for n in node.inputs if n and is_float(graph.types[n].dtype))
 
 
 RULES = {"Div": _division, "Reciprocal": _reciprocal}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import Kind, find
 from fheq.regions import elementwise_source
 from fheq.rewriting.edit import Draft
@@ -73,7 +73,7 @@ def _quantized_before(graph: Graph, node: Node) -> Graph | None:
         return None
     affine, draft = graph.pinned.get(quantizer.outputs[0]), Draft(graph)
     data = node.inputs[1:] if node.op == "Where" else node.inputs[:1] if op.kind is Kind.MAX else node.inputs
-    if any(draft.types[name].dtype.kind != "f" for name in data):
+    if any(not is_float(draft.types[name].dtype) for name in data):
         return None
     for other in graph.nodes:
         if other is node:

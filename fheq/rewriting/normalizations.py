@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fheq.graph import Node
+from fheq.graph import Node, is_float
 from fheq.ops.normalizations import lrn_pads
 from fheq.ops.windows import covered, window_of
 from fheq.rewriting.edit import Draft
@@ -107,7 +107,7 @@ def _lp_normalization(draft: Draft, node: Node) -> bool:
 def _normalizer(draft: Draft, node: Node) -> bool:
     """ai.onnx.ml Normalizer: the input over its norm along the last axis."""
     x, axes = node.inputs[0], (len(draft.types[node.inputs[0]].shape) - 1,)
-    if draft.types[x].dtype.kind != "f":
+    if not is_float(draft.types[x].dtype):
         x = draft.apply(node, "Cast", x, to=1)
     if node.attrs["norm"] == "L2":
         norm = draft.apply(node, "Sqrt", reduced(draft, node, "ReduceSum", square(draft, node, x), axes))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.affine import LEAVES, Affine
-from fheq.graph import Node, TensorType
+from fheq.graph import Node, TensorType, is_float
 from fheq.interpret import run_node
 from fheq.ops.arguments import dtype_of
 from fheq.ops.table import Kind, lookup
@@ -40,9 +40,9 @@ def passed_on(
 
 def is_float_cast(node: Node, types: Mapping[str, TensorType]) -> bool:
     """Whether a node changes the precision of real values alone, which integers on a grid do not notice."""
-    if node.op != "Cast" or node.domain or not jnp.issubdtype(types[node.inputs[0]].dtype, jnp.floating):
+    if node.op != "Cast" or node.domain or not is_float(types[node.inputs[0]].dtype):
         return False
-    return jnp.issubdtype(dtype_of(node, node.attrs["to"]), jnp.floating)
+    return is_float(dtype_of(node, node.attrs["to"]))
 
 
 def _moved_pins(node: Node, known: Mapping[str, np.ndarray], affine: Affine) -> dict[str, Affine]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fheq.affine import Affine
 from fheq.errors import UnsupportedError
-from fheq.graph import Node, describe
+from fheq.graph import Node, describe, is_float
 from fheq.ops.arguments import DTYPES
 from fheq.ops.resize import interpolates
 from fheq.ops.table import Kind, Op, lookup, register
@@ -137,7 +137,7 @@ class Twins:
         if q in self.found and is_integer(kind) and self.found[q].grid.within(kind):
             self.found[node.outputs[0]] = self.found[q]
             return False
-        to_float = self.draft.types[node.outputs[0]].dtype.kind == "f"
+        to_float = is_float(self.draft.types[node.outputs[0]].dtype)
         if q not in self.found or not to_float or not _same(self.found[q].grid, _UNIT):
             return False
         self.alias(node, q)

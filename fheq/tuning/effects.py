@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.arrays.compiled import compiled_for
+from fheq.graph import is_float
 from fheq.interpret import interpret
 from fheq.planning.granularity import channel_axis
 from fheq.planning.plan import Plan
@@ -35,7 +36,7 @@ def effects(layout: Plan, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]
 
     Empty where derivatives do not tell: a model that rounds, compares or decides, or has no float outputs.
     """
-    names = [port.name for port in layout.graph.outputs if port.type.dtype.kind == "f"]
+    names = [port.name for port in layout.graph.outputs if is_float(port.type.dtype)]
     if not names or any(node.op in _FLAT for node in layout.graph.nodes):
         return {}
     size = min(BLOCK, len(arrays[0]))
@@ -56,7 +57,7 @@ def _results(layout: Plan, moved: dict[str, Any], *sample: Any) -> list[Any]:
     """The float outputs for one sample when the results of linear steps are moved."""
     tap = lambda name, value: value + moved[name] if name in moved else value
     found = interpret(layout.graph, dict(zip(layout.inputs, sample)), tap=tap)
-    return [found[port.name].astype(jnp.float32) for port in layout.graph.outputs if port.type.dtype.kind == "f"]
+    return [found[port.name].astype(jnp.float32) for port in layout.graph.outputs if is_float(port.type.dtype)]
 
 
 @compiled_for(1)
