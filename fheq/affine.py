@@ -198,7 +198,8 @@ def validate(affine: Affine, name: str, integral: bool = False) -> None:
     """Checks the invariants of a concrete (not traced) quantizer.
 
     Args:
-        integral: whether it makes integers: zero point and limits are whole numbers, and no bits are removed.
+        integral: whether it makes integers: limits, and a zero point that is added after rounding, are whole numbers, and no
+            bits are removed.
 
     Raises:
         QuantizationError: naming the tensor and the broken invariant.
@@ -217,7 +218,8 @@ def validate(affine: Affine, name: str, integral: bool = False) -> None:
         raise QuantizationError(f"quantizer of {name!r}: lsbs must be whole numbers from 0 to {MAX_LSBS}")
     if np.any(leaves["scale"] <= 0):
         raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
-    for leaf in ("zero_point", "qmin", "qmax") if integral else ():
+    fractional = ("zero_point",) if affine.mode != "ROUND" else ()  # it rounds after the zero point is added
+    for leaf in sorted({"zero_point", "qmin", "qmax"}.difference(fractional)) if integral else ():
         if np.any(leaves[leaf] != np.round(leaves[leaf])):
             raise QuantizationError(f"quantizer of {name!r}: {leaf} must be whole numbers")
     if integral and np.any(leaves["lsbs"]):
