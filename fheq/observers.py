@@ -69,11 +69,12 @@ class Percentile:
     def range(self, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Observer`."""
         del bits
-        centre, _, mass = bins(stats)
+        _, value, mass = bins(stats)
         below = np.cumsum(mass, axis=1) / np.maximum(np.asarray(stats.count)[:, None], 1)
         tail = (100 - self.percent) / 200
-        low = centre[np.argmax(below > tail, axis=1)]
-        high = centre[np.argmax(below >= 1 - tail, axis=1)]
+        channel = np.arange(len(value))
+        low = value[channel, np.argmax(below > tail, axis=1)]
+        high = value[channel, np.argmax(below >= 1 - tail, axis=1)]
         low = np.clip(low, stats.minimum, stats.maximum)
         return low, np.clip(high, low, stats.maximum)
 

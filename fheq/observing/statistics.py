@@ -26,6 +26,7 @@ A = ParamSpec("A")
 LOW, HIGH, _PARTS = -40, 24, 16
 _SIDE = (HIGH - LOW) * _PARTS
 BINS = 2 * _SIDE + 1
+MOST_PARTS = 64  # of a bin
 ROW = 4096  # values that are added at once
 MOMENTS, HISTOGRAM, FRACTION = "moments", "histogram", "fraction"
 PARTS = (MOMENTS, HISTOGRAM)  # what may be collected beside counts and extremes; fractions are those of inputs alone
@@ -73,9 +74,13 @@ def bin_of(x: Array) -> Array:
 
 def centres() -> np.ndarray:
     """The value that stands for each bin, shape `(BINS,)`."""
-    place = np.arange(_SIDE)
-    magnitude = 2.0 ** (place // _PARTS + LOW - 1) * (1 + (place % _PARTS + 0.5) / _PARTS)
+    magnitude = _magnitude(np.arange(_SIDE), 0.5)
     return np.concatenate([-magnitude[::-1], [0.0], magnitude])
+
+
+def _magnitude(place: np.ndarray, part: float) -> np.ndarray:
+    """Where bins of one side begin, from 0 on, or a part of each further."""
+    return 2.0 ** (place // _PARTS + LOW - 1) * (1 + (place % _PARTS + part) / _PARTS)
 
 
 class Bins(NamedTuple):
@@ -93,7 +98,8 @@ def bins(stats: TensorStats) -> Bins:
     """The bins in use; the value of each is its centre, within the observed extremes.
 
     The outermost bins in use stand for the extremes themselves, which is exact for values that crowd at a limit, as those of
-    a saturated tanh do.
+    a saturated tanh do. Where values lie far from 0 beside their range (years, temperatures), a few bins hold all of them:
+    these are cut into parts, as if values were even in each.
 
     Raises:
         QuantizationError: histograms were not collected.
@@ -105,11 +111,33 @@ def bins(stats: TensorStats) -> Bins:
     kept = np.flatnonzero(histogram.any(axis=0))
     mass, centre = histogram[:, kept].astype(np.float64), centres()[kept]
     used = mass > 0
+    parts = _parts(kept, least, most)
+    if parts > 1:
+        edges = _edges(kept)
+        share = (np.arange(parts) + 0.5) / parts
+        low, high = (np.clip(edge[None, :], least, most) for edge in edges)
+        inside = (low[:, :, None] + (high - low)[:, :, None] * share).reshape(len(mass), -1)
+        return Bins(np.repeat(centre, parts), inside, np.repeat(mass / parts, parts, axis=1))
     place = np.arange(len(kept))[None, :]
     first = np.argmax(used, axis=1)[:, None]
     last = len(kept) - 1 - np.argmax(used[:, ::-1], axis=1)[:, None]
     value = np.clip(centre[None, :], least, most)
     return Bins(centre, np.where(place <= first, least, np.where(place >= last, most, value)), mass)
+
+
+def _edges(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper ends of bins, the one of 0 taken for a point."""
+    place = np.abs(kept - _SIDE) - 1
+    near, far = (np.where(place < 0, 0.0, _magnitude(place, part)) for part in (0, 1))
+    return np.where(kept < _SIDE, -far, near), np.where(kept < _SIDE, -near, far)
+
+
+def _parts(kept: np.ndarray, least: np.ndarray, most: np.ndarray) -> int:
+    """How many parts bins take to be as fine, beside the range, as those of a range from 0."""
+    low, high = _edges(kept)
+    width = np.minimum(high, most) - np.maximum(low, least)
+    coarse = np.max(width / np.maximum(most - least, 1e-300), initial=0.0)
+    return int(np.clip(np.ceil(coarse * _PARTS), 1, MOST_PARTS))
 
 
 def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:
