@@ -75,7 +75,7 @@ class Prepared(NamedTuple):
 
     weight: the quantized weight of a linear step, in real values; scale, offset: decoder of its accumulator; taken: what a
     sum with an accumulator takes for each of its operands, slope and intercept; anchor: how far above a whole cell the
-    accumulator's 0 lies.
+    accumulator's 0 lies; bias: of a linear step, with the correction of its weights' rounding.
     """
 
     weight: Array | None
@@ -83,6 +83,7 @@ class Prepared(NamedTuple):
     offset: Array
     taken: tuple[tuple[Array, Array], ...] = ()
     anchor: Array | None = None
+    bias: Array | float = 0.0
 
 
 def prepare(layout: Plan, qparams: QParams) -> dict[str, Prepared]:
@@ -120,7 +121,7 @@ def _prepare_linear(layout: Plan, qparams: QParams, step: Linear) -> Prepared:
     flat = jnp.where(weights.ratio == 0, 1.0, 0.0)
     real = weights.integers * scale + step.weight * along_inputs(step, flat)  # still channels keep their constant
     safe = jnp.where(weights.ratio == 0, 1.0, weights.ratio)
-    return Prepared(real / along_inputs(step, safe), weights.scale, weights.offset)
+    return Prepared(real / along_inputs(step, safe), weights.scale, weights.offset, bias=step.bias + weights.correction)
 
 
 def tensor_values(
@@ -238,7 +239,7 @@ def run_step(
     known = prepared[step.out]
     y: Array
     if isinstance(step, Linear):
-        y = apply_form(step, xs[0], known.weight) + step.bias
+        y = apply_form(step, xs[0], known.weight) + known.bias
     elif isinstance(step, Sum):
         y = step.coefficient * jnp.sum(xs[0], axis=-1)
     elif isinstance(step, Add):

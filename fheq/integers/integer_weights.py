@@ -21,6 +21,7 @@ from fheq.steps import Linear
 
 Array = Any
 
+FLOAT32 = 2.0**-22  # relative error of what float32 stores
 ON_GRID = 1e-6  # of a step: error of float64 arithmetic, and far below a unit of any product
 
 
@@ -62,12 +63,14 @@ class Weights(NamedTuple):
     """A quantized weight and what it makes of its input.
 
     integers: as the form uses them; scale, offset: decoder of the accumulator, broadcasting against the step's shape;
-    reading: its input.
+    correction: the part of the offset that takes back what the rounding of weights makes of inputs far from 0 (see
+    `_correction`); reading: its input.
     """
 
     integers: Array
     scale: Array
     offset: Array
+    correction: Array
     reading: Reading
 
     @property
@@ -95,12 +98,46 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading 
     constant = _sum_inputs(step, q * a.scale * along_inputs(step, share))
     if xp is jnp or np.any(flat):
         constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, offset, 0)))
-    if np.ndim(constant) > 1:
-        constant = constant[..., None, :] if step.form == "matmul" else constant[..., :, None]
-    else:
-        constant = along_outputs(step, constant)
+    correction = _correction(step, read, q * a.scale, a.scale)
     scale = along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
-    return Weights(q, scale, constant + step.bias, read)
+    return Weights(q, scale, _constant(step, constant) + correction + step.bias, correction, read)
+
+
+def _correction(step: Linear, read: Reading, weight: Array, grid: Array) -> Array:
+    """What a step's result lacks by the rounding of its weights at the middle of inputs whose range leaves out 0.
+
+    Years, temperatures and pressures are a great number plus a little: the little is what counts, and errors of weights
+    would be multiplied with the great number. Not where pads, which are 0, belong to the range.
+
+    Args:
+        weight: quantized, the relative scales of its input multiplied in, in steps of `grid`.
+    """
+    middle = _middle(step, read)
+    xp = array_namespace(middle, weight)
+    if xp is np and not np.any(middle):
+        return np.zeros(())
+    exact = read.absorbed(step)
+    lacks = exact - weight
+    rounded = xp.abs(lacks) > ON_GRID * grid + FLOAT32 * xp.abs(exact)
+    share = xp.where(read.ratio == 0, 0, middle / xp.where(read.ratio == 0, 1, read.ratio))
+    return _constant(step, _sum_inputs(step, xp.where(rounded, lacks, 0) * along_inputs(step, share)))
+
+
+def _middle(step: Linear, read: Reading) -> Array:
+    """`(K,)` the middle of each input channel's range; 0 where the range holds 0."""
+    axis, x = operand_axis(step), read.x
+    xp = array_namespace(x.scale)
+    others = tuple(i for i in range(x.scale.ndim) if i != axis % x.scale.ndim)
+    ends = [x.scale * end + x.offset for end in (x.low, x.high)]
+    low, high = xp.minimum(*ends).min(axis=others), xp.maximum(*ends).max(axis=others)
+    return xp.where((low > 0) | (high < 0), (low + high) / 2, 0)
+
+
+def _constant(step: Linear, summed: Array) -> Array:
+    """What `_sum_inputs` gives, broadcasting against the step's shape."""
+    if np.ndim(summed) > 1:
+        return summed[..., None, :] if step.form == "matmul" else summed[..., :, None]
+    return along_outputs(step, summed)
 
 
 def lacking(step: Linear, x: Decoder, integers: np.ndarray) -> np.ndarray:

@@ -72,7 +72,8 @@ def tails(stats: TensorStats) -> tuple[Tail, Tail]:
 
 def _mean_excess(value: np.ndarray, mass: np.ndarray, count: np.ndarray, share: float) -> np.ndarray:
     above = np.cumsum(mass[:, ::-1], axis=1)[:, ::-1]  # values in this bin or higher
-    first = np.argmax(above <= share * count[:, None], axis=1)
+    few = above <= share * count[:, None]
+    first = np.where(few.any(axis=1), np.argmax(few, axis=1), value.shape[1])  # or none, where they crowd in the last one
     start = value[np.arange(len(value)), np.maximum(first - 1, 0)]
     beyond = np.arange(value.shape[1])[None, :] >= first[:, None]
     weight = np.where(beyond, mass, 0)

@@ -133,11 +133,11 @@ def _edges(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parts(kept: np.ndarray, least: np.ndarray, most: np.ndarray) -> int:
-    """How many parts bins take to be as fine, beside the range, as those of a range from 0."""
+    """How many parts bins take to be finer, beside the range, than those of a range from 0."""
     low, high = _edges(kept)
     width = np.minimum(high, most) - np.maximum(low, least)
     coarse = np.max(width / np.maximum(most - least, 1e-300), initial=0.0)
-    return int(np.clip(np.ceil(coarse * _PARTS), 1, MOST_PARTS))
+    return 1 if coarse <= 1 / _PARTS else int(min(np.ceil(coarse * MOST_PARTS), MOST_PARTS))
 
 
 def update(stats: TensorStats, values: Array, keep: Array) -> TensorStats:

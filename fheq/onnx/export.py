@@ -20,7 +20,7 @@ from fheq.onnx.accumulator_function import accumulator_call, accumulator_functio
 from fheq.onnx.estimator_functions import estimator_functions
 from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantizer, write_rounded
 from fheq.onnx.samples import for_any_number
-from fheq.onnx.weights import known_channels, write_bias, write_weight
+from fheq.onnx.weights import known_part, write_bias, write_weight
 from fheq.onnx.writer import Writer
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
@@ -224,7 +224,7 @@ class _Export:
             inputs[position] = write_weight(self.writer, self.layout, self.qparams, step, position)
             if node.op in ("Conv", "ConvTranspose", "Gemm") and len(inputs) > 2 and inputs[2]:
                 node, inputs[2] = write_bias(self.writer, node, inputs[2])
-            known = known_channels(self.layout, self.qparams, step)
+            known = known_part(self.layout, self.qparams, step)
         varying = outputs[0] if known is None else f"{outputs[0]}/varying"
         made = step is not None and makes_accumulator(step)
         results = [f"{varying}/sum" if made else varying, *outputs[1:]]

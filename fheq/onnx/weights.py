@@ -1,4 +1,4 @@
-"""Weights and biases of linear steps as an exported model stores them, and what known input channels add."""
+"""Weights and biases of linear steps as an exported model stores them, and what is added to what they make."""
 
 from __future__ import annotations
 
@@ -79,18 +79,19 @@ def write_bias(writer: Writer, node: Node, name: str) -> tuple[Node, str]:
     return node, writer.emit("DequantizeLinear", names, f"{name}/real", axis=0)
 
 
-def known_channels(layout: Plan, qparams: QParams, step: Linear) -> np.ndarray | None:
-    """What input channels of known values add to a step's result; None for nothing."""
+def known_part(layout: Plan, qparams: QParams, step: Linear) -> np.ndarray | None:
+    """What input channels of known values add to a step's result, and what its weights' rounding lacks; None for nothing."""
+    correction = quantize_weight(layout, qparams, step).correction
     x = operand_decoder(layout, qparams, step.x, operand_axis(step))
     _, ratio, offset = input_channels(step, x)
     known = np.where(ratio == 0, offset, 0)
     if not np.any(known):
-        return None
+        return correction if np.any(correction) else None
     if step.weight.ndim > 2 and step.form != "conv":
         raise UnsupportedError(f"{describe(step.node)}: constant channels before stacked matrices have no QDQ form")
     contribution = step.weight * along_inputs(step, known)
     axes = tuple(a for a in range(step.weight.ndim) if a != step.weight_axis % step.weight.ndim)
-    return np.asarray(along_outputs(step, contribution.sum(axis=axes)))
+    return np.asarray(along_outputs(step, contribution.sum(axis=axes))) + correction
 
 
 def _common_axis(*arrays: np.ndarray) -> int | None:
