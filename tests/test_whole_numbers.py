@@ -33,10 +33,10 @@ def fitted(nodes: list, spec: Any, **inputs: np.ndarray) -> fheq.QParams:
 
 @pytest.mark.parametrize("spec", [2, 8, Spec(8, input_observer=MinMax())], ids=["2 bits", "8 bits", "MinMax"])
 def test_categories_take_no_more_bits_than_they_need(spec: Any) -> None:
-    """By default there is room for the numbers beyond that the observer expects."""
+    """A quarter of them are at either end, which is a limit then."""
     quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], spec, x=CATEGORIES).tensors["x"]
     np.testing.assert_array_equal(quantizer.dequantize(quantizer.quantize(CATEGORIES)), CATEGORIES)
-    assert np.all(quantizer.scale == 1) and np.all(quantizer.qmax == (7 if spec in (2, 8) else 3))
+    assert np.all(quantizer.scale == 1) and np.all(quantizer.qmax == 3)
 
 
 def test_columns_that_are_not_whole_keep_their_bits() -> None:
@@ -50,9 +50,10 @@ def test_columns_that_are_not_whole_keep_their_bits() -> None:
 def test_weights_of_whole_columns_leave_bits_to_those_of_others() -> None:
     """Pixels of which some are hardly ever set: equal weights stay equal, so all columns fill about the same integers."""
     pixels = RNG.uniform(0, 1, (200, 3)) * [1, 1, 0]
-    pixels[0, 2] = 1
-    quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], 6, x=pixels.astype(np.float32)).tensors["x"]
-    assert np.max(quantizer.scale) < 2 * np.min(quantizer.scale)
+    pixels[0] = 1
+    spec = Spec(6, input_observer=MinMax())
+    quantizer = fitted([node("MatMul", ["x", "w"], ["y"])], spec, x=pixels.astype(np.float32)).tensors["x"]
+    assert np.max(quantizer.scale) < np.min(quantizer.scale) * (1 + 1 / 63)  # one step more or less for the range
 
 
 def test_a_column_of_nothing_takes_no_bits_from_others() -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.affine import straight_through
+from fheq.affine import as_float32, straight_through
 from fheq.arrays.convolution import convolve
 from fheq.arrays.namespace import array_namespace
 from fheq.integers.decoders import Decoder, operand_axis, operand_decoder
@@ -120,7 +120,8 @@ def _correction(step: Linear, read: Reading, weight: Array, grid: Array) -> Arra
     lacks = exact - weight
     rounded = xp.abs(lacks) > ON_GRID * grid + FLOAT32 * xp.abs(exact)
     share = xp.where(read.ratio == 0, 0, middle / xp.where(read.ratio == 0, 1, read.ratio))
-    return _constant(step, _sum_inputs(step, xp.where(rounded, lacks, 0) * along_inputs(step, share)))
+    found = _constant(step, _sum_inputs(step, xp.where(rounded, lacks, 0) * along_inputs(step, share)))
+    return found if xp is jnp else as_float32(found)  # as an exported model states it
 
 
 def _middle(step: Linear, read: Reading) -> Array:
