@@ -83,12 +83,12 @@ def _is_restated(graph: Graph, node: Node) -> bool:
 
 
 def know_zeros(graph: Graph) -> Graph:
-    """Computed tensors without elements, and products with zeros, as known ones, and what follows from them folded: a sum
-    over nothing is 0."""
+    """Computed tensors without elements, products with zeros and differences of a tensor and itself as known ones, and what
+    follows from them folded: a sum over nothing is 0."""
     ports = {port.name for port in graph.outputs}
     sizes = {name: math.prod(kind.shape) for name, kind in graph.types.items()}
     made = {name: node for node in graph.nodes for name in node.outputs if name and name not in ports}
-    zero = [name for name, node in made.items() if not sizes[name] or _is_product_with_zeros(graph, node)]
+    zero = [name for name, node in made.items() if not sizes[name] or _is_zero(graph, node)]
     known = {name: np.zeros(graph.types[name].shape, graph.types[name].dtype) for name in zero}
     nodes = tuple(n for n in graph.nodes if not {name for name in n.outputs if name} <= set(known))
     if len(nodes) == len(graph.nodes):
@@ -98,7 +98,9 @@ def know_zeros(graph: Graph) -> Graph:
     return fold(graph.replace(nodes=nodes, constants={**graph.constants, **known}))
 
 
-def _is_product_with_zeros(graph: Graph, node: Node) -> bool:
+def _is_zero(graph: Graph, node: Node) -> bool:
+    if (node.domain, node.op) == ("", "Sub"):
+        return node.inputs[0] == node.inputs[1]
     factors = [graph.constants[name] for name in node.inputs if name in graph.constants]
     return (node.domain, node.op) == ("", "Mul") and any(not np.any(factor) for factor in factors)
 

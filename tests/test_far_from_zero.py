@@ -68,3 +68,20 @@ def test_exports_take_back_what_rounded_weights_make_of_the_distance(form: str) 
     (got,) = onnxruntime.InferenceSession(exported.SerializeToString()).run(None, {"x": x})
     want = np.asarray(fheq.fake_quant(graph, qparams, x))
     assert np.mean(np.abs(got - want) > 2e-3) < 1e-3  # but where float32 turns a tie
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("gap", [0.0, 0.3, 30.0])
+def test_fake_quant_and_programs_correct_alike(sign: int, gap: float) -> None:
+    """Ranges that end at 0 do so but for float noise, which is not to decide."""
+    rng = np.random.default_rng(0)
+    known = {"w": rng.normal(size=(5, 4)).astype(np.float32), "v": rng.normal(size=(4, 3)).astype(np.float32)}
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("LogSoftmax", ["h"], ["s"]), node("MatMul", ["s", "v"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 5]}, ["y"], known))
+    x = (sign * (gap + rng.exponential(size=(400, 5)))).astype(np.float32)
+    for bits in (4, 6):
+        qparams = quantized(graph, x, bits)
+        program = fheq.lower(graph, qparams)
+        (got,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+        want = np.asarray(fheq.fake_quant(graph, qparams, x))
+        assert np.mean(np.abs(got - want) > 1e-3 * np.std(want)) < 0.01  # ties, which float32 turns

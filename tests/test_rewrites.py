@@ -268,3 +268,11 @@ def test_rewrites_do_not_change_their_argument():
     for rewrite in (decompose, remove_identities, untie_constants, prune):
         rewrite(graph)
     assert before == (graph.nodes, dict(graph.constants), dict(graph.types))
+
+
+def test_a_tensor_less_itself_is_known() -> None:
+    nodes = [node("Sub", ["x", "x"], ["d"]), node("Cos", ["d"], ["c"]), node("Add", ["c", "x"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 3]}, ["y"]))
+    assert [n.op for n in graph.nodes] == ["Add"]
+    x = np.float32([[1, -2, 3]])
+    np.testing.assert_array_equal(fheq.evaluate(graph, x), x + 1)

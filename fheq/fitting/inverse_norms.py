@@ -59,7 +59,7 @@ def ceilings_of(layout: Plan, stats: Stats, bits: Callable[[str], int]) -> dict[
         if seen is not None and seen.histogram is not None and float(seen.minimum[0]) > 0:
             ceiling = _of_least_error(seen, bits(key), _inverse(layout, key, LEAST))
             ceiling = min(ceiling, _inverse(layout, key, max(_unresolved(stats, maker, bits), LEAST)))
-            if ceiling < float(seen.maximum[0]):
+            if float(seen.minimum[0]) < ceiling < float(seen.maximum[0]):
                 found[key] = ceiling
     return found
 

@@ -125,13 +125,14 @@ def _correction(step: Linear, read: Reading, weight: Array, grid: Array) -> Arra
 
 
 def _middle(step: Linear, read: Reading) -> Array:
-    """`(K,)` the middle of each input channel's range; 0 where the range holds 0."""
+    """`(K,)` the middle of each input channel's range; 0 where the range holds 0, or ends there but for float noise."""
     axis, x = operand_axis(step), read.x
     xp = array_namespace(x.scale)
     others = tuple(i for i in range(x.scale.ndim) if i != axis % x.scale.ndim)
     ends = [x.scale * end + x.offset for end in (x.low, x.high)]
     low, high = xp.minimum(*ends).min(axis=others), xp.maximum(*ends).max(axis=others)
-    return xp.where((low > 0) | (high < 0), (low + high) / 2, 0)
+    near = xp.abs(x.scale).max(axis=others) / 2
+    return xp.where((low > near) | (high < -near), (low + high) / 2, 0)
 
 
 def _constant(step: Linear, summed: Array) -> Array:
