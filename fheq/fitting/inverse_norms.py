@@ -28,20 +28,7 @@ UNRESOLVED = 2 / 9
 """The square, in steps, whose root has the inverse of least squared error for all numbers whose squares round to 0: with
 x^2 even in x from 0 to a, where 2 a^2 is a step, the sum of (r x - 1)^2 is least at r = 1.5 / a."""
 _BEFORE = (
-    "Abs",
-    "Add",
-    "Cast",
-    "Clip",
-    "Div",
-    "Equal",
-    "Identity",
-    "Less",
-    "Max",
-    "Mul",
-    "Pow",
-    "Relu",
-    "Sqrt",
-    "Sub",
+    *("Abs", "Add", "Cast", "Clip", "Div", "Equal", "Identity", "Less", "Max", "Mul", "Pow", "Relu", "Sqrt", "Sub"),
     "Where",
 )
 """Operators between a sum and the number that is inverted."""

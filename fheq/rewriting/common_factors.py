@@ -65,15 +65,11 @@ def _factored(draft: Draft, node: Node) -> bool:
     known = [term for term in terms if term.name in draft.constants]
     if len(products) != 2 or len(known) + 2 != len(terms) or products[0].sign < 0:
         return False
-    one, two = products
-    common = set(one.factors) & set(two.factors)
-    if len(common) != 1:
+    one, two = (set(term.factors) for term in products)
+    if len(one & two) != 1 or min(len(one), len(two)) < 2:  # a square is one table already
         return False
-    (factor,) = common
-    a, b = (
-        next(name for name in term.factors if name != factor) if len(set(term.factors)) > 1 else factor for term in products
-    )
-    value = draft.apply(node, "Add" if two.sign > 0 else "Sub", a, b)
+    (factor,), (a,), (b,) = one & two, one - two, two - one
+    value = draft.apply(node, "Add" if products[1].sign > 0 else "Sub", a, b)
     value = draft.apply(node, "Mul", value, factor, out="" if known else node.outputs[0])
     for place, term in enumerate(known, 1):
         op = "Add" if term.sign > 0 else "Sub"
