@@ -218,8 +218,8 @@ def validate(affine: Affine, name: str, integral: bool = False) -> None:
         raise QuantizationError(f"quantizer of {name!r}: lsbs must be whole numbers from 0 to {MAX_LSBS}")
     if np.any(leaves["scale"] <= 0):
         raise QuantizationError(f"quantizer of {name!r}: scale must be positive")
-    fractional = ("zero_point",) if affine.mode != "ROUND" else ()  # it rounds after the zero point is added
-    for leaf in sorted({"zero_point", "qmin", "qmax"}.difference(fractional)) if integral else ():
+    added = ("zero_point",) if affine.mode == "ROUND" else ()  # after rounding, and before it in the other modes
+    for leaf in (*added, "qmin", "qmax") if integral else ():
         if np.any(leaves[leaf] != np.round(leaves[leaf])):
             raise QuantizationError(f"quantizer of {name!r}: {leaf} must be whole numbers")
     if integral and np.any(leaves["lsbs"]):

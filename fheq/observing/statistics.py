@@ -111,7 +111,7 @@ def bins(stats: TensorStats) -> Bins:
     kept = np.flatnonzero(histogram.any(axis=0))
     mass, centre = histogram[:, kept].astype(np.float64), centres()[kept]
     used = mass > 0
-    parts = _parts(kept, least, most)
+    parts = _parts_of_bins(kept, least, most)
     if parts > 1:
         edges = _edges(kept)
         share = (np.arange(parts) + 0.5) / parts
@@ -132,7 +132,7 @@ def _edges(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(kept < _SIDE, -far, near), np.where(kept < _SIDE, -near, far)
 
 
-def _parts(kept: np.ndarray, least: np.ndarray, most: np.ndarray) -> int:
+def _parts_of_bins(kept: np.ndarray, least: np.ndarray, most: np.ndarray) -> int:
     """How many parts bins take to be finer, beside the range, than those of a range from 0."""
     low, high = _edges(kept)
     width = np.minimum(high, most) - np.maximum(low, least)

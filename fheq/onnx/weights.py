@@ -10,8 +10,7 @@ import numpy as np
 from fheq.affine import Affine
 from fheq.errors import UnsupportedError
 from fheq.graph import Node, describe
-from fheq.integers.decoders import operand_axis, operand_decoder
-from fheq.integers.integer_weights import along_inputs, along_outputs, input_channels, quantize_weight
+from fheq.integers.integer_weights import along_inputs, along_outputs, quantize_weight
 from fheq.onnx.quantizers import container, write_parameters
 from fheq.onnx.writer import Writer
 from fheq.planning.forms import used_weight
@@ -81,10 +80,8 @@ def write_bias(writer: Writer, node: Node, name: str) -> tuple[Node, str]:
 
 def known_part(layout: Plan, qparams: QParams, step: Linear) -> np.ndarray | None:
     """What input channels of known values add to a step's result, and what its weights' rounding lacks; None for nothing."""
-    correction = quantize_weight(layout, qparams, step).correction
-    x = operand_decoder(layout, qparams, step.x, operand_axis(step))
-    _, ratio, offset = input_channels(step, x)
-    known = np.where(ratio == 0, offset, 0)
+    found = quantize_weight(layout, qparams, step)
+    correction, known = found.correction, np.where(found.ratio == 0, found.reading.offset, 0)
     if not np.any(known):
         return correction if np.any(correction) else None
     if step.weight.ndim > 2 and step.form != "conv":

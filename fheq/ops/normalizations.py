@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.graph import Node
+from fheq.graph import Node, is_float
 from fheq.ops.arguments import axis_of
 from fheq.ops.pooling import root
 from fheq.ops.table import Evaluate, Kind, Op, register
@@ -86,7 +86,7 @@ def _normalizer(node: Node, x: Array) -> Array:
         "L1": lambda a: jnp.sum(a, axis=-1, keepdims=True),
         "L2": lambda a: jnp.sqrt(jnp.sum(a * a, axis=-1, keepdims=True)),
     }
-    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)
+    x = x if is_float(x.dtype) else x.astype(np.float32)
     return x / jnp.maximum(norms[node.attrs["norm"]](jnp.abs(x)), 1e-30)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.errors import UnsupportedError
-from fheq.graph import Node, describe
+from fheq.graph import Node, describe, is_float
 from fheq.ops.table import Kind, Op, register
 from fheq.ops.windows import Window, covered, window_of
 
@@ -41,7 +41,7 @@ def lowest(dtype: np.dtype) -> np.ndarray:
     """The neutral element of the maximum."""
     if dtype == np.bool_:
         return np.zeros((), dtype)
-    return np.asarray(-np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min, dtype)
+    return np.asarray(-np.inf if is_float(dtype) else jnp.iinfo(dtype).min, dtype)
 
 
 def _max_pool(node: Node, x: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.graph import Node
+from fheq.graph import Node, is_float
 from fheq.ops.arguments import axis_of, integers
 from fheq.ops.table import Evaluate, Kind, Op, register
 
@@ -48,7 +48,7 @@ def _extreme(function: Callable[..., Array], sign: int) -> Reduce:
     """Maximum (sign -1) or minimum (sign 1); of nothing, it is the infinity or the extreme integer."""
 
     def reduce(x: Array, axes: tuple[int, ...], keep: bool) -> Array:
-        if jnp.issubdtype(x.dtype, jnp.floating):
+        if is_float(x.dtype):
             neutral: Any = sign * np.inf
         elif x.dtype == np.bool_:
             neutral = sign > 0

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.errors import UnsupportedError
-from fheq.graph import Node, describe
+from fheq.graph import Node, describe, is_float
 from fheq.ops.arguments import axis_of, bounded, integers
 from fheq.ops.table import Kind, Op, register
 
@@ -133,7 +133,7 @@ def _changes(node: Node, shape: tuple[int, ...], roi: Any, scales: Any, sizes: A
 def _resize(node: Node, x: Array, roi: Any, scales: Any, sizes: Any) -> Array:
     """ONNX Resize, one axis after the other; integers that are interpolated are cut off toward 0."""
     kind = x.dtype
-    x = x.astype(jnp.result_type(float)) if interpolates(node) and not jnp.issubdtype(kind, jnp.floating) else x
+    x = x.astype(jnp.result_type(float)) if interpolates(node) and not is_float(kind) else x
     for axis, length, factor, span in _changes(node, x.shape, roi, scales, sizes):
         x = _resize_axis(node, x, axis, length, factor, span)
     return x.astype(kind)

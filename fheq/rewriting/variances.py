@@ -34,18 +34,21 @@ def _mean(draft: Draft, name: str) -> tuple[str, tuple[int, ...]] | None:
     """What a tensor is the mean of, in whatever shape, and over which axes."""
     node = _maker(draft, name)
     if node is None or node.op == "ReduceMean":
-        axes = None if node is None else axes_of(draft, node)
-        return None if node is None or axes is None else (node.inputs[0], axes)
-    total = _maker(draft, node.inputs[0])
-    if node.op not in ("Div", "Mul") or node.inputs[1] not in draft.constants or total is None or total.op != "ReduceSum":
+        return _reduced(draft, node)
+    total = _maker(draft, node.inputs[0]) if node.op in ("Div", "Mul") and node.inputs[1] in draft.constants else None
+    found = _reduced(draft, total) if total is not None and total.op == "ReduceSum" else None
+    if found is None:
         return None
-    axes = axes_of(draft, total)
-    if axes is None:
-        return None
-    count = np.prod([draft.types[total.inputs[0]].shape[axis] for axis in axes])
+    count = np.prod([draft.types[found[0]].shape[axis] for axis in found[1]])
     given = draft.constants[node.inputs[1]].astype(np.float64)
     ratio = given * count if node.op == "Mul" else given / count
-    return (total.inputs[0], axes) if np.all(np.abs(ratio - 1) <= FLOAT) else None
+    return found if np.all(np.abs(ratio - 1) <= FLOAT) else None
+
+
+def _reduced(draft: Draft, node: Node | None) -> tuple[str, tuple[int, ...]] | None:
+    """What a reduction reads, and its axes, where they are known."""
+    axes = None if node is None else axes_of(draft, node)
+    return None if node is None or axes is None else (node.inputs[0], axes)
 
 
 def _squared(draft: Draft, name: str) -> str | None:
