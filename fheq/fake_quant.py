@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fheq import affine
 from fheq.arrays.compiled import compiled_for
 from fheq.arrays.slopes import with_finite_slopes
+from fheq.arrays.taking import take
 from fheq.batching import filled, join, over_samples
 from fheq.evaluate import evaluate_sample, unwrap
 from fheq.graph import Graph, Node, is_float
@@ -213,14 +213,11 @@ def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array])
         real = jnp.asarray(source, jnp.result_type(float))
         real = jnp.where(jnp.isnan(real), 0, real)  # as tables have it where a value leaves the domain of its function
         source = affine.fake_quant(qparams.tensors[operand.key], real)
-    values = source.ravel()
-    if not operand.in_order or len(operand.elements) != values.size:  # a gather of everything costs more than the rest
-        values = values[np.maximum(operand.elements, 0)]
-    if operand.slope is not None:
-        values = values * operand.slope + operand.intercept
-    if np.any(operand.elements < 0):
-        values = jnp.where(operand.elements < 0, operand.fill, values)
-    return values.reshape(operand.shape)
+    index, fill = operand.elements.reshape(operand.shape), operand.fill.reshape(operand.shape)
+    if operand.slope is None or operand.intercept is None:
+        return take(source.ravel(), index, fill)
+    values = take(source.ravel(), index).ravel() * operand.slope + operand.intercept
+    return jnp.where(index < 0, fill, values.reshape(operand.shape))
 
 
 def run_step(

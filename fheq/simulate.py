@@ -12,6 +12,7 @@ from jax.experimental import enable_x64
 
 from fheq.arrays.compiled import compiled_for
 from fheq.arrays.convolution import convolve
+from fheq.arrays.taking import take
 from fheq.batching import join, split, split_all
 from fheq.encryption.failures import Ciphertexts
 from fheq.encryption.noise import Noise
@@ -201,10 +202,7 @@ def _gather(instruction: Gather, args: list[Array], shape: tuple[int, ...]) -> A
     flat = jnp.concatenate([a.ravel() for a in args]) if len(args) > 1 else args[0].ravel()
     if instruction.index is None:
         return flat.reshape(shape)
-    values = flat[np.maximum(instruction.index, 0)]
-    if instruction.fill is None:
-        return values
-    return jnp.where(instruction.index < 0, instruction.fill.astype(values.dtype), values)
+    return take(flat, instruction.index, instruction.fill)
 
 
 def _float_type(program: IntProgram, instruction: MatMul | Convolution, spare: int) -> Any:
