@@ -128,7 +128,7 @@ def tune(
     state = _optimizer(training).init(moved)
     for at in track(range(0, training.steps, BLOCK), "reconstructing", progress):
         keys = jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
-        moved, state = _train(layout, training, task.given, moved, state, data, keys)
+        moved, state = _train(layout, replace(training, adaptive=False), task.given, moved, state, data, keys)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
 
 
@@ -161,15 +161,16 @@ def _targets(layout: Plan, teacher: Graph, *data: Array) -> Targets:
     return Targets(outputs, hints, jax.tree.map(power, outputs), jax.tree.map(power, hints))
 
 
-def _neighbours(layout: Plan, qparams: QParams, learned: Learned) -> dict[str, tuple[Array, Array]]:
-    """The values on their grid below and above the weights."""
+def _limits(layout: Plan, qparams: QParams, learned: Learned, adaptive: bool) -> dict[str, tuple[Array, Array]]:
+    """The values between which weights stay: those on their grid below and above, or none."""
     found = {}
     for step in layout.steps:
         if isinstance(step, Linear) and step.out in learned.weights:
             ratio = quantize_weight(layout, qparams, step).ratio
             grid = qparams.weights[step.weight_name].expanded(step.weight.ndim).scale
             unit = grid / along_inputs(step, jnp.where(ratio == 0, 1.0, ratio))
-            found[step.out] = (jnp.floor(step.weight / unit) * unit, jnp.ceil(step.weight / unit) * unit)
+            low, high = jnp.floor(step.weight / unit) * unit, jnp.ceil(step.weight / unit) * unit
+            found[step.out] = jnp.where(adaptive, low, -jnp.inf), jnp.where(adaptive, high, jnp.inf)
     return found
 
 
@@ -179,7 +180,8 @@ class _Task:
 
     Args:
         initial: the model's own weights.
-        between: the values on the grid below and above them, where they are to stay.
+        between: the values between which they stay.
+        pace: of scales: 0 where they are not learned. As with limits, it is a value: kinds of training are compiled once.
         room: what the float model leaves free of each accumulator's range, below and above (see `_room`).
     """
 
@@ -190,19 +192,21 @@ class _Task:
     p_error: Array
     initial: Learned
     between: dict[str, tuple[Array, Array]]
+    pace: Array
     room: dict[str, tuple[Array, Array]]
 
     @classmethod
     def of(cls, layout: Plan, training: Training, qparams: QParams, targets: Targets, p_error: Array) -> _Task:
         start = initial(layout, qparams)
-        between = _neighbours(layout, qparams, start) if training.adaptive else {}
+        between = _limits(layout, qparams, start, training.adaptive)
+        pace = jnp.asarray(0.0 if training.adaptive else 1.0)
         room = {name: _room(qparams, name, hint) for name, hint in targets.hints.items() if name in qparams.accumulators}
-        return cls(layout, training, qparams, targets, p_error, start, between, room)
+        return cls(layout, training, qparams, targets, p_error, start, between, pace, room)
 
     @property
     def given(self) -> tuple[Any, ...]:
         """All but what a loss is compiled for: what differs between quantizers of a graph."""
-        return self.qparams, self.targets, self.p_error, self.initial, self.between, self.room
+        return self.qparams, self.targets, self.p_error, self.initial, self.between, self.pace, self.room
 
     @property
     def blocks(self) -> dict[str, int] | None:
@@ -224,14 +228,14 @@ class _Task:
         for out, (low, high) in self.between.items():
             weights[out] = straight_through(jnp.clip(weights[out], low, high), weights[out])
         units = {out: jnp.sqrt(self.targets.hint_power[out]) for out in weights}
-        scales = jax.tree.map(jnp.zeros_like, moved.scales) if self.training.adaptive else moved.scales
-        return Learned(weights, {out: units[out] * b for out, b in moved.biases.items()}, scales)
+        biases = {out: units[out] * b for out, b in moved.biases.items()}
+        return Learned(weights, biases, {first: self.pace * log for first, log in moved.scales.items()})
 
     def loss(self, moved: Learned, key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
         """Mean over a batch."""
         layout, qparams = applied(self.layout, self.qparams, self.learned(moved))
         prepared = prepare(layout, qparams)
-        noise = noise_at_tables(layout, qparams, self.p_error)
+        noise = noise_at_tables(layout, qparams, self.p_error, {name: known.scale for name, known in prepared.items()})
 
         def one(key: Array, sample: tuple[Array, ...], outputs: Any, hints: Any) -> Array:
             drop, disturb = jax.random.split(key)

@@ -52,18 +52,25 @@ def table_noise(graph: Graph, qparams: QParams, p_error: Array | Mapping[str, Ar
     return noise_at_tables(plan_for(graph, qparams), qparams, p_error)
 
 
-def noise_at_tables(layout: Plan, qparams: QParams, p_error: Array | Mapping[str, Array]) -> TableNoise:
-    """`table_noise` of a plan, whose weights may be others than the graph's."""
-    deviation, width, between = {}, {}, {}
-    for step in tabulated(layout):
-        chance = p_error.get(step.out, 0.0) if isinstance(p_error, Mapping) else p_error
-        kappa = -jax.scipy.special.ndtri(jnp.asarray(chance, jnp.result_type(float)) / 2)
-        deviation[step.out] = 1 / (2 * kappa)  # 0 where kappa is infinite
-        scale = accumulator_decoder(layout, qparams, step)[0]
+def noise_at_tables(
+    layout: Plan, qparams: QParams, p_error: Array | Mapping[str, Array], scales: Mapping[str, Array] | None = None
+) -> TableNoise:
+    """`table_noise` of a plan, whose weights may be others than the graph's.
+
+    Args:
+        scales: of accumulators, by the tensor, where their decoders are known.
+    """
+    steps = tabulated(layout)
+    chances = jnp.asarray([p_error.get(s.out, 0.0) for s in steps]) if isinstance(p_error, Mapping) else p_error
+    kappa = -jax.scipy.special.ndtri(jnp.asarray(chances, jnp.result_type(float)) / 2)  # of all at once: it is a long formula
+    deviations = jnp.broadcast_to(1 / (2 * kappa), (len(steps),))  # 0 where kappa is infinite
+    width, between = {}, {}
+    for step in steps:
+        scale = accumulator_decoder(layout, qparams, step)[0] if scales is None else scales[step.out]
         known = qparams.accumulators[step.out]
         width[step.out] = jnp.abs(scale) * 2.0**known.lsbs
         between[step.out] = (known.lsbs > 0) & (known.rounding == "approximate")
-    return TableNoise(deviation, width, between)
+    return TableNoise({step.out: deviations[i] for i, step in enumerate(steps)}, width, between)
 
 
 def draws(layout: Plan, key: Array) -> dict[str, Array]:
