@@ -62,7 +62,8 @@ def noise_at_tables(
     """
     steps = tabulated(layout)
     chances = jnp.asarray([p_error.get(s.out, 0.0) for s in steps]) if isinstance(p_error, Mapping) else p_error
-    kappa = -jax.scipy.special.ndtri(jnp.asarray(chances, jnp.result_type(float)) / 2)  # of all at once: it is a long formula
+    # of all at once: it is a long formula
+    kappa = -jax.scipy.special.ndtri(jnp.asarray(chances, jnp.result_type(float)) / 2)
     deviations = jnp.broadcast_to(1 / (2 * kappa), (len(steps),))  # 0 where kappa is infinite
     width, between = {}, {}
     for step in steps:
