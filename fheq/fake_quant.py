@@ -255,7 +255,7 @@ def rounded(qparams: QParams, prepared: Mapping[str, Prepared], step: Step, y: A
     if known is None:
         return y
     lsbs = qparams.accumulators[step.out].lsbs * (0 if decrypted else 1)
-    acc = (y - known.offset) / known.scale
+    acc = (y - known.offset) / jnp.where(known.scale == 0, 1, known.scale)  # 0 of a constant
     anchor = 0.0 if known.anchor is None else known.anchor
     low = affine.round_accumulator(jnp.round(acc) + anchor, lsbs) - anchor
     # Integers already where nothing is removed. What float noise leaves of a difference of 0 would turn a comparison; large
@@ -268,7 +268,7 @@ def rounded(qparams: QParams, prepared: Mapping[str, Prepared], step: Step, y: A
 
 def _decoded(exact: Array, known: Prepared) -> Array:
     """The real values of integers by an offset in whole units, where it is one: float noise would turn decisions at 0."""
-    whole = jnp.round(known.offset / known.scale)
+    whole = jnp.round(known.offset / jnp.where(known.scale == 0, 1, known.scale))
     rest = known.offset - whole * known.scale
     noise = NOISE * (jnp.abs(whole) + 1) * jnp.abs(known.scale)
     return (exact + whole) * known.scale + jnp.where(jnp.abs(rest) <= noise, 0.0, rest)

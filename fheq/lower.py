@@ -245,7 +245,8 @@ class _Lowering:
         affine = self.qparams.accumulators[step.out]
         rounded = affine.rounding == "approximate" and np.max(affine.lsbs) > 0
         twice = rounded and step.out not in self.layout.summed and not self.decoded(step.out)
-        return product(self.emit, *factors, step.contract, twice, step.node.name or step.out)
+        x, y = factors
+        return product(self.emit, x, y, step.contract, twice, step.node.name or step.out)
 
     def maximum(self, step: Maximum) -> str:
         """A tree of `max(a, b) = relu(a - b) + b`: one table per comparison."""

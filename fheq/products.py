@@ -54,10 +54,8 @@ def _by_own_squares(emit: Emitter, x: Factor, y: Factor, contract: bool, origin:
     sign = min((1, -1), key=lambda sign: _reach(emit, x, y, sign))
     both = emit.squares(*_combined(emit, x, y, sign), 1, origin)
     both = emit.sum_last(both) if contract else both
-    own = [_own_squares(emit, factor, contract, origin) for factor in (x, y)]
-    if sign < 0:
-        return emit.plus(emit.plus(*own, 1), both, -1)
-    return emit.plus(emit.plus(both, own[0], -1), own[1], -1)
+    a, b = (_own_squares(emit, factor, contract, origin) for factor in (x, y))
+    return emit.plus(emit.plus(a, b, 1), both, -1) if sign < 0 else emit.plus(emit.plus(both, a, -1), b, -1)
 
 
 def _own_squares(emit: Emitter, factor: Factor, contract: bool, origin: str) -> str:

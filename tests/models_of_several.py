@@ -347,6 +347,12 @@ def decrypted_and_read_by_a_table() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["code", "y"], known)
 
 
+@case(inputs={"x": normal(2, 4)})
+def sums_of_which_one_has_no_terms() -> onnx.ModelProto:
+    nodes = [node("CumSum", ["x", "axis"], ["s"], exclusive=1), node("Softmax", ["s"], ["y"])]
+    return model(nodes, {"x": ["N", 2, 4]}, ["y"], {"axis": np.array(2)})
+
+
 @case(inputs={"x": normal(2, 4, 4)})
 def pools_of_layers_of_unequal_widths_side_by_side() -> onnx.ModelProto:
     """Each pool sees one channel; those of the two layers have scales of their own."""

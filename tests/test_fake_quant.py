@@ -27,6 +27,7 @@ SEVERAL = (
     "batch_norm_before_and_after_and_bias_and_clip",
     "pads_after_a_shift",
     "decrypted_and_read_by_a_table",
+    "sums_of_which_one_has_no_terms",
 )
 
 

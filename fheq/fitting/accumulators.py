@@ -219,7 +219,7 @@ def accumulator_affine(
     slack = slack - np.floor(below / cell) * cell
     decoded = [np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights)]
     scale, constant = (np.ravel(first_of_channel(v, axis)) for v in decoded)
-    scale = np.maximum(np.abs(scale), 1e-300)
+    scale = np.where(scale == 0, 1.0, np.abs(scale))  # of a constant: any step
     spare = Bounds(bounds.low + offset, slack)
     offset = offset + _onto_steps(layout, step, scale, offset - constant / scale, lsbs, width, spare)
     zero_point = offset - constant / scale  # so that the integers decode to the tensor itself, its bias included
