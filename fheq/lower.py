@@ -16,7 +16,7 @@ from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers,
 from fheq.integers.alignment import check_alignment
 from fheq.integers.bounds import Bounds, channel_bounds, range_bits, worst_case
 from fheq.integers.decoders import Decoder, key_decoder, operand_axis, operand_decoder
-from fheq.integers.integer_weights import lacking, quantize_weight
+from fheq.integers.integer_weights import ON_GRID, lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.planning.granularity import channel_axis, first_of_channel
@@ -269,7 +269,10 @@ class _Lowering:
             raise QuantizationError(f"output {port.name!r} does not depend on the inputs: drop it from the model")
         if operand is not None:
             d = self.decoder(operand)
-            return self.entry(port, self.read(operand), d.scale.ravel(), d.offset.ravel())
+            scale, offset = d.scale.ravel(), d.offset.ravel()
+            lacks = np.where(operand.elements < 0, operand.fill - offset - scale * np.round(d.low.ravel()), 0)
+            offset = np.where(np.abs(lacks) > ON_GRID * np.abs(scale), offset + lacks, offset)  # fillers beyond the range
+            return self.entry(port, self.read(operand), scale, offset)
         region = self.layout.regions[port.name]
         scale, offset = self.decoders[region.source]
         source = self.accs.get(region.source) or self.held[region.source]

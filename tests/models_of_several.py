@@ -347,6 +347,14 @@ def decrypted_and_read_by_a_table() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["code", "y"], known)
 
 
+@case(inputs={"x": normal(4)})
+def zeros_beside_decrypted_activations_that_are_never_0() -> onnx.ModelProto:
+    nodes = [node("Sigmoid", ["x"], ["s"]), node("Add", ["s", "three"], ["t"])]
+    nodes += [node("Gemm", ["t", "w"], ["z"]), node("Pad", ["t", "pads"], ["y"])]
+    known = {"three": np.float32(3), "w": weights(4, 2), "pads": np.array([0, 1, 0, 2])}
+    return model(nodes, {"x": ["N", 4]}, ["y", "z"], known)
+
+
 @case(inputs={"x": normal(2, 4)})
 def sums_of_which_one_has_no_terms() -> onnx.ModelProto:
     nodes = [node("CumSum", ["x", "axis"], ["s"], exclusive=1), node("Softmax", ["s"], ["y"])]

@@ -28,6 +28,7 @@ SEVERAL = (
     "pads_after_a_shift",
     "decrypted_and_read_by_a_table",
     "sums_of_which_one_has_no_terms",
+    "zeros_beside_decrypted_activations_that_are_never_0",
 )
 
 

@@ -49,6 +49,13 @@ FORMS: dict[str, list[onnx.NodeProto]] = {
         node("Pow", ["e", "power"], ["r"]),
         node("Mul", ["c", "r"], ["y"]),
     ],
+    "at most a bound": [
+        *NORM,
+        node("Add", ["l", "epsilon"], ["n"]),
+        node("Reciprocal", ["n"], ["r"]),
+        node("Min", ["bound", "r"], ["i"]),
+        node("Mul", ["x", "i"], ["y"]),
+    ],
     "after a product": [
         *NORM,
         node("Add", ["l", "epsilon"], ["n"]),
@@ -100,6 +107,7 @@ KNOWN = {
     "gain": np.ones(FEATURES, np.float32),
     "axes": np.array([-1]),
     "epsilon": np.float32(1e-6),
+    "bound": np.float32(100),
     "power": np.float32(-0.5),
     "two": np.float32(2),
     "share": np.float32(1 / FEATURES),

@@ -88,7 +88,10 @@ def _inverts(graph: Graph, name: str, source: str) -> bool:
     producers = graph.producers()
     last = producers[name]
     while lookup(last).kind is Kind.MOVEMENT or last.op in _AFTER:
-        last = producers[last.inputs[0]]
+        before = next((producers[n] for n in last.inputs if n in producers), None)
+        if before is None:
+            return False
+        last = before
     if last.op != "Reciprocal" and not (last.op == "Pow" and np.all(graph.constants.get(last.inputs[1], 0) < 0)):
         return False
     stack, seen = list(last.inputs), {source, "", *graph.constants}
