@@ -20,7 +20,7 @@ from fheq.arrays.sharding import DATA, gather, local_mesh, size
 from fheq.batching import check_arrays
 from fheq.errors import DataError
 from fheq.fake_quant import operand_values
-from fheq.graph import Graph, is_float
+from fheq.graph import Graph
 from fheq.integers.integer_weights import apply_form
 from fheq.interpret import run_node
 from fheq.observers import Observer, parts_read
@@ -199,17 +199,6 @@ def float_values(layout: Plan, *sample: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=32)
-def wide(graph: Graph) -> Graph:
-    """The graph in float64."""
-    constants = {n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in graph.constants.items()}
-    return graph.replace(constants=constants)
-
-
-def widened(value: Any) -> Any:
-    """A float array of JAX in float64 (where 64-bit types are enabled)."""
-    return value.astype(jnp.float64) if is_float(value.dtype) else value
-
-
 def _channels(layout: Plan, name: str) -> int:
     axis = channel_axis(layout, name)
     return 1 if axis is None else layout.shape(name)[axis]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from build_models import model, node
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 import fheq
 from fheq.digits import load
@@ -167,3 +167,22 @@ def test_effects_are_what_small_errors_add_to_the_outputs(name: str) -> None:
 def test_where_derivatives_are_0_effects_are_unknown(op: str) -> None:
     graph = convolved([node(op, n.input, n.output) if n.op_type == "Tanh" else n for n in CONVOLVED])
     assert effects(plan(graph), [np.ones((8, 1, 1, 4, 4), np.float32)]) == {}
+
+
+def test_decisions_that_are_cast_to_floats_are_convolved() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(4, 2, 3, 3)), rng.normal(size=(2, 4, 2, 2))
+    second[:, 3] = 0
+    nodes = [
+        node("Greater", ["x", "zero"], ["d"]),
+        node("Cast", ["d"], ["f"], to=TensorProto.FLOAT),
+        node("Conv", ["f", "w"], ["h"]),
+        node("Tanh", ["h"], ["r"]),
+        node("Conv", ["r", "v"], ["y"]),
+    ]
+    known = {"zero": 0.0, "w": first, "v": second}
+    proto = model(nodes, {"x": ("N", 2, 5, 5)}, ["y"], {n: np.asarray(v, np.float32) for n, v in known.items()})
+    graph, x = fheq.import_onnx(proto), rng.normal(size=(200, 2, 5, 5)).astype(np.float32)
+    pruned = fheq.prune(graph, x, tolerance=1e-9)
+    assert tables(pruned, x) == 3 * 9  # decisions on inputs are made ahead
+    np.testing.assert_allclose(fheq.evaluate(pruned, x), fheq.evaluate(graph, x), rtol=0, atol=1e-4)

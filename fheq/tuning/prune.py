@@ -17,10 +17,9 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.batching import check_arrays
-from fheq.calibrate import wide, widened
 from fheq.client.outputs import rejoined
 from fheq.errors import DataError
-from fheq.graph import Graph, Node
+from fheq.graph import Graph, Node, is_float
 from fheq.integers.integer_weights import apply_form
 from fheq.interpret import run_node
 from fheq.planning.plan import Plan, plan
@@ -65,14 +64,14 @@ class _Walk:
 
     def __init__(self, layout: Plan, groups: list[Group], tolerance: float, weighed: Mapping[str, np.ndarray]):
         self.layout, self.weighed = layout, weighed
-        self.graph = wide(layout.graph)
+        self.graph = _wide(layout.graph)
         self.tolerance = tolerance
         self.groups = {group.readers[0].out: group for group in groups}
         self.changed: dict[str, Linear] = {}
 
     def run(self, arrays: list[np.ndarray]) -> dict[str, Linear]:
         """The changed steps, by the tensor that each makes."""
-        exact: dict[str, Any] = {name: widened(jnp.asarray(a)) for name, a in zip(self.layout.inputs, arrays)}
+        exact: dict[str, Any] = {name: _widened(jnp.asarray(a)) for name, a in zip(self.layout.inputs, arrays)}
         pruned = dict(exact)
         last = self.last_uses()
         for i, node in enumerate(self.graph.nodes):
@@ -108,7 +107,7 @@ class _Walk:
             read = lambda name: own[name] if name in own else jnp.asarray(self.graph.constants[name])
             return run_node(node, read, self.graph.constants)
 
-        return jax.vmap(one)(*(env[name] for name in computed))
+        return tuple(map(_widened, jax.vmap(one)(*(env[name] for name in computed))))  # a Cast narrows
 
     def solve(self, group: Group, exact: dict[str, Any], pruned: dict[str, Any]) -> None:
         known = all(step.out in self.weighed for step in group.readers)
@@ -131,3 +130,14 @@ class _Walk:
 
 def _apply(step: Linear, x: Any) -> Any:
     return apply_form(step, x, jnp.asarray(step.weight)) + step.bias
+
+
+def _wide(graph: Graph) -> Graph:
+    """The graph in float64."""
+    constants = {n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in graph.constants.items()}
+    return graph.replace(constants=constants)
+
+
+def _widened(value: Any) -> Any:
+    """A float array of JAX in float64 (where 64-bit types are enabled)."""
+    return value.astype(jnp.float64) if is_float(value.dtype) else value
