@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
@@ -186,3 +188,18 @@ def test_decisions_that_are_cast_to_floats_are_convolved() -> None:
     pruned = fheq.prune(graph, x, tolerance=1e-9)
     assert tables(pruned, x) == 3 * 9  # decisions on inputs are made ahead
     np.testing.assert_allclose(fheq.evaluate(pruned, x), fheq.evaluate(graph, x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3])
+def test_layers_whose_inputs_never_change_on_the_data_stay_finite(value: float) -> None:
+    """Without a variance of their own, only noise of float sums is left of their covariances."""
+    rng = np.random.default_rng(0)
+    graph = fheq.import_onnx(redundant_dense(rng))
+    x = np.full((160, 5), value, np.float32)
+    want = fheq.evaluate(graph, x)
+    pruned = fheq.prune(graph, x, tolerance=0.05)
+    np.testing.assert_allclose(fheq.evaluate(pruned, x), want, rtol=0, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fheq.CalibrationWarning)
+        rounded = fheq.round_weights(graph, fheq.fit(graph, fheq.calibrate(graph, x), 5), x)
+    assert np.all(np.isfinite(fheq.evaluate(rounded, rng.normal(size=(20, 5)).astype(np.float32))))

@@ -21,6 +21,7 @@ from fheq.steps import Linear
 
 CHUNK = 64  # samples whose inputs are multiplied out together
 RIDGE = 1e-4  # of the mean variance of a layer's inputs: what keeps few samples from fitting noise
+STILL = 1e-12  # of their mean square: far above what float64 leaves of the variances of inputs that never change
 
 
 def one_matrix(step: Linear) -> bool:
@@ -94,10 +95,10 @@ class Reader:
                 sums[i] = sums[i] + term
         mean, target, square, cross, power = (s / count for s in sums)
         covariance = square - np.outer(mean, mean)
-        ridge = RIDGE * max(np.trace(covariance) / size, 1e-30)
+        ridge = max(RIDGE * np.trace(covariance) / size, STILL * np.trace(square) / size, 1e-30)
         inverse = np.linalg.inv(covariance + ridge * np.eye(size))
         fitted = own + inverse @ (cross - np.outer(mean, target) - covariance @ own)
-        variance = power - target**2
+        variance = np.maximum(power - target**2, 0)
         units = np.sqrt(np.maximum(variance, 1e-6 * variance.max() + 1e-30))
         rows = size // (step.weight.shape[0] if step.form == "matmul" else step.weight.shape[1])
         importance = np.full(len(units), 1 / len(units)) if effect is None else effect * units**2
