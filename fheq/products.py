@@ -17,7 +17,7 @@ from fheq.emit import Emitter
 class Factor(NamedTuple):
     """An operand: `value + zero` are its integers with their zero point taken off.
 
-    same: flat, equal for elements that are copies of one.
+    same: flat, a number from 0 on for each element, equal for copies of one.
     """
 
     value: str
@@ -27,7 +27,13 @@ class Factor(NamedTuple):
     @classmethod
     def of(cls, value: str, zero: np.ndarray, elements: np.ndarray, fill: np.ndarray) -> Factor:
         """An operand from what it copies (see `Operand`)."""
-        return cls(value, zero, _labels(np.stack([elements, fill, zero.ravel()], axis=1)))
+        copied = np.stack([elements, fill, zero.ravel()], axis=1)
+        return cls(value, zero, np.unique(copied, axis=0, return_inverse=True)[1].ravel())
+
+    @property
+    def distinct(self) -> int:
+        """How many elements are no copies of others."""
+        return int(self.same.max()) + 1
 
 
 def product(emit: Emitter, x: Factor, y: Factor, contract: bool, twice: bool, origin: str) -> tuple[str, int]:
@@ -43,7 +49,7 @@ def product(emit: Emitter, x: Factor, y: Factor, contract: bool, twice: bool, or
     for number, bit in ((x, y), (y, x)):
         if emit.values[bit.value].high <= 1:
             return total(emit.chosen(number.value, bit.value, number.zero, bit.zero, origin)), 1
-    if twice and _elements(x) + _elements(y) < len(np.unique(_labels(np.stack([x.same, y.same], axis=1)))):
+    if twice and x.distinct + y.distinct < len(np.unique(x.same * y.distinct + y.same)):
         return _by_own_squares(emit, x, y, contract, origin), 2
     plus, minus = (total(emit.squares(*_combined(emit, x, y, sign), 4, origin)) for sign in (1, -1))
     return emit.plus(plus, minus, -1), 1
@@ -83,13 +89,3 @@ def _reach(emit: Emitter, x: Factor, y: Factor, sign: int) -> int:
     zero, (a, b) = x.zero + sign * y.zero, (emit.values[f.value].high for f in (x, y))
     ends = (0, a + b) if sign > 0 else (-b, a)
     return int(max(np.max(np.abs(zero + end)) for end in ends))
-
-
-def _elements(factor: Factor) -> int:
-    """How many elements are no copies of others."""
-    return len(np.unique(factor.same))
-
-
-def _labels(columns: np.ndarray) -> np.ndarray:
-    """Numbers from 0 on, equal for equal rows."""
-    return np.unique(columns, axis=0, return_inverse=True)[1].ravel()
