@@ -173,12 +173,12 @@ class Emitter:
         made = Lookup(self._name("table"), (x,), table, group, lsbs, bits, origin, accumulator)
         return self._add(made, value.shape, int(table.min()), int(table.max()))
 
-    def squares(self, x: str, delta: np.ndarray, divisor: int, origin: str) -> str:
-        """`floor((x + delta)^2 / divisor)` by tables; delta is clear and broadcasts against x."""
+    def squares(self, x: str, delta: np.ndarray, origin: str) -> str:
+        """`floor((x + delta)^2 / 4)` by tables; delta is clear and broadcasts against x."""
         value = self.values[x]
         deltas, group = np.unique(np.broadcast_to(delta, value.shape), return_inverse=True)
         codes = np.arange(1 << value.bits)
-        table = (codes[None, :] + deltas[:, None]) ** 2 // divisor
+        table = (codes[None, :] + deltas[:, None]) ** 2 // 4
         return self.lookup(x, table, group.reshape(value.shape), 0, value.bits, origin)
 
     def chosen(self, x: str, bit: str, delta: np.ndarray, raised: np.ndarray, origin: str) -> str:

@@ -14,7 +14,7 @@ from fheq.fitting.accumulators import whole_shift
 from fheq.graph import Graph, Port, TensorType
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.integers.alignment import check_alignment
-from fheq.integers.bounds import Bounds, channel_bounds, range_bits, worst_case
+from fheq.integers.bounds import channel_bounds, range_bits, worst_case
 from fheq.integers.decoders import Decoder, key_decoder, operand_axis, operand_decoder
 from fheq.integers.integer_weights import ON_GRID, lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
@@ -22,7 +22,6 @@ from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.planning.granularity import channel_axis, first_of_channel
 from fheq.planning.plan import Plan
 from fheq.planning.quantizers import needed, plan_for
-from fheq.products import Factor, product
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
@@ -177,16 +176,12 @@ class _Lowering:
             self.finish(step, self.add(step))
         else:
             assert isinstance(step, Product)
-            value, times = self.product(step)
-            self.finish(step, value, times=times)
+            self.finish(step, self.product(step))
 
-    def finish(self, step: Step, value: str, missing: np.ndarray = NOTHING, times: int = 1) -> None:
+    def finish(self, step: Step, value: str, missing: np.ndarray = NOTHING) -> None:
         """Adds the offset that brings an accumulator's range to start at 0, and what its integers lack.
 
         What a sum reads needs no such range.
-
-        Args:
-            times: how many times the accumulator's integers `value` holds, a power of two.
         """
         if step.out in self.layout.summed:
             self.accs[step.out] = self.emit.shift(value, missing.astype(np.int64)) if np.any(missing) else value
@@ -196,10 +191,8 @@ class _Lowering:
         worst = worst_case(self.layout, self.qparams, step)
         axis = channel_axis(self.layout, step.out)
         shift = whole_shift(self.layout, step, affine, scale, offset)
-        more = times.bit_length() - 1
-        scale, shift, worst = scale / times, shift * times, Bounds(worst.low * times, worst.high * times)
-        bits = range_bits(affine, first_of_channel(scale * times, axis).ravel()) + more
-        lsbs = int(np.max(affine.lsbs)) + more
+        bits = range_bits(affine, first_of_channel(scale, axis).ravel())
+        lsbs = int(np.max(affine.lsbs))
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
         narrowed = not self.decoded(step.out) and (lsbs > 0 or bits <= WIDEST_CAST)
@@ -235,18 +228,26 @@ class _Lowering:
         right = self.emit.scale(self.summand(step.b), n.astype(np.int64))
         return self.emit.plus(left, right, step.sign)
 
-    def product(self, step: Product) -> tuple[str, int]:
-        """The product of a step, and how many times it that is."""
-        factors = []
-        for operand in step.operands:
-            d = self.decoder(operand)
-            zero = np.broadcast_to(np.round(d.offset / d.scale).astype(np.int64), operand.shape)
-            factors.append(Factor.of(self.read(operand), zero, operand.elements, operand.fill))
-        affine = self.qparams.accumulators[step.out]
-        rounded = affine.rounding == "approximate" and np.max(affine.lsbs) > 0
-        twice = rounded and step.out not in self.layout.summed and not self.decoded(step.out)
-        x, y = factors
-        return product(self.emit, x, y, step.contract, twice, step.node.name or step.out)
+    def product(self, step: Product) -> str:
+        """`a b = floor((a + b)^2 / 4) - floor((a - b)^2 / 4)`: two tables on sums, exact for integers.
+
+        A product with a bit takes one table as wide, on the other number and the bit above it.
+        """
+        a, b = map(self.decoder, step.operands)
+        p, r = (np.round(d.offset / d.scale).astype(np.int64) for d in (a, b))
+        x, y = self.read(step.a), self.read(step.b)
+        name = step.node.name or step.out
+        for number, bit, numbers in ((x, y, (p, r)), (y, x, (r, p))):
+            if self.emit.values[bit].high <= 1:
+                chosen = self.emit.chosen(number, bit, *numbers, name)
+                return self.emit.sum_last(chosen) if step.contract else chosen
+        top = self.emit.values[y].high
+        plus = self.emit.squares(self.emit.plus(x, y, 1), p + r, name)
+        difference = self.emit.shift(self.emit.plus(x, y, -1), np.asarray(top))
+        minus = self.emit.squares(difference, p - r - top, name)
+        if step.contract:
+            plus, minus = self.emit.sum_last(plus), self.emit.sum_last(minus)
+        return self.emit.plus(plus, minus, -1)
 
     def maximum(self, step: Maximum) -> str:
         """A tree of `max(a, b) = relu(a - b) + b`: one table per comparison."""

@@ -76,38 +76,3 @@ def test_a_cosine_keeps_its_precision_where_norms_vary() -> None:
     )
     want = want.reshape(got.shape)
     assert 1 - np.sum((got - want) ** 2) / np.sum((want - want.mean()) ** 2) > 0.95
-
-
-def products(first: str, op: str) -> fheq.Graph:
-    """Of two tensors of 4 rows of 3: each row with each, or each number of a row with each of another."""
-    nodes = [node("MatMul", ["x", "u"], ["p"]), node("MatMul", ["x", "v"], ["q"])]
-    nodes += [node(first, ["p"], ["a"]), node("Tanh", ["q"], ["b"])]
-    if op == "MatMul":
-        nodes += [node("Transpose", ["b"], ["c"], perm=[0, 2, 1])]
-    else:
-        nodes += [node("Unsqueeze", ["a", "last"], ["d"]), node("Unsqueeze", ["b", "third"], ["c"])]
-    nodes += [node(op, ["a" if op == "MatMul" else "d", "c"], ["m"]), node("Sigmoid", ["m"], ["s"])]
-    nodes += [node("MatMul", ["s", "w"], ["y"])]
-    rng = np.random.default_rng(0)
-    known = {n: rng.normal(size=(3, 3)).astype(np.float32) for n in "uv"}
-    known |= {"w": rng.normal(size=(4 if op == "MatMul" else 3, 2)).astype(np.float32)}
-    known |= {"last": np.array([-1]), "third": np.array([-2])} if op == "Mul" else {}
-    return fheq.import_onnx(model(nodes, {"x": ["N", 4, 3]}, ["y"], known))
-
-
-@pytest.mark.parametrize(
-    ("first", "op", "squares"), [("Sigmoid", "MatMul", 48 + 24), ("Tanh", "MatMul", 48 + 24), ("Tanh", "Mul", 36 + 24)]
-)
-@pytest.mark.parametrize("bits", [4, 6])
-def test_elements_that_meet_several_others_take_a_table_for_each_product_and_one_for_themselves(
-    first: str, op: str, squares: int, bits: int
-) -> None:
-    graph, x = products(first, op), np.random.default_rng(1).normal(size=(300, 4, 3)).astype(np.float32)
-    qparams = fheq.fit(graph, fheq.calibrate(graph, x), fheq.Spec(bits, rounding=fheq.Rounding(bits, approximate=True)))
-    program = fheq.lower(graph, qparams)
-    assert sum(np.prod(program.values[i.out].shape) for i in program.lookups if not i.accumulator) == squares
-    results = program.dequantize(fheq.simulate(program, *program.quantize(x)))[0]
-    np.testing.assert_allclose(fheq.fake_quant(graph, qparams, x), results, rtol=0, atol=1e-5 * np.std(results))
-    circuit = fheq.compile(program, p_error=0.01)
-    np.testing.assert_array_equal(circuit.evaluate(x[:20]), results[:20])
-    assert fheq.cost(program, p_error=0.01).complexity == pytest.approx(circuit.complexity, rel=0.01)

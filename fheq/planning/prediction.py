@@ -18,8 +18,7 @@ def predicted_tables(layout: Plan) -> Mapping[str, int]:
     """Table applications of one sample by what they are for: "activations", "products" and "maxima".
 
     An activation takes one for each element, a product of encrypted numbers two squares, or one table where a factor is 0 or
-    1, a maximum one less than it has operands. Lowering may find some of them twice and apply them once, and takes about one
-    square for a product of elements that meet several others each, where accumulators are rounded approximately.
+    1, a maximum one less than it has operands. Lowering may find some of them twice and apply them once.
     """
     counts = Counter({"activations": 0, "products": 0, "maxima": 0})
     for kind, _, count in _applications(layout):
