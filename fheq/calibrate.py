@@ -198,7 +198,6 @@ def float_values(layout: Plan, *sample: Any) -> dict[str, Any]:
     return env
 
 
-@lru_cache(maxsize=32)
 def _channels(layout: Plan, name: str) -> int:
     axis = channel_axis(layout, name)
     return 1 if axis is None else layout.shape(name)[axis]

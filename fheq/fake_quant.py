@@ -216,8 +216,9 @@ def operand_values(qparams: QParams, operand: Operand, env: Mapping[str, Array])
     index, fill = operand.elements.reshape(operand.shape), operand.fill.reshape(operand.shape)
     if operand.slope is None or operand.intercept is None:
         return take(source.ravel(), index, fill)
-    values = take(source.ravel(), index).ravel() * operand.slope + operand.intercept
-    return jnp.where(index < 0, fill, values.reshape(operand.shape))
+    slope, intercept = (v.reshape(operand.shape) for v in (operand.slope, operand.intercept))
+    values, hole = take(source.ravel(), index) * slope + intercept, index < 0
+    return jnp.where(hole, fill, values) if hole.any() else values
 
 
 def run_step(

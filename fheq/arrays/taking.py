@@ -17,19 +17,19 @@ Array = Any
 
 
 def take(values: Array, index: np.ndarray, fill: np.ndarray | None = None) -> Array:
-    """`values[index]` of a vector, and `fill` where the index is negative.
+    """`values[index]` of a vector, and `fill` where the index is negative (anything where it is not given).
 
     Args:
         values: `(n,)`.
         index: of any shape, constant.
-        fill: of the same shape, constant; needed where an index is negative.
+        fill: of the same shape, constant.
     """
     hole = index < 0
-    view = None if hole.any() else strided(index, len(values))
-    if view is not None:
-        return view.of(values)
-    taken = values[np.maximum(index, 0)]
-    return taken if fill is None else jnp.where(hole, fill.astype(values.dtype), taken)
+    if hole.any():
+        taken = values[np.maximum(index, 0)]
+        return taken if fill is None else jnp.where(hole, fill.astype(values.dtype), taken)
+    view = strided(index, len(values))
+    return values[index] if view is None else view.of(values)
 
 
 class View(NamedTuple):

@@ -8,7 +8,7 @@ weights that read it become 0 and the other weights of the reading layers make u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -132,6 +132,7 @@ def _apply(step: Linear, x: Any) -> Any:
     return apply_form(step, x, jnp.asarray(step.weight)) + step.bias
 
 
+@lru_cache(maxsize=32)
 def _wide(graph: Graph) -> Graph:
     """The graph in float64."""
     constants = {n: v.astype(np.float64) if v.dtype == np.float32 else v for n, v in graph.constants.items()}
