@@ -83,7 +83,7 @@ def calibrate(
     with enable_x64():
         stats = _start(graph, parts, local)
         for data, keep in _tiles(graph, chunks, width, batch_size or width):
-            stats = _update(local, stats, _observe(graph, parts, local, *data), keep)
+            stats = _update(_rounds(layout, parts), local, stats, _observe(graph, parts, local, *data), keep)
             count += int(np.sum(keep))
     if not count:
         raise DataError("the calibration data hold no samples")
@@ -164,13 +164,33 @@ def _observe(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None, *data: Any
     return batch(*data) if mesh is None else _by_device(batch, mesh)(*data)
 
 
-# A program of its own: fused with the reductions, values would be computed once for each.
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _update(mesh: Mesh | None, stats: dict[str, TensorStats], values: dict[str, Any], keep: Any) -> dict[str, TensorStats]:
-    def part(stats: dict[str, TensorStats], values: dict[str, Any], keep: Any) -> dict[str, TensorStats]:
-        return {name: update(stats[name], jnp.swapaxes(value, 1, 2), keep) for name, value in values.items()}
+def _update(
+    rounds: list[list[str]], mesh: Mesh | None, stats: dict[str, TensorStats], values: dict[str, Any], keep: Any
+) -> dict[str, TensorStats]:
+    """The statistics with a batch. Reductions are programs of their own: values would be computed once for each."""
+    found = dict(stats)
+    for names in rounds:
+        found.update(zip(names, _add([stats[name] for name in names], [values[name] for name in names], keep, mesh)))
+    return found
 
-    def own(stats: dict[str, TensorStats], values: dict[str, Any], keep: Any) -> dict[str, TensorStats]:
+
+@lru_cache(maxsize=32)
+def _rounds(layout: Plan, parts: tuple[str, ...]) -> list[list[str]]:
+    """The tensors in rounds, each with no more than one of a shape: repeated layers share compiled programs, which makes
+    seconds of minutes where a long recurrence is unrolled, and all that differ are in one."""
+    kinds: dict[Any, list[str]] = {}
+    for name, own in _collected(layout, parts).items():
+        kinds.setdefault((own, _channels(layout, name), int(np.prod(layout.shape(name)))), []).append(name)
+    most = max(map(len, kinds.values()), default=0)
+    return [[names[i] for names in kinds.values() if i < len(names)] for i in range(most)]
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _add(stats: list[TensorStats], values: list[Any], keep: Any, mesh: Mesh | None) -> list[TensorStats]:
+    def part(stats: list[TensorStats], values: list[Any], keep: Any) -> list[TensorStats]:
+        return [update(known, jnp.swapaxes(value, 1, 2), keep) for known, value in zip(stats, values)]
+
+    def own(stats: list[TensorStats], values: list[Any], keep: Any) -> list[TensorStats]:
         found = part(jax.tree.map(lambda leaf: leaf[0], stats), values, keep)
         return jax.tree.map(lambda leaf: leaf[None], found)
 
