@@ -14,7 +14,7 @@ from fheq.arrays.compiled import compiled_for
 from fheq.arrays.convolution import convolve
 from fheq.arrays.taking import take
 from fheq.batching import join, split, split_all
-from fheq.encryption.failures import Ciphertexts
+from fheq.encryption.failures import Ciphertexts, deviations
 from fheq.encryption.noise import Noise
 from fheq.encryption.noise import noise as noise_of_parameters
 from fheq.encryption.norms import Norms, squared
@@ -77,24 +77,24 @@ def simulate(
         noise = noise_of_parameters(program, p_error)
     with enable_x64():
         tables = tuple(lookup.table for lookup in program.lookups)
-        noisy_parts = None if noise is None else (noise, element_spread(program))
-        return unwrap([np.asarray(out) for out in _simulate(program, tables, noisy_parts, key, *arrays)])
+        found = None if noise is None else deviations(program, noise, element_spread(program))
+        return unwrap([np.asarray(out) for out in _simulate(program, tables, found, key, *arrays)])
 
 
-def element_spread(program: IntProgram) -> dict[str, Array]:
+def element_spread(program: IntProgram) -> dict[str, np.ndarray]:
     """By value, each element's variance after leveled operations, relative to that of the noisiest."""
     ones = [np.ones(program.values[entry.value].shape, np.int64) for entry in program.inputs]
     with enable_x64():
-        return _element_spread(program, *ones)
+        found = jax.tree.map(np.asarray, _variances(program, *ones))
+    return {name: v / max(np.max(v), 1) for name, v in found.items()}
 
 
 @compiled_for(1)
-def _element_spread(program: IntProgram, *ones: Array) -> dict[str, Array]:
-    norms = Norms(program)
-    env = sample_values(squared(program), (None,) * len(program.lookups), norms, ones)
+def _variances(program: IntProgram, *ones: Array) -> dict[str, Array]:
+    """Those of values that tables, or the client, read, relative to an input's."""
+    env = sample_values(squared(program), (None,) * len(program.lookups), Norms(program), ones)
     read = {a for i in program.instructions if isinstance(i, (Lookup, Round)) for a in (i.args[0], i.out)}
-    found = {name: env[name] for name in read | {entry.value for entry in program.outputs}}
-    return {name: (v / jnp.maximum(jnp.max(v), 1)).astype(jnp.float32) for name, v in found.items()}
+    return {name: env[name] for name in read | {entry.value for entry in program.outputs}}
 
 
 def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.ndarray]:
@@ -119,7 +119,7 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
 def _simulate(
     program: IntProgram,
     tables: tuple[Array, ...],
-    noise: tuple[Noise, dict[str, Array]] | None,
+    deviations: Array | None,
     key: Array | None,
     *inputs: Array,
 ) -> list[Array]:
@@ -127,18 +127,18 @@ def _simulate(
     samples = split_all([e.port for e in program.inputs], inputs)
     # by the sample's place, so that a sample's noise does not depend on the size of its batch
     keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(samples[0])))
-    parts = jax.vmap(partial(_sample, program, tables, noise))(keys, *samples)
+    parts = jax.vmap(partial(_sample, program, tables, deviations))(keys, *samples)
     return [join(e.port, part) for e, part in zip(program.outputs, parts)]
 
 
 def _sample(
     program: IntProgram,
     tables: tuple[Array, ...],
-    noise: tuple[Noise, dict[str, Array]] | None,
+    deviations: Array | None,
     key: Array | None,
     *sample: Array,
 ) -> tuple[Array, ...]:
-    ciphertexts = None if noise is None else Ciphertexts(program, *noise, key)
+    ciphertexts = None if deviations is None else Ciphertexts(program, deviations, key)
     env = sample_values(program, tables, ciphertexts, sample)
     outputs = [env[entry.value] for entry in program.outputs]
     if ciphertexts is not None:

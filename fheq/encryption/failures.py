@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fheq.encryption.decryption import centred
 from fheq.encryption.noise import Noise
@@ -23,49 +24,80 @@ from fheq.program import IntProgram, Lookup, Round
 Array = Any
 
 
-class Ciphertexts:
-    """Reads the values of one sample through independent noises; tables on the same value see the same noise, as a key
-    switch has no randomness of its own.
+class Reads(NamedTuple):
+    """The independent noises of a run, each with the value whose elements have one: that of what tables read of a value (a
+    key switch has no randomness of its own: tables on the same value see the same), that at each bit which exact rounding
+    removes, and that of each output."""
+
+    tables: dict[str, str]
+    roundings: dict[tuple[str, int], str]
+    outputs: dict[int, str]
+
+    @classmethod
+    def of(cls, program: IntProgram) -> Reads:
+        """Those of a program."""
+        flat, rounds = leveled(program), [i for i in program.instructions if isinstance(i, Round)]
+        settled = [i.out for i in rounds if i.approximate and i.out in flat.roundings]
+        read = [i.args[0] for i in program.lookups if flat.tables[i.out] >= 0]
+        removed = {(i.out, bit): i.args[0] for i in rounds if not i.approximate for bit in range(i.lsbs)}
+        return cls({name: name for name in (*read, *settled)}, removed, dict(enumerate(e.value for e in program.outputs)))
+
+    def parts(self, program: IntProgram, every: Array) -> dict[Any, Array]:
+        """What a vector has for all elements of all of them, for each."""
+        found: dict[Any, Array] = {}
+        at = 0
+        for key, name in [*self.tables.items(), *self.roundings.items(), *self.outputs.items()]:
+            shape = program.values[name].shape
+            found[key] = every[at : at + prod(shape)].reshape(shape)
+            at += prod(shape)
+        return found
+
+
+def deviations(program: IntProgram, noise: Noise, spread: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The standard deviation of every noise of a run, float32 in the order of `Reads`: in cells, of outputs in integers.
 
     Args:
-        noise: standard deviations, perhaps traced.
         spread: by value, the part of the noisiest element's variance that each has through leveled operations.
+    """
+    reads = Reads.of(program)
+
+    def those(name: str, worst: float, share: float) -> np.ndarray:
+        return worst * np.sqrt(share * spread[name] + 1 - share)
+
+    found = []
+    for name in reads.tables:
+        at_tables = name in noise.tables
+        worst = noise.tables[name] if at_tables else noise.roundings[name][0]
+        found.append(those(name, worst, noise.table_shares[name] if at_tables else noise.rounding_shares[name][0]))
+    for (out, bit), name in reads.roundings.items():
+        found.append(those(name, noise.roundings[out][bit], noise.rounding_shares[out][bit]))
+    found += [those(name, noise.outputs[i], 1.0) for i, name in reads.outputs.items()]
+    return np.concatenate([part.ravel() for part in found]).astype(np.float32)
+
+
+class Ciphertexts:
+    """Reads the values of one sample through independent noises.
+
+    Args:
+        deviations: what the function of this name gives.
         key: of the sample.
     """
 
-    def __init__(self, program: IntProgram, noise: Noise, spread: Mapping[str, Array], key: Array):
+    def __init__(self, program: IntProgram, deviations: Array, key: Array):
         self.program = program
-        self.noise = noise
-        self.spread = spread
         self.flat = leveled(program)
         self.unrounded = {i.out: i for i in program.instructions if isinstance(i, Round) and i.approximate}
         self.read: dict[str, Array] = {}
-        # All at once: a generator for every value would take most of the time to compile.
-        self.normals = jax.random.normal(key, (self.draws(),), jnp.float32)
+        # All at once: a generator for every value, or a product, would take most of the time to compile.
+        drawn = deviations * jax.random.normal(key, deviations.shape, jnp.float32)
+        self.noises = Reads.of(program).parts(program, drawn)
 
-    def draws(self) -> int:
-        """How many numbers a run draws."""
-        tables = {i.args[0] for i in self.program.lookups if self.flat.tables[i.out] >= 0}
-        names = [*(tables | (set(self.unrounded) & set(self.flat.roundings))), *(e.value for e in self.program.outputs)]
-        for i in self.program.instructions:
-            names += [i.out] * (i.lsbs if isinstance(i, Round) and not i.approximate else 0)
-        return sum(prod(self.program.values[name].shape) for name in names)
-
-    def normal(self, shape: tuple[int, ...]) -> Array:
-        """The next standard normals."""
-        found, self.normals = self.normals[: prod(shape)], self.normals[prod(shape) :]
-        return found.reshape(shape)
-
-    def deviation(self, name: str, worst: Array, share: Array | float) -> Array:
-        """Of each element of a value, from that of the noisiest and the part of its variance that differs."""
-        return worst * jnp.sqrt(share * self.spread[name] + 1 - share)
-
-    def cell(self, x: Array, lsbs: int, width: int, deviation: Array, centre: float = 0.0) -> Array:
+    @staticmethod
+    def cell(x: Array, lsbs: int, width: int, noise: Array, centre: float = 0.0) -> Array:
         """The cell, in [0, 2^(width+1)), that a table of `width` bits reads of x, whose cells are 2^lsbs wide."""
         inside = x & ((1 << (width + lsbs + 1)) - 1)
         position = (inside.astype(jnp.float32) + centre) * 2.0**-lsbs
-        cell = jnp.floor(position + deviation * self.normal(x.shape) + 0.5).astype(jnp.int32)
-        return cell & ((1 << (width + 1)) - 1)
+        return jnp.floor(position + noise + 0.5).astype(jnp.int32) & ((1 << (width + 1)) - 1)
 
     def lookup(self, instruction: Lookup, table: Array, x: Array) -> Array:
         """A table per group, on what noise makes of x."""
@@ -78,8 +110,7 @@ class Ciphertexts:
         if name not in self.read:
             # concrete shifts unrounded values by half a unit, to the middle of what they stand for
             centre = 0.5 if name in self.unrounded else 0.0
-            deviation = self.deviation(name, self.noise.tables[name], self.noise.table_shares[name])
-            self.read[name] = self.cell(x, instruction.lsbs, width, deviation, centre)
+            self.read[name] = self.cell(x, instruction.lsbs, width, self.noises[name], centre)
         cell = self.read[name]
         entry = cell & ((1 << width) - 1)
         result = table[group, entry & ((1 << instruction.bits) - 1)].astype(jnp.int64)
@@ -89,13 +120,12 @@ class Ciphertexts:
 
     def settle(self, name: str, x: Array) -> Array:
         """A value for anything but a table: an approximately rounded one first passes an identity table."""
-        if name not in self.unrounded or name not in self.noise.roundings:
+        if name not in self.unrounded or name not in self.flat.roundings:
             return x
         rounded = self.unrounded[name]
         width = self.flat.nodes[self.flat.roundings[name][0]].reads
         if name not in self.read:
-            deviation = self.deviation(name, self.noise.roundings[name][0], self.noise.rounding_shares[name][0])
-            self.read[name] = self.cell(x, rounded.lsbs, width, deviation, 0.5)
+            self.read[name] = self.cell(x, rounded.lsbs, width, self.noises[name], 0.5)
         cell = self.read[name]
         entry = (cell & ((1 << width) - 1)).astype(x.dtype) << rounded.lsbs
         return jnp.where(cell >> width == 0, entry, -entry)
@@ -105,17 +135,15 @@ class Ciphertexts:
         if instruction.approximate:
             return x
         x = x + (1 << instruction.lsbs >> 1)
-        found = zip(self.noise.roundings[instruction.out], self.noise.rounding_shares[instruction.out])
-        for bit, (worst, share) in enumerate(found):
-            deviation = self.deviation(instruction.args[0], worst, share)
-            lowest = self.cell(x, bit, 0, deviation)  # shifted to the place of the padding
+        for bit in range(instruction.lsbs):
+            lowest = self.cell(x, bit, 0, self.noises[instruction.out, bit])  # shifted to the place of the padding
             x = x - (lowest.astype(x.dtype) << bit)
         return x
 
     def decrypt(self, i: int, x: Array) -> Array:
         """Output i, decrypted."""
         name, bits = self.program.outputs[i].value, self.flat.nodes[self.flat.outputs[i]].bits
-        failed = self.deviation(name, self.noise.outputs[i], 1.0) * self.normal(x.shape)
+        failed = self.noises[i]
         if name not in self.unrounded:
             return centred(x + jnp.round(failed).astype(x.dtype), bits)
         lsbs = self.unrounded[name].lsbs
