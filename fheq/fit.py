@@ -11,6 +11,7 @@ from fheq.affine import Affine
 from fheq.errors import QuantizationError
 from fheq.fitting.accumulators import fit_accumulator, weighed
 from fheq.fitting.cells import fill_cells, rounds_nothing, too_wide
+from fheq.fitting.fillers import with_fillers
 from fheq.fitting.inverse_norms import ceilings_of
 from fheq.fitting.negligible import floors_of, limited
 from fheq.fitting.stated_weights import stated_weight
@@ -85,7 +86,7 @@ def _fit_alike(layout: Plan, stats: Stats, specs: list[Spec]) -> list[QParams]:
     """`fit` for specs of equal `_of_tensors`."""
     bits = lambda key: tensor_bits(layout, key, specs[0])
     floors, ceilings = floors_of(layout, stats, bits), ceilings_of(layout, stats, bits)
-    tensors = fit_tensors(layout, limited(stats, floors.tensors, ceilings), specs[0])
+    tensors = fit_tensors(layout, with_fillers(layout, limited(stats, floors.tensors, ceilings)), specs[0])
     check_alignment(layout, QParams(tensors, {}, {}))
     reached = limited(stats, floors.accumulators, {})
     found = _with_tensors(layout, reached, specs, tensors, True)

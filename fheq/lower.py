@@ -14,9 +14,9 @@ from fheq.fitting.accumulators import whole_shift
 from fheq.graph import Graph, Port, TensorType
 from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.integers.alignment import check_alignment
-from fheq.integers.bounds import channel_bounds, range_bits, worst_case
-from fheq.integers.decoders import Decoder, key_decoder, operand_axis, operand_decoder
-from fheq.integers.integer_weights import ON_GRID, lacking, quantize_weight
+from fheq.integers.bounds import Bounds, channel_bounds, range_bits, worst_case
+from fheq.integers.decoders import Decoder, key_decoder, offset_with_fillers, operand_axis, operand_decoder
+from fheq.integers.integer_weights import lacking, quantize_weight
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.planning.granularity import channel_axis, first_of_channel
@@ -193,6 +193,7 @@ class _Lowering:
         shift = whole_shift(self.layout, step, affine, scale, offset)
         bits = range_bits(affine, first_of_channel(scale, axis).ravel())
         lsbs = int(np.max(affine.lsbs))
+        shift = shift + _inwards(step, worst, shift, bits, 1 << lsbs)
         low, high = int(np.min(worst.low + shift)), int(np.max(worst.high + shift))
         wraps = low < 0 or high + ((1 << lsbs) >> 1) > (1 << bits) - 1
         narrowed = not self.decoded(step.out) and (lsbs > 0 or bits <= WIDEST_CAST)
@@ -214,13 +215,13 @@ class _Lowering:
         """The product of a step, and what it lacks (see `lacking`)."""
         x = self.read(step.x, operand_axis(step))
         weight = np.asarray(quantize_weight(self.layout, self.qparams, step).integers).round().astype(np.int64)
+        missing = lacking(step, self.decoder(step.x, operand_axis(step)), weight)
         if step.form == "conv":
-            missing = lacking(step, self.decoder(step.x, operand_axis(step)), weight)
             return self.emit.convolution(x, weight, step.options), missing
         product = self.emit.matmul(x, weight, step.form == "left")
         if "exclusive" in step.options:
             self.emit.bound(product, *worst_case(self.layout, self.qparams, step))
-        return product, NOTHING
+        return product, missing
 
     def add(self, step: Add) -> str:
         m, n, _ = multipliers(self.layout, self.qparams, step, *summands(self.layout, self.qparams, step))
@@ -270,10 +271,7 @@ class _Lowering:
             raise QuantizationError(f"output {port.name!r} does not depend on the inputs: drop it from the model")
         if operand is not None:
             d = self.decoder(operand)
-            scale, offset = d.scale.ravel(), d.offset.ravel()
-            lacks = np.where(operand.elements < 0, operand.fill - offset - scale * np.round(d.low.ravel()), 0)
-            offset = np.where(np.abs(lacks) > ON_GRID * np.abs(scale), offset + lacks, offset)  # fillers beyond the range
-            return self.entry(port, self.read(operand), scale, offset)
+            return self.entry(port, self.read(operand), d.scale.ravel(), offset_with_fillers(operand, d).ravel())
         region = self.layout.regions[port.name]
         scale, offset = self.decoders[region.source]
         source = self.accs.get(region.source) or self.held[region.source]
@@ -307,6 +305,17 @@ class _Lowering:
         axis, scale, zero_point = _compact(scale, -offset / scale)
         top = np.full_like(scale, self.emit.values[value].high)
         return Entry(port, value, Affine(scale, zero_point, top * 0, top, top * 0, axis))
+
+
+def _inwards(step: Step, worst: Bounds, shift: np.ndarray, bits: int, cell: int) -> np.ndarray:
+    """What is added to the shift of elements that are out of an accumulator's range whatever the inputs, as what a mask
+    hides is, or may be by the fillers they add: whole cells. What they stand for is known, wherever they lie."""
+    low, high = worst.low + shift, worst.high + shift
+    top = (1 << bits) - 1 - (cell >> 1)
+    filled = [operand.elements < 0 for operand in step.operands if operand.shape == step.shape]
+    beside = np.any(filled, axis=0).reshape(step.shape) if isinstance(step, Add) and filled else False
+    moved = np.ceil(np.maximum(-low, 0) / cell) - np.ceil(np.maximum(high - top, 0) / cell)
+    return np.where(beside | (high < 0) | (low > top), moved * cell, 0)
 
 
 def _compact(scale: np.ndarray, zero_point: np.ndarray) -> tuple[int | None, np.ndarray, np.ndarray]:

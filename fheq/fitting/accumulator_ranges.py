@@ -12,7 +12,7 @@ from fheq.integers.decoders import step_of
 from fheq.integers.integer_weights import Weights, quantize_weight
 from fheq.observing.clipping import tails
 from fheq.observing.statistics import Stats, TensorStats, of_statistics
-from fheq.planning.granularity import channel_axis
+from fheq.planning.granularity import channel_axis, first_of_channel
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.regions import is_boolean
@@ -29,8 +29,8 @@ def observed_bounds(
     """Integer range seen in calibration, per channel, widened at both ends by the margin and for the rounding of operands,
     which calibration did not meet: where values hardly vary it is most of what the accumulator will see."""
     axis = channel_axis(layout, step.out)
-    scale, offset = accumulator_decoder(layout, qparams, step, weights)
-    unit = np.where(scale == 0, 1, scale)
+    scale, offset = (np.broadcast_to(v, step.shape) for v in accumulator_decoder(layout, qparams, step, weights))
+    unit, offset = np.where(scale == 0, 1, scale), first_of_channel(offset, axis)  # see `channel_worst_case`
     ends = []
     for real in _widened(stats[step.out], margin):
         view = real.reshape(-1, *(1,) * (-axis - 1)) if axis is not None else real.reshape(())

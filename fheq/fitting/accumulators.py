@@ -15,7 +15,7 @@ from fheq.arrays.namespace import array_namespace
 from fheq.errors import QuantizationError
 from fheq.fitting.accumulator_ranges import chosen_bounds
 from fheq.integers.accumulator_decoders import accumulator_decoder, sums_accumulators
-from fheq.integers.bounds import Bounds, channel_bounds, worst_case
+from fheq.integers.bounds import Bounds, channel_worst_case
 from fheq.integers.cell_thresholds import block_bits, meets_stated_steps, shift_onto_blocks, shift_onto_thresholds
 from fheq.integers.integer_weights import Reading, Weights, quantize_weight
 from fheq.observing.statistics import Stats
@@ -61,7 +61,7 @@ def weighed(layout: Plan, qparams: QParams, step: Linear, read: Reading | None =
         read: what `reading` gives, where it is known.
     """
     weights = quantize_weight(layout, qparams, step, read)
-    return Weighed(weights, channel_bounds(worst_case(layout, qparams, step, weights), channel_axis(layout, step.out)))
+    return Weighed(weights, channel_worst_case(layout, qparams, step, weights))
 
 
 def fit_accumulator(
@@ -82,11 +82,11 @@ def fit_accumulator(
     if added is not None:
         qparams = _in_one_unit(layout, qparams, added)
     if worst is None:
-        worst = channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
+        worst = channel_worst_case(layout, qparams, step)
     bounds = chosen_bounds(layout, qparams, stats, step, spec, worst, weights)
     if rounding is not None and added is not None:
         qparams = _in_smaller_units(layout, qparams, added, bounds, rounding)
-        worst = channel_bounds(worst_case(layout, qparams, step), channel_axis(layout, step.out))
+        worst = channel_worst_case(layout, qparams, step)
         bounds = chosen_bounds(layout, qparams, stats, step, spec, worst)
     if rounding is not None:
         mode = "approximate" if rounding.approximate else "exact"
@@ -300,7 +300,7 @@ def whole_shift(layout: Plan, step: Step, affine: Affine, scale: np.ndarray, off
     """
     axis = channel_axis(layout, step.out)
     a = affine.expanded(np.ndim(scale))
-    unit, constant = (first_of_channel(v, axis) for v in (scale, offset))
+    unit = first_of_channel(scale, axis)
     floor = a.scale * (a.qmin - a.zero_point)  # real value at the lower end
     cell = 1.0 if meets_stated_steps(layout, step) else 2.0 ** np.max(a.lsbs)
-    return np.asarray(-np.round((floor - constant) / np.where(unit == 0, 1, unit) / cell) * cell)
+    return np.asarray(-np.round((floor - offset) / np.where(unit == 0, 1, unit) / cell) * cell)

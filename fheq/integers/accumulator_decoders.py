@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fheq.arrays.namespace import array_namespace
-from fheq.integers.decoders import operand_decoder, step_of
+from fheq.integers.decoders import offset_with_fillers, operand_decoder, step_of
 from fheq.integers.integer_weights import Weights, quantize_weight
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
@@ -83,7 +83,7 @@ def sums_accumulators(layout: Plan, step: Add) -> bool:
 def _summand(layout: Plan, qparams: QParams, operand: Operand) -> Summand:
     if operand.key not in layout.summed:
         d = operand_decoder(layout, qparams, operand)
-        return Summand(d.scale, d.offset, (d.low + d.high) / 2, (d.high - d.low) / 2)
+        return Summand(d.scale, offset_with_fillers(operand, d), (d.low + d.high) / 2, (d.high - d.low) / 2)
     made = step_of(layout, operand.key)
     scale, offset = accumulator_decoder(layout, qparams, made)
     xp = array_namespace(scale, offset)

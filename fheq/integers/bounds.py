@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fheq.affine import Affine, affine_bits, bit_length
-from fheq.integers.accumulator_decoders import multipliers, summands
+from fheq.integers.accumulator_decoders import accumulator_decoder, multipliers, summands
 from fheq.integers.decoders import operand_decoder, step_of
 from fheq.integers.integer_weights import Weights, apply_form, lacking, quantize_weight
+from fheq.planning.granularity import channel_axis, first_of_channel
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Linear, Maximum, Operand, Product, Step, Sum
@@ -39,8 +40,7 @@ def _worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | N
         x, w = weights.reading.x, weights.integers
         if "exclusive" in step.options:
             return _exclusive_bounds(step, x.low, x.high, w)
-        middle = apply_form(step, (x.low + x.high) / 2, w)
-        middle = middle + lacking(step, x, w) if step.form == "conv" else middle
+        middle = apply_form(step, (x.low + x.high) / 2, w) + lacking(step, x, w)
         reach = apply_form(step, (x.high - x.low) / 2, np.abs(w))
         return middle - reach, middle + reach
     if isinstance(step, Sum):
@@ -101,6 +101,24 @@ def channel_bounds(bounds: Bounds, axis: int | None) -> Bounds:
         return Bounds(bounds.low.min().reshape(1), bounds.high.max().reshape(1))
     others = tuple(i for i in range(ndim) if i != axis % ndim)
     return Bounds(bounds.low.min(axis=others), bounds.high.max(axis=others))
+
+
+def channel_worst_case(layout: Plan, qparams: QParams, step: Step, weights: Weights | None = None) -> Bounds:
+    """`worst_case` per channel, of integers that decode as those of the channel's first element do: elements that known
+    values are added to differ in where 0 lies, and are brought to one range by what is added to each.
+
+    Args:
+        weights: as for `worst_case`.
+    """
+    axis = channel_axis(layout, step.out)
+    worst = worst_case(layout, qparams, step, weights)
+    scale, offset = accumulator_decoder(layout, qparams, step, weights)
+    by_channel = axis is not None and np.ndim(offset) >= -axis and np.shape(offset)[axis] == np.size(offset)
+    if by_channel or np.size(offset) == 1:
+        return channel_bounds(worst, axis)  # as of most layers
+    scale, offset = (np.broadcast_to(v, step.shape) for v in (scale, offset))
+    above = np.round((offset - first_of_channel(offset, axis)) / np.where(scale == 0, 1, scale))
+    return channel_bounds(Bounds(worst.low + above, worst.high + above), axis)
 
 
 def range_bits(affine: Affine, unit: np.ndarray) -> int:

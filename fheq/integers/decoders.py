@@ -6,6 +6,8 @@ traced) and `fit` and `lower` (in numpy, float64): it uses the namespace that fi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from fheq.qparams import QParams
 from fheq.steps import Join, Linear, Maximum, Operand, Step
 
 Array = Any
+ON_GRID = 1e-6  # of a step: error of float64 arithmetic, and far below a unit of any product
 
 
 class Decoder(NamedTuple):
@@ -80,25 +83,29 @@ def step_of(layout: Plan, name: str) -> Step:
 def representative(operand: Operand, axis: int | None) -> np.ndarray:
     """For each element, an element of equal scale that is no filler: itself, or one along the other axes than `axis`.
 
-    Without that axis, one along the last axis, which sums and maxima go over, where there is one.
+    Without that axis, one along the last axis, which sums and maxima go over, where there is one, or along the one before.
     """
     flat = operand.elements
     own = np.arange(len(flat))
     if np.all(flat >= 0):
         return own
-    if not operand.shape:
-        return np.where(flat >= 0, own, int(np.argmax(flat >= 0)))
+    found = np.where(flat >= 0, own, -1)
+    for rows in _lines(operand.shape, axis):
+        first = rows[np.arange(len(rows)), np.argmax(found[rows] >= 0, axis=1)]
+        found[rows] = np.where(found[rows] < 0, found[first][:, None], found[rows])
     if axis is None:
-        rows = own.reshape(-1, operand.shape[-1])
-    else:
-        rows = np.moveaxis(own.reshape(operand.shape), axis, 0).reshape(operand.shape[axis], -1)
-    valid = flat[rows] >= 0
-    first = rows[np.arange(len(rows)), np.argmax(valid, axis=1)]
-    if axis is None:
-        first = np.where(valid.any(axis=1), first, int(np.argmax(flat >= 0)))
-    spread = np.zeros(len(flat), np.int64)
-    spread[rows] = first[:, None]
-    return np.where(flat >= 0, own, spread)
+        return np.where(found < 0, int(np.argmax(flat >= 0)), found)
+    return np.where(found < 0, own, found)
+
+
+def _lines(shape: tuple[int, ...], axis: int | None) -> Iterator[np.ndarray]:
+    """The elements of a shape in rows: along all other axes than one, or along each axis, the last one first."""
+    whole = np.arange(prod(shape)).reshape(shape)
+    if axis is not None:
+        yield np.moveaxis(whole, axis, 0).reshape(shape[axis], -1)
+        return
+    for along in reversed(range(len(shape))):
+        yield np.moveaxis(whole, along, -1).reshape(-1, shape[along])
 
 
 def operand_decoder(
@@ -125,6 +132,18 @@ def operand_decoder(
         filler = xp.clip(xp.round((operand.fill - offset) / xp.where(scale == 0, 1, scale)), low, high)
         low, high = xp.where(hole, filler, low), xp.where(hole, filler, high)
     return Decoder(*(leaf.reshape(operand.shape) for leaf in (scale, offset, low, high)))
+
+
+def offset_with_fillers(operand: Operand, d: Decoder) -> Array:
+    """The offsets of an operand's integers, those of fillers such that these stand for them exactly, beyond the range too.
+
+    Args:
+        d: the decoder of the operand.
+    """
+    hole = (operand.elements < 0).reshape(operand.shape)
+    xp = array_namespace(d.scale)
+    lacks = xp.where(hole, operand.fill.reshape(operand.shape) - d.offset - d.scale * xp.round(d.low), 0)
+    return xp.where(abs(lacks) > ON_GRID * abs(d.scale), d.offset + lacks, d.offset)
 
 
 def operand_axis(step: Step) -> int | None:

@@ -14,7 +14,7 @@ import numpy as np
 from fheq.affine import as_float32, straight_through
 from fheq.arrays.convolution import convolve
 from fheq.arrays.namespace import array_namespace
-from fheq.integers.decoders import Decoder, operand_axis, operand_decoder
+from fheq.integers.decoders import ON_GRID, Decoder, operand_axis, operand_decoder
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Linear
@@ -22,7 +22,6 @@ from fheq.steps import Linear
 Array = Any
 
 FLOAT32 = 2.0**-22  # relative error of what float32 stores
-ON_GRID = 1e-6  # of a step: error of float64 arithmetic, and far below a unit of any product
 
 
 def apply_form(step: Linear, x: Array, weight: Array) -> Array:
@@ -143,12 +142,15 @@ def _constant(step: Linear, summed: Array) -> Array:
 
 
 def lacking(step: Linear, x: Decoder, integers: np.ndarray) -> np.ndarray:
-    """What a convolution lacks where its pads are no integers of what is padded (pads after a shift): whole units of it.
+    """What a product lacks where fillers are no integers of its operand (pads after a shift, rows that are put before those
+    of an activation whose range leaves them out): whole units of it.
 
     Args:
-        x: the decoder of its operand, whose pads are the nearest integers in range.
+        x: the decoder of its operand, whose fillers are the nearest integers in range.
     """
     hole = step.x.elements.reshape(step.x.shape) < 0
+    if not hole.any() or "exclusive" in step.options:
+        return np.zeros(())
     exact = (step.x.fill.reshape(step.x.shape) - x.offset) / np.where(x.scale == 0, 1, x.scale)
     rest = np.where(hole, exact - x.low, 0)
     if np.all(np.abs(rest) < ON_GRID):

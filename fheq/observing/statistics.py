@@ -211,6 +211,27 @@ def merge(a: TensorStats, b: TensorStats) -> TensorStats:
     )
 
 
+def with_values(stats: TensorStats, channel: np.ndarray, value: np.ndarray, count: np.ndarray) -> TensorStats:
+    """The statistics with known values, of the channels given, each met `count` times; arrays of one shape `(n,)`."""
+
+    def filled(leaf: Array | None, at: Any, put: Any, reduce: np.ufunc = np.add) -> Array | None:
+        if leaf is not None:
+            leaf = np.array(leaf)
+            reduce.at(leaf, at, put)
+        return leaf
+
+    place = np.asarray(bin_of(np.asarray(value, np.float32)))
+    return TensorStats(
+        filled(stats.count, channel, count),
+        filled(stats.minimum, channel, value, np.minimum),
+        filled(stats.maximum, channel, value, np.maximum),
+        filled(stats.total, channel, count * value),
+        filled(stats.squares, channel, count * value**2),
+        filled(stats.histogram, (channel, place), count),
+        filled(stats.fraction, channel, np.abs(value - np.round(value)), np.maximum),
+    )
+
+
 def of_statistics(fn: Callable[Concatenate[TensorStats, A], T]) -> Callable[Concatenate[TensorStats, A], T]:
     """Remembers a function of statistics, and of options that can be hashed, while the statistics are alive, so that many
     fits to the same ones work it out once."""

@@ -31,8 +31,7 @@ def accumulator_call(
     a, axis = qparams.accumulators[step.out], channel_axis(layout, step.out)
     decoded = accumulator_decoder(layout, qparams, step)
     scale, offset = (np.broadcast_to(np.asarray(v, np.float64), step.shape) for v in decoded)
-    shift = whole_shift(layout, step, a, scale, offset)
-    unit, constant = (_by_channel(v, axis) for v in (scale, offset))
+    shift, unit, constant = (_by_channel(v, axis) for v in (whole_shift(layout, step, a, scale, offset), scale, offset))
     unit = np.where(unit == 0, STILL, unit)
     zero_point = shift - (constant - (0.0 if known is None else known)) / unit
     nearest = np.round(zero_point)  # a tensor that is 0 is to stay it
