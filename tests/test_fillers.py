@@ -21,6 +21,7 @@ KNOWN = {
     "seven": np.float32(7),
     "token": np.array([1], np.int64),
     "w": np.random.default_rng(1).normal(size=(CHANNELS, 3)).astype(np.float32),
+    "v": np.random.default_rng(3).normal(size=(2 * CHANNELS, 3)).astype(np.float32),
     "k": np.random.default_rng(2).normal(size=(2, CHANNELS, 3)).astype(np.float32),
     "one": np.float32(1),
     "back": np.array([3, 2, 1, 0], np.int64),
@@ -47,6 +48,14 @@ READERS = {
     "a maximum": [node("ReduceMax", ["c", "token"], ["y"])],
     "a minimum of channels": [node("ReduceMin", ["c", "channel"], ["y"])],
     "a maximum of two": [node("Gather", ["c", "back"], ["b"], axis=1), node("Max", ["c", "b"], ["y"])],
+    "the greater and the lesser of two": [
+        node("Gather", ["c", "back"], ["b"], axis=1),
+        node("Max", ["c", "b"], ["most"]),
+        node("Min", ["c", "b"], ["least"]),
+        node("Concat", ["least", "most"], ["j"], axis=2),
+        node("ReduceMean", ["j", "token"], ["m"]),
+        node("MatMul", ["m", "v"], ["y"]),
+    ],
     "a join": [node("Tanh", ["x"], ["h"]), node("Concat", ["c", "h"], ["j"], axis=1), node("MatMul", ["j", "w"], ["y"])],
     "a table": [node("Sub", ["c", "one"], ["s"]), node("Relu", ["s"], ["y"])],
 }

@@ -59,8 +59,12 @@ def _found_decoder(layout: Plan, qparams: QParams, key: str, found: dict[str, De
         return decoder(qparams.tensors[key], shape)
     step = step_of(layout, key)
     if isinstance(step, Maximum):
-        first = operand_decoder(layout, qparams, step.xs[0], found=found)
-        return Decoder(*(leaf.reshape(*shape, -1)[..., 0] for leaf in first))
+        parts = [operand_decoder(layout, qparams, x, found=found) for x in step.xs]
+        scale, offset = (leaf.reshape(*shape, -1)[..., 0] for leaf in parts[0][:2])
+        xp = array_namespace(*parts[0])
+        end = xp.max if step.sign > 0 else xp.min
+        beside = lambda ends: end(xp.concatenate([v.reshape(*shape, -1) for v in ends], axis=-1), axis=-1)
+        return Decoder(scale, offset, beside([part.low for part in parts]), beside([part.high for part in parts]))
     assert isinstance(step, Join)
     parts = [operand_decoder(layout, qparams, piece, found=found) for piece in step.pieces]
     fillers = (1.0, step.fill, 0.0, 0.0)
