@@ -108,7 +108,7 @@ def _with_tensors(layout: Plan, stats: Stats, specs: list[Spec], tensors: dict[s
     for name, steps in readers.items():
         _fit_product(layout, stats, specs, found, encrypted, moved, name, steps, narrow)
     for spec, qparams in zip(specs, found):
-        fitted, whole = qparams.accumulators, QParams(encrypted, qparams.weights, {})
+        fitted, whole = qparams.accumulators, QParams(encrypted, qparams.weights, qparams.accumulators)
         changed = fit_sums(layout, stats, spec, whole)
         qparams.weights.update(changed)
         for step in layout.steps:

@@ -20,6 +20,7 @@ KNOWN = {
     "around": np.array([0, 1, 0, 0, 0, 0], np.int64),
     "seven": np.float32(7),
     "token": np.array([1], np.int64),
+    "first": np.int64(1),
     "w": np.random.default_rng(1).normal(size=(CHANNELS, 3)).astype(np.float32),
     "v": np.random.default_rng(3).normal(size=(2 * CHANNELS, 3)).astype(np.float32),
     "k": np.random.default_rng(2).normal(size=(2, CHANNELS, 3)).astype(np.float32),
@@ -37,6 +38,7 @@ READERS = {
         node("Conv", ["t", "k"], ["y"], pads=[1, 1]),
     ],
     "a mean added to all": [node("ReduceMean", ["c", "token"], ["m"]), node("Add", ["c", "m"], ["y"])],
+    "a running sum added to all": [node("CumSum", ["c", "first"], ["s"]), node("Add", ["c", "s"], ["y"])],
     "a sum with another order": [node("Gather", ["c", "back"], ["b"], axis=1), node("Add", ["c", "b"], ["y"])],
     "a sum that a table reads": [
         node("Gather", ["c", "back"], ["b"], axis=1),

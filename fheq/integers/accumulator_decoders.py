@@ -91,7 +91,20 @@ def _summand(layout: Plan, qparams: QParams, operand: Operand) -> Summand:
     if operand.slope is not None:
         scale, offset = scale * operand.slope, offset * operand.slope + operand.intercept
     scale, offset = scale.reshape(operand.shape), offset.reshape(operand.shape)
-    return Summand(scale, offset, -offset / scale, xp.zeros_like(scale))
+    return Summand(scale, offset, (_middle(qparams, operand, made) - offset) / scale, xp.zeros_like(scale))
+
+
+def _middle(qparams: QParams, operand: Operand, made: Step) -> Array:
+    """The real value in the middle of an accumulator's range; 0 before it has one."""
+    known = qparams.accumulators.get(operand.key)
+    if known is None:
+        return 0.0
+    a = known.expanded(len(made.shape))
+    middle = a.scale * ((a.qmin + a.qmax) / 2 - a.zero_point)
+    middle = array_namespace(middle).broadcast_to(middle, made.shape).ravel()[operand.elements]
+    if operand.slope is not None:
+        middle = middle * operand.slope + operand.intercept
+    return middle.reshape(operand.shape)
 
 
 def multipliers(layout: Plan, qparams: QParams, step: Add, a: Summand, b: Summand) -> tuple[Array, Array, Array]:
