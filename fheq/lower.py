@@ -309,13 +309,13 @@ class _Lowering:
 
 def _inwards(step: Step, worst: Bounds, shift: np.ndarray, bits: int, cell: int) -> np.ndarray:
     """What is added to the shift of elements that are out of an accumulator's range whatever the inputs, as what a mask
-    hides is, or may be by the fillers they add: whole cells. What they stand for is known, wherever they lie."""
+    hides is, or may be by the fillers they add, but need not: whole cells. Where they lie is known, whatever is added."""
     low, high = worst.low + shift, worst.high + shift
     top = (1 << bits) - 1 - (cell >> 1)
-    filled = [operand.elements < 0 for operand in step.operands if operand.shape == step.shape]
-    beside = np.any(filled, axis=0).reshape(step.shape) if isinstance(step, Add) and filled else False
+    filled = [operand.elements.reshape(step.shape) < 0 for operand in step.operands] if isinstance(step, Add) else [False]
+    within = np.any(filled, axis=0) & (np.ceil((high - low) / cell) * cell <= top)
     moved = np.ceil(np.maximum(-low, 0) / cell) - np.ceil(np.maximum(high - top, 0) / cell)
-    return np.where(beside | (high < 0) | (low > top), moved * cell, 0)
+    return np.where(within | (high < 0) | (low > top), moved * cell, 0)
 
 
 def _compact(scale: np.ndarray, zero_point: np.ndarray) -> tuple[int | None, np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ KNOWN = {
     "token": np.array([1], np.int64),
     "first": np.int64(1),
     "w": np.random.default_rng(1).normal(size=(CHANNELS, 3)).astype(np.float32),
-    "v": np.random.default_rng(3).normal(size=(2 * CHANNELS, 3)).astype(np.float32),
+    "v": np.random.default_rng(3).choice([-1, 0, 1], size=(2 * CHANNELS, 3)).astype(np.float32),
     "k": np.random.default_rng(2).normal(size=(2, CHANNELS, 3)).astype(np.float32),
     "one": np.float32(1),
     "back": np.array([3, 2, 1, 0], np.int64),
@@ -30,6 +30,13 @@ KNOWN = {
 BESIDE = {
     "a token before others": [node("Expand", ["own", "shape"], ["o"]), node("Concat", ["o", "r"], ["c"], axis=1)],
     "pads": [node("Pad", ["r", "around", "seven"], ["c"])],
+    "a token between two": [
+        node("Expand", ["own", "shape"], ["o"]),
+        node("Split", ["x"], ["x1", "x2"], axis=1, num_outputs=2),
+        node("Tanh", ["x2"], ["h"]),
+        node("Split", ["r"], ["r1", "r2"], axis=1, num_outputs=2),
+        node("Concat", ["r1", "o", "h"], ["c"], axis=1),
+    ],
 }
 READERS = {
     "a layer": [node("MatMul", ["c", "w"], ["y"])],
@@ -58,7 +65,7 @@ READERS = {
         node("ReduceMean", ["j", "token"], ["m"]),
         node("MatMul", ["m", "v"], ["y"]),
     ],
-    "a join": [node("Tanh", ["x"], ["h"]), node("Concat", ["c", "h"], ["j"], axis=1), node("MatMul", ["j", "w"], ["y"])],
+    "a join": [node("Sin", ["x"], ["d"]), node("Concat", ["c", "d"], ["j"], axis=1), node("MatMul", ["j", "w"], ["y"])],
     "a table": [node("Sub", ["c", "one"], ["s"]), node("Relu", ["s"], ["y"])],
 }
 PARTS = {"an input": [node("Identity", ["x"], ["r"])], "a table": [node("Tanh", ["x"], ["r"])]}

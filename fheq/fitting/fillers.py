@@ -6,7 +6,7 @@ maximum and a join read them as integers of the tensor's own quantizer, which mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -22,23 +22,26 @@ FAR = 256.0  # ranges: what is further is a mask, which tables of 8 bits do not 
 def with_fillers(layout: Plan, stats: Stats) -> Stats:
     """The statistics, those of tensors that are read beside known values beyond their range with these values."""
     found = dict(stats)
+    made = {step.out: step for step in layout.steps if isinstance(step, Maximum | Join) and step.out not in layout.points}
     for step in layout.steps:
         if isinstance(step, Product | Maximum | Join):
             for operand in step.operands:
                 if operand.slope is None and np.any(operand.elements < 0):
-                    for key in _sources(layout, operand.key):
+                    for key in _sources(made, operand.key):
                         found[key] = _beside(layout, step, operand, key, found[key])
     return found
 
 
-def _sources(layout: Plan, key: str) -> Iterator[str]:
-    """The quantized tensors whose integers a tensor has."""
-    made = next((step for step in layout.steps if step.out == key and isinstance(step, Maximum | Join)), None)
-    if made is None or key in layout.points:
-        yield key
-    else:
-        for operand in made.operands:
-            yield from _sources(layout, operand.key)
+def _sources(made: Mapping[str, Step], key: str) -> list[str]:
+    """The quantized tensors whose integers a tensor has; joins of maxima of joins reach the same one in many ways.
+
+    Args:
+        made: the maxima and joins.
+    """
+    reached = [key]
+    for name in reached:
+        reached += [o.key for o in made[name].operands if o.key not in reached] if name in made else []
+    return list(dict.fromkeys(name for name in reached if name not in made))
 
 
 def _beside(layout: Plan, step: Step, operand: Operand, key: str, stats: TensorStats) -> TensorStats:
