@@ -36,7 +36,7 @@ class Value:
         """Width as concrete counts it: unsigned when nothing is negative, else with a sign bit."""
         if self.low >= 0:
             return max(1, int(self.high).bit_length())
-        return max(int(self.high).bit_length(), int(-self.low - 1).bit_length()) + 1
+        return max(int(max(self.high, 0)).bit_length(), int(-self.low - 1).bit_length()) + 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import fheq
@@ -21,6 +23,7 @@ from fheq.optimizer import noise
 from fheq.optimizer.leveled import leveled
 from fheq.optimizer.parameters import search
 from fheq.optimizer.partition import Constraint, Problem
+from fheq.program import Value
 
 TOLERANCE = 0.05  # of compiled complexities; nearly all agree to the last digit
 
@@ -218,6 +221,13 @@ def test_widths_are_those_of_connected_values():
     flat = leveled(program("mlp", "none"))
     built = program("mlp", "none")
     assert flat.widths[built.inputs[0].value] == flat.widths[built.instructions[1].out]
+
+
+@given(st.lists(st.integers(-(2**20), 2**20) | st.sampled_from([s * 2**n for s in (-1, 1) for n in range(21)]), min_size=1))
+def test_a_value_is_as_wide_as_concrete_counts_it(found: list[int]) -> None:
+    from concrete.fhe.dtypes import Integer
+
+    assert Value((), min(found), max(found)).bits == Integer.that_can_represent(found).bit_width
 
 
 @pytest.mark.parametrize(
