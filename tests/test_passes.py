@@ -21,6 +21,7 @@ from fheq.passes import merge_tables, narrow_wide, read_in_blocks, simplify
 from fheq.program import Accumulator, Entry, IntProgram
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
+WIDE = {"w": (32, 4), "v": (4, 2)}
 
 
 def applications(program: IntProgram) -> int:
@@ -161,6 +162,21 @@ def test_a_table_beside_a_sum_too_wide_for_tables_reads_its_own_bits() -> None:
         got = circuit.evaluate(np.full((1, 2), value), quantized=True)
         assert_equal(got, run_program(program, np.full((1, 2), value)), f"at {value}")
         np.testing.assert_array_equal(got[1], np.full((1, 2), value**2 % 61))
+
+
+def test_exactly_rounded_accumulators_may_be_wider_than_tables() -> None:
+    """Of 18 bits, 13 removed: concrete compiles it, at the predicted cost, and computes the same."""
+    known = {name: np.random.default_rng(i).normal(size=shape) for i, (name, shape) in enumerate(WIDE.items())}
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("MatMul", ["r", "v"], ["y"])]
+    proto = model(nodes, {"x": ["N", 32]}, ["y"], {name: value.astype(np.float32) for name, value in known.items()})
+    graph, x = fheq.import_onnx(proto), np.random.default_rng(2).normal(size=(300, 32)).astype(np.float32)
+    spec = fheq.Spec(n_bits=8, rounding=fheq.Rounding(5), accumulators=fheq.AccumulatorRange.WORST_CASE)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), spec))
+    assert max(accumulator.bits for accumulator in program.accumulators.values()) > 16
+    circuit = fheq.compile(program, p_error=0.01)
+    assert circuit.complexity == pytest.approx(fheq.cost(program, p_error=0.01).complexity, rel=0.01)
+    q = program.quantize(x[:20])
+    np.testing.assert_array_equal(circuit.evaluate(*q, quantized=True), fheq.simulate(program, *q))
 
 
 def test_what_no_parameters_hold_says_so() -> None:
