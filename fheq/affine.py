@@ -174,10 +174,12 @@ def fake_quant(affine: Affine, x: Array) -> Array:
     """`dequantize(quantize(x))`, differentiable in x straight through and in scale as LSQ (arXiv 1902.08153)."""
     a = affine.expanded(jnp.ndim(x))
     low, high = a.qmin - a.zero_point, a.qmax - a.zero_point
-    unit = jax.lax.stop_gradient(a.scale)
-    x = jnp.clip(x, unit * (low - 1), unit * (high + 1))  # of infinity not even 0 times the derivative by the scale is 0
-    steps = jnp.clip(x / a.scale, low, high)  # the bounds are integers: clip, then round
-    return a.scale * straight_through(_whole(a, steps) - a.zero_point, steps)
+    steps = x / a.scale
+    inside = (steps >= low) & (steps <= high)
+    whole = _whole(a, jnp.clip(steps, low, high)) - a.zero_point  # the bounds are integers: clip, then round
+    # One use of the scale: every reduction of gradients takes long to compile. Of x where it is finite.
+    beside_x = jnp.where(inside, jax.lax.stop_gradient(whole - steps), jnp.where(steps < low, low, high))
+    return straight_through(a.scale * whole, jnp.where(inside, x, 0) + a.scale * beside_x)
 
 
 def round_accumulator(acc: Array, lsbs: Array) -> Array:

@@ -21,7 +21,7 @@ from fheq.encryption.noise import DEFAULT_P_ERROR
 from fheq.encryption.table_noise import TableNoise, table_noise, tabulated
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
-from fheq.integers.accumulator_decoders import accumulator_decoder, summands, sums_accumulators
+from fheq.integers.accumulator_decoders import accumulator_scale, summands, sums_accumulators
 from fheq.planning.plan import Plan
 from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
@@ -75,7 +75,7 @@ def switch(layout: Plan, qparams: QParams, on: Mapping[str, Mapping[str, Array]]
                 )
             switched = _with_accumulator(switched, step, affine)
             # its integers are finer where what it reads is: as much of it is rounded away
-            before, after = (jnp.max(jnp.abs(accumulator_decoder(layout, q, step)[0])) for q in (qparams, switched))
+            before, after = (jnp.max(jnp.abs(accumulator_scale(layout, q, step))) for q in (qparams, switched))
             lsbs = jnp.where(on["accumulators"][step.out] & (affine.lsbs > 0), affine.lsbs + jnp.log2(before / after), 0.0)
             switched = _with_accumulator(switched, step, replace(affine, lsbs=lsbs))
     return switched

@@ -28,7 +28,7 @@ from fheq.errors import DataError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
-from fheq.integers.integer_weights import along_inputs, quantize_weight
+from fheq.integers.integer_weights import along_inputs, reading
 from fheq.interpret import interpret
 from fheq.planning.plan import Plan
 from fheq.planning.quantizers import plan_for
@@ -136,7 +136,9 @@ def _optimizer(training: Training) -> GradientTransformation:
     import optax
 
     adam = optax.adam(optax.cosine_decay_schedule(training.learning_rate, training.steps))
-    return optax.apply_if_finite(adam, training.steps)  # a step whose gradient is no number is left out
+    # Of one vector: those of a network's many small tensors would take a tenth of the time to compile. A step whose gradient
+    # is no number is left out.
+    return optax.flatten(optax.apply_if_finite(adam, training.steps))
 
 
 class Targets(NamedTuple):
@@ -166,7 +168,7 @@ def _limits(layout: Plan, qparams: QParams, learned: Learned, adaptive: bool) ->
     found = {}
     for step in layout.steps:
         if isinstance(step, Linear) and step.out in learned.weights:
-            ratio = quantize_weight(layout, qparams, step).ratio
+            ratio = reading(layout, qparams, step).ratio
             grid = qparams.weights[step.weight_name].expanded(step.weight.ndim).scale
             unit = grid / along_inputs(step, jnp.where(ratio == 0, 1.0, ratio))
             low, high = jnp.floor(step.weight / unit) * unit, jnp.ceil(step.weight / unit) * unit

@@ -151,6 +151,13 @@ def test_the_gradient_in_scale_is_that_of_lsq() -> None:
     assert [float(slope(x)) for x in (0.625, -0.375, 100.0, -100.0)] == [-0.25, -0.25, 5.0, -2.0]
 
 
+def test_the_gradient_in_the_zero_point_is_that_of_the_ends() -> None:
+    """Inside there is none (arXiv 2004.09576, eq. 4, of its offset)."""
+    a = Affine(jnp.float32(0.5), jnp.float32(2), jnp.float32(0), jnp.float32(7))
+    slope = lambda x: jax.grad(lambda z: fake_quant(replace(a, zero_point=z), jnp.float32(x)))(a.zero_point)
+    assert [float(slope(x)) for x in (0.625, -0.375, 100.0, -100.0, jnp.inf)] == [0, 0, -0.5, -0.5, -0.5]
+
+
 def test_a_quantizer_is_a_pytree_of_its_arrays() -> None:
     leaves, structure = jax.tree.flatten(PER_CHANNEL)
     assert len(leaves) == 5

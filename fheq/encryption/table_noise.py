@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.graph import Graph
-from fheq.integers.accumulator_decoders import accumulator_decoder
+from fheq.integers.accumulator_decoders import accumulator_scale
 from fheq.planning.plan import Plan
 from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
@@ -67,7 +67,7 @@ def noise_at_tables(
     deviations = jnp.broadcast_to(1 / (2 * kappa), (len(steps),))  # 0 where kappa is infinite
     width, between = {}, {}
     for step in steps:
-        scale = accumulator_decoder(layout, qparams, step)[0] if scales is None else scales[step.out]
+        scale = accumulator_scale(layout, qparams, step) if scales is None else scales[step.out]
         known = qparams.accumulators[step.out]
         width[step.out] = jnp.abs(scale) * 2.0**known.lsbs
         between[step.out] = (known.lsbs > 0) & (known.rounding == "approximate")

@@ -14,7 +14,7 @@ from fheq.affine import Affine, bit_length
 from fheq.arrays.namespace import array_namespace
 from fheq.errors import QuantizationError
 from fheq.fitting.accumulator_ranges import chosen_bounds
-from fheq.integers.accumulator_decoders import accumulator_decoder, sums_accumulators
+from fheq.integers.accumulator_decoders import accumulator_decoder, accumulator_scale, sums_accumulators
 from fheq.integers.bounds import Bounds, channel_worst_case
 from fheq.integers.cell_thresholds import block_bits, meets_stated_steps, shift_onto_blocks, shift_onto_thresholds
 from fheq.integers.integer_weights import Reading, Weights, quantize_weight
@@ -124,7 +124,7 @@ def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds,
         parts = np.maximum(np.floor(room / span), 1)
         if np.min(parts * span) >= FULL * room:
             break
-    scale = np.broadcast_to(accumulator_decoder(layout, qparams, step)[0], step.shape)
+    scale = np.broadcast_to(accumulator_scale(layout, qparams, step), step.shape)
     unit = np.ravel(first_of_channel(scale, channel_axis(layout, step.out))) / parts
     return _in_units(layout, qparams, step, unit)
 
@@ -132,7 +132,7 @@ def _in_smaller_units(layout: Plan, qparams: QParams, step: Add, bounds: Bounds,
 def _in_one_unit(layout: Plan, qparams: QParams, step: Add) -> QParams:
     """`qparams` with the least unit of each channel of a sum of accumulators, where those of its elements differ."""
     axis = channel_axis(layout, step.out)
-    scale = np.broadcast_to(accumulator_decoder(layout, qparams, step)[0], step.shape)
+    scale = np.broadcast_to(accumulator_scale(layout, qparams, step), step.shape)
     if not varies_in_channel(scale, axis):
         return qparams
     others = tuple(i for i in range(scale.ndim) if axis is None or i != axis % scale.ndim)
@@ -282,7 +282,7 @@ def same_range(layout: Plan, qparams: QParams) -> QParams:
     for step in layout.steps:
         if makes_accumulator(step):
             a, axis = qparams.accumulators[step.out], channel_axis(layout, step.out)
-            scale = accumulator_decoder(layout, qparams, step)[0]
+            scale = accumulator_scale(layout, qparams, step)
             xp = array_namespace(scale)
             unit = xp.ravel(first_of_channel(xp.broadcast_to(scale, step.shape), axis)).reshape(np.shape(a.scale))
             unit = xp.maximum(xp.abs(unit), 1e-30)

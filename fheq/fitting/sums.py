@@ -15,7 +15,7 @@ import numpy as np
 from fheq.affine import Affine, as_float32
 from fheq.fitting.accumulators import rounding_of
 from fheq.fitting.stated_weights import stated_weight
-from fheq.integers.accumulator_decoders import Summand, accumulator_decoder, summands, sums_accumulators
+from fheq.integers.accumulator_decoders import Summand, accumulator_scale, summands, sums_accumulators
 from fheq.integers.decoders import step_of
 from fheq.observing.statistics import Stats, TensorStats
 from fheq.planning.granularity import channel_axis, first_of_channel, varies_in_channel
@@ -101,7 +101,7 @@ def _in_powers_of_two(layout: Plan, qparams: QParams, step: Add, parts: tuple[Su
         return {}  # weights alone cannot mend that
     changed = {}
     for made in (layer for layer in layers if layer is not None):
-        whole = np.broadcast_to(accumulator_decoder(layout, qparams, made)[0], made.shape)
+        whole = np.broadcast_to(accumulator_scale(layout, qparams, made), made.shape)
         scale = np.ravel(first_of_channel(whole, channel_axis(layout, made.out)))
         power = 2.0 ** np.ceil(np.log2(scale / base) - NOISE)
         changed[made.weight_name] = _coarser(qparams, made, base * power / scale)

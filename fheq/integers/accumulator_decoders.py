@@ -8,7 +8,7 @@ import numpy as np
 
 from fheq.arrays.namespace import array_namespace
 from fheq.integers.decoders import offset_with_fillers, operand_decoder, step_of
-from fheq.integers.integer_weights import Weights, quantize_weight
+from fheq.integers.integer_weights import Weights, quantize_weight, reading, weighed_scale
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Add, Linear, Operand, Product, Step, Sum
@@ -47,6 +47,13 @@ def accumulator_decoder(layout: Plan, qparams: QParams, step: Step, weights: Wei
     a, b = (operand_decoder(layout, qparams, o) for o in step.operands)
     scale = a.scale * b.scale
     return (scale[..., 0], np.zeros(step.shape)) if step.contract else (scale, np.zeros(step.shape))
+
+
+def accumulator_scale(layout: Plan, qparams: QParams, step: Step) -> Array:
+    """The scale alone of `accumulator_decoder`, for which no weight is quantized."""
+    if isinstance(step, Linear):
+        return weighed_scale(qparams, step, reading(layout, qparams, step))
+    return accumulator_decoder(layout, qparams, step)[0]
 
 
 class Summand(NamedTuple):

@@ -85,7 +85,7 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading 
         read: what `reading` gives, where it is known.
     """
     read = read or reading(layout, qparams, step)
-    _, unit, ratio, offset = read
+    ratio = read.ratio
     weight = read.absorbed(step)
     a = qparams.weights[step.weight_name].expanded(weight.ndim)
     steps = weight / a.scale
@@ -93,13 +93,19 @@ def quantize_weight(layout: Plan, qparams: QParams, step: Linear, read: Reading 
     whole = straight_through(jnp.round(steps), steps) if xp is jnp else np.round(steps)
     q = xp.clip(whole + a.zero_point, a.qmin, a.qmax) - a.zero_point
     flat = ratio == 0  # a channel that does not vary contributes its constant alone
-    share = xp.where(flat, 0, offset / xp.where(flat, 1, ratio))
+    share = xp.where(flat, 0, read.offset / xp.where(flat, 1, ratio))
     constant = _sum_inputs(step, q * a.scale * along_inputs(step, share))
     if xp is jnp or np.any(flat):
-        constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, offset, 0)))
+        constant = constant + _sum_inputs(step, step.weight * along_inputs(step, xp.where(flat, read.offset, 0)))
     correction = _correction(step, read, q * a.scale, a.scale)
-    scale = along_outputs(step, unit * a.scale.ravel()) if np.ndim(a.scale) else unit * a.scale
-    return Weights(q, scale, _constant(step, constant) + correction + step.bias, correction, read)
+    offset = _constant(step, constant) + correction + step.bias
+    return Weights(q, weighed_scale(qparams, step, read), offset, correction, read)
+
+
+def weighed_scale(qparams: QParams, step: Linear, read: Reading) -> Array:
+    """The scale of the accumulator that a linear step makes, broadcasting against its shape."""
+    scale = read.unit * qparams.weights[step.weight_name].scale
+    return along_outputs(step, scale) if np.ndim(scale) else scale
 
 
 def _correction(step: Linear, read: Reading, weight: Array, grid: Array) -> Array:
