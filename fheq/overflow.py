@@ -13,6 +13,7 @@ from jax.experimental import enable_x64
 from fheq.arrays.compiled import compiled_for
 from fheq.batching import split_all
 from fheq.display.console import shorten, text_table
+from fheq.form import Numbers, form_of
 from fheq.program import IntProgram, Lookup, Scale, Shift
 from fheq.simulate import check_integers, sample_values
 
@@ -67,7 +68,7 @@ def overflow(program: IntProgram, *inputs: Array) -> Overflow:
     """
     arrays = check_integers(program, inputs)
     with enable_x64():
-        counts = jax.device_get(_counts(program, tuple(t.table for t in program.lookups), *arrays))
+        counts = jax.device_get(_counts(program, form_of(program)[1], *arrays))
     rows = []
     for name, (outside, total) in counts.items():
         known = program.accumulators[name]
@@ -90,14 +91,15 @@ def _unrounded(program: IntProgram, lookup: Lookup) -> str:
 
 
 @compiled_for(1)
-def _counts(program: IntProgram, tables: tuple[Array, ...], *inputs: Array) -> dict[str, tuple[Array, Array]]:
+def _counts(program: IntProgram, numbers: Numbers, *inputs: Array) -> dict[str, tuple[Array, Array]]:
+    form, _ = form_of(program)
     read: dict[str, set[str]] = {}
     for lookup in program.lookups:
         if lookup.accumulator:
             read.setdefault(lookup.accumulator, set()).add(_unrounded(program, lookup))
 
     def sample(*values: Array) -> dict[str, tuple[Array, Array]]:
-        env = sample_values(program, tables, None, values)
+        env = sample_values(form.with_numbers(numbers), form.wide, None, values)
         found = {}
         for name, sources in read.items():
             known = program.accumulators[name]

@@ -14,12 +14,13 @@ from fheq.arrays.compiled import compiled_for
 from fheq.arrays.convolution import convolve
 from fheq.arrays.taking import take
 from fheq.batching import join, split, split_all
-from fheq.encryption.failures import Ciphertexts, deviations
+from fheq.encryption.failures import Ciphertexts, Reads, Widths, deviations
 from fheq.encryption.noise import Noise
 from fheq.encryption.noise import noise as noise_of_parameters
 from fheq.encryption.norms import Norms, squared
 from fheq.errors import DataError
 from fheq.evaluate import unwrap
+from fheq.form import Form, Numbers, form_of
 from fheq.program import (
     Convolution,
     Gather,
@@ -35,7 +36,6 @@ from fheq.program import (
 )
 
 Array = Any
-NOISY_REACH = 2  # tables that change the sign of their results at most double what values and partial sums reach
 
 
 def simulate(
@@ -49,7 +49,8 @@ def simulate(
 
     Without a key it computes what the circuit computes when nothing fails: its clear evaluation. With one, tables read
     neighbouring entries as often as in encrypted runs, and values beyond an accumulator's width change the sign of its table
-    (see `fheq.encryption.failures`). Other noise, and another p_error, compile nothing anew.
+    (see `fheq.encryption.failures`). Other noise, another p_error, and programs that differ in their numbers alone (see
+    `fheq.form`), compile nothing anew.
 
     Args:
         inputs: integer arrays in the model's layout, each within its entry's [qmin, qmax].
@@ -76,23 +77,28 @@ def simulate(
     if p_error is not None:
         noise = noise_of_parameters(program, p_error)
     with enable_x64():
-        tables = tuple(lookup.table for lookup in program.lookups)
-        found = None if noise is None else deviations(program, noise, element_spread(program))
-        return unwrap([np.asarray(out) for out in _simulate(program, tables, found, key, *arrays)])
+        form, numbers = form_of(program, noisy)
+        noises = None
+        if noise is not None:
+            widths = Widths.of(program)
+            noises = widths, deviations(Reads.of(program, widths), noise, element_spread(program))
+        return unwrap([np.asarray(out) for out in _simulate(form, numbers, noises, key, *arrays)])
 
 
 def element_spread(program: IntProgram) -> dict[str, np.ndarray]:
     """By value, each element's variance after leveled operations, relative to that of the noisiest."""
     ones = [np.ones(program.values[entry.value].shape, np.int64) for entry in program.inputs]
     with enable_x64():
-        found = jax.tree.map(np.asarray, _variances(program, *ones))
+        form, numbers = form_of(squared(program))
+        found = jax.tree.map(np.asarray, _variances(form, numbers, Widths.of(program), *ones))
     return {name: v / max(np.max(v), 1) for name, v in found.items()}
 
 
 @compiled_for(1)
-def _variances(program: IntProgram, *ones: Array) -> dict[str, Array]:
+def _variances(form: Form, numbers: Numbers, widths: Widths, *ones: Array) -> dict[str, Array]:
     """Those of values that tables, or the client, read, relative to an input's."""
-    env = sample_values(squared(program), (None,) * len(program.lookups), Norms(program), ones)
+    program = form.with_numbers(numbers)
+    env = sample_values(program, form.wide, Norms(program, widths), ones)
     read = {a for i in program.instructions if isinstance(i, (Lookup, Round)) for a in (i.args[0], i.out)}
     return {name: env[name] for name in read | {entry.value for entry in program.outputs}}
 
@@ -117,29 +123,21 @@ def check_integers(program: IntProgram, inputs: tuple[Array, ...]) -> list[np.nd
 
 @compiled_for(1)
 def _simulate(
-    program: IntProgram,
-    tables: tuple[Array, ...],
-    deviations: Array | None,
-    key: Array | None,
-    *inputs: Array,
+    form: Form, numbers: Numbers, noises: tuple[Widths, Array] | None, key: Array | None, *inputs: Array
 ) -> list[Array]:
-    """Tables are arguments: as constants of the compiled function they would make compiling slow."""
+    program = form.with_numbers(numbers)
     samples = split_all([e.port for e in program.inputs], inputs)
     # by the sample's place, so that a sample's noise does not depend on the size of its batch
     keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(samples[0])))
-    parts = jax.vmap(partial(_sample, program, tables, deviations))(keys, *samples)
+    parts = jax.vmap(partial(_sample, program, form.wide, noises))(keys, *samples)
     return [join(e.port, part) for e, part in zip(program.outputs, parts)]
 
 
 def _sample(
-    program: IntProgram,
-    tables: tuple[Array, ...],
-    deviations: Array | None,
-    key: Array | None,
-    *sample: Array,
+    program: IntProgram, wide: bool, noises: tuple[Widths, Array] | None, key: Array | None, *sample: Array
 ) -> tuple[Array, ...]:
-    ciphertexts = None if deviations is None else Ciphertexts(program, deviations, key)
-    env = sample_values(program, tables, ciphertexts, sample)
+    ciphertexts = None if noises is None else Ciphertexts(program, *noises, key)
+    env = sample_values(program, wide, ciphertexts, sample)
     outputs = [env[entry.value] for entry in program.outputs]
     if ciphertexts is not None:
         outputs = [ciphertexts.decrypt(i, x) for i, x in enumerate(outputs)]
@@ -147,39 +145,37 @@ def _sample(
 
 
 def sample_values(
-    program: IntProgram,
-    tables: tuple[Array | None, ...],
-    ciphertexts: Ciphertexts | Norms | None,
-    sample: tuple[Array, ...],
+    program: IntProgram, wide: bool, ciphertexts: Ciphertexts | Norms | None, sample: tuple[Array, ...]
 ) -> dict[str, Array]:
-    """Every value of a program for one sample, by name: exact, or as encrypted runs have them, or their variances."""
-    spare = 1 if ciphertexts is None else NOISY_REACH
-    limit = 2**31 // spare
-    dtype = jnp.int32 if all(v.low > -limit and v.high < limit for v in program.values.values()) else jnp.int64
+    """Every value of a program for one sample, by name: exact, or as encrypted runs have them, or their variances.
+
+    Args:
+        program: by `Form.with_numbers`, as `wide` is of its form.
+    """
+    dtype = jnp.int64 if wide else jnp.int32
     env = {entry.value: x.astype(dtype) for entry, x in zip(program.inputs, sample)}
-    waiting = iter(tables)
     for instruction in program.instructions:
         args = [env[a] for a in instruction.args]
         if isinstance(instruction, Lookup):
             read = _lookup if ciphertexts is None else ciphertexts.lookup
-            result = read(instruction, next(waiting), args[0])
+            result = read(instruction, args[0])
         elif isinstance(instruction, Round) and ciphertexts is not None:
             result = ciphertexts.round(instruction, args[0])
         else:
             if ciphertexts is not None:
                 args = [ciphertexts.settle(*pair) for pair in zip(instruction.args, args)]
-            result = _run(program, instruction, args, spare)
+            result = _run(program, instruction, args)
         env[instruction.out] = result.astype(dtype)
     return env
 
 
-def _run(program: IntProgram, instruction: Instruction, args: list[Array], spare: int) -> Array:
+def _run(program: IntProgram, instruction: Instruction, args: list[Array]) -> Array:
     x = args[0]
     shape = program.values[instruction.out].shape
     if isinstance(instruction, Gather):
         return _gather(instruction, args, shape)
     if isinstance(instruction, (MatMul, Convolution)):
-        return _linear(instruction, x, _float_type(program, instruction, spare))
+        return _linear(instruction, x)
     if isinstance(instruction, SumLast):
         return jnp.sum(x, axis=-1, dtype=x.dtype)
     if isinstance(instruction, Shift):
@@ -189,13 +185,13 @@ def _run(program: IntProgram, instruction: Instruction, args: list[Array], spare
     if isinstance(instruction, Plus):
         return x + instruction.sign * args[1]
     assert isinstance(instruction, Round)
-    return (x + (1 << instruction.lsbs >> 1)) >> instruction.lsbs << instruction.lsbs
+    lsbs, one = jnp.asarray(instruction.lsbs, x.dtype), jnp.ones((), x.dtype)
+    return (x + (one << lsbs >> 1)) >> lsbs << lsbs
 
 
-def _lookup(instruction: Lookup, table: Array, x: Array) -> Array:
-    index = (x >> instruction.lsbs) & ((1 << instruction.bits) - 1)
-    group = jnp.asarray(instruction.group.astype(np.int32))
-    return table[jnp.broadcast_to(group, x.shape), index]
+def _lookup(instruction: Lookup, x: Array) -> Array:
+    index = (x >> jnp.asarray(instruction.lsbs, x.dtype)) & ((1 << instruction.bits) - 1)
+    return instruction.table[jnp.broadcast_to(instruction.group, x.shape), index]
 
 
 def _gather(instruction: Gather, args: list[Array], shape: tuple[int, ...]) -> Array:
@@ -205,21 +201,9 @@ def _gather(instruction: Gather, args: list[Array], shape: tuple[int, ...]) -> A
     return take(flat, instruction.index, instruction.fill)
 
 
-def _float_type(program: IntProgram, instruction: MatMul | Convolution, spare: int) -> Any:
-    """The float type in which every partial sum is an exact integer: float products are far faster than integer ones."""
-    value = program.values[instruction.args[0]]
-    weight = np.abs(instruction.weight)
-    if isinstance(instruction, MatMul):
-        terms = weight.sum(axis=-1 if instruction.left else -2)
-    else:
-        terms = weight.reshape(len(weight), -1).sum(axis=1)
-    reach = int(terms.max()) * max(abs(value.low), abs(value.high)) * spare
-    return jnp.float32 if reach < 2**24 else jnp.float64
-
-
-def _linear(instruction: MatMul | Convolution, x: Array, dtype: Any) -> Array:
-    weight = jnp.asarray(instruction.weight, dtype)
-    x = x.astype(dtype)
+def _linear(instruction: MatMul | Convolution, x: Array) -> Array:
+    weight = instruction.weight
+    x = x.astype(weight.dtype)
     if isinstance(instruction, MatMul):
         y = jnp.matmul(weight, x) if instruction.left else jnp.matmul(x, weight)
     else:

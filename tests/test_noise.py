@@ -11,9 +11,10 @@ import pytest
 from test_cost import calibrated, program
 
 import fheq
+from fheq.form import form_of
 from fheq.optimizer.noise import failure, quantile
 from fheq.program import MatMul
-from fheq.simulate import element_spread
+from fheq.simulate import _simulate, element_spread
 
 KEY = jax.random.key(0)
 SIGMAS = 5
@@ -77,15 +78,35 @@ def test_keys_decide_and_samples_are_independent() -> None:
 
 
 def test_other_noise_compiles_nothing() -> None:
-    from fheq.simulate import _simulate
-
     built = program("mlp", "approximate")
     q = data(built, 10)
     fheq.simulate(built, q, p_error=0.1, key=KEY)
-    before = _simulate.compiled(built)._cache_size()
+    form, _ = form_of(built, noisy=True)
+    before = _simulate.compiled(form)._cache_size()
     for p_error in (1e-2, 1e-3, 2.0**-40):
         fheq.simulate(built, q, p_error=p_error, key=jax.random.key(5))
-    assert _simulate.compiled(built)._cache_size() == before > 0
+    assert _simulate.compiled(form)._cache_size() == before > 0
+
+
+@pytest.mark.parametrize(
+    "kind, rounding", [("deep", "approximate"), ("average", "outputs"), ("max", "approximate"), ("product", "approximate")]
+)
+def test_programs_of_one_form_are_compiled_once(kind: str, rounding: str) -> None:
+    """What is compiled for one program takes nothing but its form into another's."""
+    first, second = (program(kind, rounding, n_bits) for n_bits in (3, 5))
+    both = lambda built, q: (fheq.simulate(built, q), fheq.simulate(built, q, p_error=0.1, key=KEY))
+    q = data(second, 50)
+    _simulate.compiled.cache_clear()
+    alone = both(second, q)
+    _simulate.compiled.cache_clear()
+    both(first, data(first, 50))
+    after = both(second, q)
+    for a, b in zip(alone, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(alone[0] != alone[1])
+    for noisy in (False, True):
+        assert form_of(first, noisy)[0] == form_of(second, noisy)[0]
+        assert _simulate.compiled(form_of(second, noisy)[0])._cache_size() == 1
 
 
 @pytest.mark.parametrize("kind, rounding", [("mlp", "none"), ("residual", "exact")])

@@ -24,7 +24,7 @@ def decrypted_bits(program: IntProgram) -> list[int]:
     return [flat.nodes[i].bits for i in flat.outputs]
 
 
-def centred(q: Any, bits: int) -> Any:
+def centred(q: Any, bits: Any) -> Any:
     """Integers modulo 2^(bits + 1), brought to where an output of `bits` bits that noise drove out of its range can be: as
     far below it as above."""
     below = 1 << bits >> 1

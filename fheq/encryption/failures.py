@@ -9,6 +9,7 @@ Izabachène, "TFHE: Fast Fully Homomorphic Encryption over the Torus" (J. Crypto
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,6 +25,31 @@ from fheq.program import IntProgram, Lookup, Round
 Array = Any
 
 
+class Widths(NamedTuple):
+    """Bits that a run's tables read, and those of what it decrypts, int32.
+
+    tables: by the result of a lookup; none of one whose table is constant, for concrete folds it; identities: of the tables
+    by which anything but a lookup reads an approximately rounded value, by its name; outputs: in their order.
+    """
+
+    tables: dict[str, Array]
+    identities: dict[str, Array]
+    outputs: tuple[Array, ...]
+
+    @classmethod
+    @lru_cache(maxsize=4)
+    def of(cls, program: IntProgram) -> Widths:
+        """Those of a program."""
+        flat = leveled(program)
+        reads = lambda node: np.int32(flat.nodes[node].reads)
+        rounded = [i.out for i in program.instructions if isinstance(i, Round) and i.approximate]
+        return cls(
+            {name: reads(node) for name, node in flat.tables.items() if node >= 0},
+            {name: reads(flat.roundings[name][0]) for name in rounded if name in flat.roundings},
+            tuple(np.int32(flat.nodes[node].bits) for node in flat.outputs),
+        )
+
+
 class Reads(NamedTuple):
     """The independent noises of a run, each with the value whose elements have one: that of what tables read of a value (a
     key switch has no randomness of its own: tables on the same value see the same), that at each bit which exact rounding
@@ -34,11 +60,11 @@ class Reads(NamedTuple):
     outputs: dict[int, str]
 
     @classmethod
-    def of(cls, program: IntProgram) -> Reads:
+    def of(cls, program: IntProgram, widths: Widths) -> Reads:
         """Those of a program."""
-        flat, rounds = leveled(program), [i for i in program.instructions if isinstance(i, Round)]
-        settled = [i.out for i in rounds if i.approximate and i.out in flat.roundings]
-        read = [i.args[0] for i in program.lookups if flat.tables[i.out] >= 0]
+        rounds = [i for i in program.instructions if isinstance(i, Round)]
+        settled = [i.out for i in rounds if i.out in widths.identities]
+        read = [i.args[0] for i in program.lookups if i.out in widths.tables]
         removed = {(i.out, bit): i.args[0] for i in rounds if not i.approximate for bit in range(i.lsbs)}
         return cls({name: name for name in (*read, *settled)}, removed, dict(enumerate(e.value for e in program.outputs)))
 
@@ -53,13 +79,12 @@ class Reads(NamedTuple):
         return found
 
 
-def deviations(program: IntProgram, noise: Noise, spread: Mapping[str, np.ndarray]) -> np.ndarray:
+def deviations(reads: Reads, noise: Noise, spread: Mapping[str, np.ndarray]) -> np.ndarray:
     """The standard deviation of every noise of a run, float32 in the order of `Reads`: in cells, of outputs in integers.
 
     Args:
         spread: by value, the part of the noisiest element's variance that each has through leveled operations.
     """
-    reads = Reads.of(program)
 
     def those(name: str, worst: float, share: float) -> np.ndarray:
         return worst * np.sqrt(share * spread[name] + 1 - share)
@@ -83,51 +108,48 @@ class Ciphertexts:
         key: of the sample.
     """
 
-    def __init__(self, program: IntProgram, deviations: Array, key: Array):
-        self.program = program
-        self.flat = leveled(program)
+    def __init__(self, program: IntProgram, widths: Widths, deviations: Array, key: Array):
+        self.program, self.widths = program, widths
         self.unrounded = {i.out: i for i in program.instructions if isinstance(i, Round) and i.approximate}
         self.read: dict[str, Array] = {}
         # All at once: a generator for every value, or a product, would take most of the time to compile.
         drawn = deviations * jax.random.normal(key, deviations.shape, jnp.float32)
-        self.noises = Reads.of(program).parts(program, drawn)
+        self.noises = Reads.of(program, widths).parts(program, drawn)
 
     @staticmethod
-    def cell(x: Array, lsbs: int, width: int, noise: Array, centre: float = 0.0) -> Array:
+    def cell(x: Array, lsbs: Array, width: Array, noise: Array, centre: float = 0.0) -> Array:
         """The cell, in [0, 2^(width+1)), that a table of `width` bits reads of x, whose cells are 2^lsbs wide."""
-        inside = x & ((1 << (width + lsbs + 1)) - 1)
-        position = (inside.astype(jnp.float32) + centre) * 2.0**-lsbs
-        return jnp.floor(position + noise + 0.5).astype(jnp.int32) & ((1 << (width + 1)) - 1)
+        inside = x & (_power(width + lsbs + 1, x) - 1)
+        position = (inside.astype(jnp.float32) + centre) / _size(lsbs)
+        return jnp.floor(position + noise + 0.5).astype(jnp.int32) & ((2 << width) - 1)
 
-    def lookup(self, instruction: Lookup, table: Array, x: Array) -> Array:
+    def lookup(self, instruction: Lookup, x: Array) -> Array:
         """A table per group, on what noise makes of x."""
         name = instruction.args[0]
-        node = self.flat.tables[instruction.out]
-        group = jnp.broadcast_to(jnp.asarray(instruction.group), x.shape)
-        if node < 0:  # no table: concrete folds constants
-            return table[group, jnp.zeros_like(x)]
-        width = self.flat.nodes[node].reads
+        group = jnp.broadcast_to(instruction.group, x.shape)
+        if instruction.out not in self.widths.tables:
+            return instruction.table[group, jnp.zeros_like(x)]
+        width = self.widths.tables[instruction.out]
         if name not in self.read:
             # concrete shifts unrounded values by half a unit, to the middle of what they stand for
             centre = 0.5 if name in self.unrounded else 0.0
             self.read[name] = self.cell(x, instruction.lsbs, width, self.noises[name], centre)
         cell = self.read[name]
         entry = cell & ((1 << width) - 1)
-        result = table[group, entry & ((1 << instruction.bits) - 1)].astype(jnp.int64)
-        if width > instruction.bits:  # concrete fills a table that reads a wider value with zeros
-            result = jnp.where(entry >> instruction.bits == 0, result, 0)
+        result = instruction.table[group, entry & ((1 << instruction.bits) - 1)].astype(jnp.int64)
+        # concrete fills a table that reads a wider value with zeros
+        result = jnp.where(entry >> instruction.bits == 0, result, 0)
         return jnp.where(cell == entry, result, -result)
 
     def settle(self, name: str, x: Array) -> Array:
         """A value for anything but a table: an approximately rounded one first passes an identity table."""
-        if name not in self.unrounded or name not in self.flat.roundings:
+        if name not in self.widths.identities:
             return x
-        rounded = self.unrounded[name]
-        width = self.flat.nodes[self.flat.roundings[name][0]].reads
+        rounded, width = self.unrounded[name], self.widths.identities[name]
         if name not in self.read:
             self.read[name] = self.cell(x, rounded.lsbs, width, self.noises[name], 0.5)
         cell = self.read[name]
-        entry = (cell & ((1 << width) - 1)).astype(x.dtype) << rounded.lsbs
+        entry = (cell & ((1 << width) - 1)).astype(x.dtype) * _power(rounded.lsbs, x)
         return jnp.where(cell >> width == 0, entry, -entry)
 
     def round(self, instruction: Round, x: Array) -> Array:
@@ -142,10 +164,20 @@ class Ciphertexts:
 
     def decrypt(self, i: int, x: Array) -> Array:
         """Output i, decrypted."""
-        name, bits = self.program.outputs[i].value, self.flat.nodes[self.flat.outputs[i]].bits
+        name, bits = self.program.outputs[i].value, jnp.asarray(self.widths.outputs[i], x.dtype)
         failed = self.noises[i]
         if name not in self.unrounded:
             return centred(x + jnp.round(failed).astype(x.dtype), bits)
         lsbs = self.unrounded[name].lsbs
-        cell = jnp.floor((x.astype(jnp.float32) + 0.5) * 2.0**-lsbs + failed + 0.5).astype(x.dtype)
-        return centred(cell, bits) << lsbs
+        cell = jnp.floor((x.astype(jnp.float32) + 0.5) / _size(lsbs) + failed + 0.5).astype(x.dtype)
+        return centred(cell, bits) * _power(lsbs, x)
+
+
+def _power(bits: Array, x: Array) -> Array:
+    """2^bits in the type of x."""
+    return jnp.ones((), x.dtype) << jnp.asarray(bits, x.dtype)
+
+
+def _size(lsbs: Array) -> Array:
+    """2^lsbs, exactly."""
+    return jnp.ldexp(jnp.float32(1), lsbs)

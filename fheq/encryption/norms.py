@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fheq.optimizer.leveled import leveled
+from fheq.encryption.failures import Widths
 from fheq.program import Convolution, Gather, Instruction, IntProgram, Lookup, MatMul, Plus, Round, Scale, Shift
 
 Array = Any
@@ -22,15 +22,12 @@ HIGHEST = 1 << 40  # of variances, so that they are computed in 64 bits
 class Norms:
     """Reads values as `fheq.encryption.failures.Ciphertexts` does, but of their variances."""
 
-    def __init__(self, program: IntProgram):
-        self.program = program
-        self.flat = leveled(program)
-        approximate = {i.out for i in program.instructions if isinstance(i, Round) and i.approximate}
-        self.identities = approximate & set(self.flat.roundings)
+    def __init__(self, program: IntProgram, widths: Widths):
+        self.program, self.widths = program, widths
 
-    def lookup(self, instruction: Lookup, table: Array, x: Array) -> Array:
+    def lookup(self, instruction: Lookup, x: Array) -> Array:
         """Fresh noise, or none of a constant table."""
-        made = self.flat.tables[instruction.out] >= 0
+        made = instruction.out in self.widths.tables
         return jnp.full(self.program.values[instruction.out].shape, BOOTSTRAP if made else 0)
 
     def round(self, instruction: Round, x: Array) -> Array:
@@ -39,7 +36,7 @@ class Norms:
 
     def settle(self, name: str, x: Array) -> Array:
         """Fresh noise after the identity by which an approximately rounded value is read by anything but a table."""
-        return jnp.full_like(x, BOOTSTRAP) if name in self.identities else x
+        return jnp.full_like(x, BOOTSTRAP) if name in self.widths.identities else x
 
 
 def squared(program: IntProgram) -> IntProgram:
