@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -85,6 +85,7 @@ def simulate(
         return unwrap([np.asarray(out) for out in _simulate(form, numbers, noises, key, *arrays)])
 
 
+@lru_cache(maxsize=4)
 def element_spread(program: IntProgram) -> dict[str, np.ndarray]:
     """By value, each element's variance after leveled operations, relative to that of the noisiest."""
     ones = [np.ones(program.values[entry.value].shape, np.int64) for entry in program.inputs]

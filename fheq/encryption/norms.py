@@ -56,4 +56,6 @@ def _squared(instruction: Instruction) -> Instruction:
         return replace(instruction, sign=1)
     if isinstance(instruction, Gather) and instruction.fill is not None:
         return replace(instruction, fill=instruction.fill * 0)
+    if isinstance(instruction, Lookup):
+        return replace(instruction, table=instruction.table[:1, :1])  # which `Norms` reads nothing of
     return instruction
