@@ -155,9 +155,18 @@ def dequantize(affine: Affine, q: Array) -> Array:
     return np.asarray(a.scale * (np.asarray(q, np.float64) - a.zero_point))
 
 
+@jax.custom_jvp
 def straight_through(exact: Array, surrogate: Array) -> Array:
-    """The value of `exact` with the gradient of `surrogate` (arXiv 1308.3432)."""
-    return surrogate + jax.lax.stop_gradient(exact - surrogate)
+    """The value of `exact` with the gradient of `surrogate`, of its shape and type (arXiv 1308.3432).
+
+    Without gradients nothing computes the surrogate.
+    """
+    return exact
+
+
+@straight_through.defjvp
+def _straight_through(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[0], tangents[1]
 
 
 def affine_bits(affine: Affine) -> int:
