@@ -287,8 +287,10 @@ def _room(qparams: QParams, name: str, samples: Array) -> tuple[Array, Array]:
 def _beyond(qparams: QParams, name: str, y: Array, room: tuple[Array, Array]) -> Array:
     """Mean square of how far values are in the outer parts of an accumulator's range, in units of these parts."""
     low, high = _ends(qparams, name, y.ndim)
-    below, above = (share * (high - low) for share in room)
-    return jnp.mean(jnp.maximum((low + below - y) / below, 0) ** 2 + jnp.maximum((y - high + above) / above, 0) ** 2)
+    middle = jax.lax.stop_gradient((low + high) / 2)  # other scales leave it where it is (see `same_range`)
+    place = (y - middle) / (high - low)  # from -1/2 to 1/2
+    below, above = room
+    return jnp.mean(jnp.maximum((below - 0.5 - place) / below, 0) ** 2 + jnp.maximum((place + above - 0.5) / above, 0) ** 2)
 
 
 @compiled_for(2, kept=4)

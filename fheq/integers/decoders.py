@@ -15,6 +15,7 @@ import numpy as np
 
 from fheq.affine import LEAVES, Affine
 from fheq.arrays.namespace import array_namespace
+from fheq.arrays.taking import take
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.steps import Join, Linear, Maximum, Operand, Step
@@ -75,7 +76,8 @@ def join_pieces(step: Join, pieces: list[Array], filler: Array) -> Array:
     """The elements of a join from those of its pieces."""
     xp = array_namespace(*pieces)
     starts = np.concatenate([[0], np.cumsum([len(p.elements) for p in step.pieces])])
-    flat = xp.concatenate([p.ravel() for p in pieces])[starts[np.maximum(step.which, 0)] + step.element]
+    whole, index = xp.concatenate([p.ravel() for p in pieces]), starts[np.maximum(step.which, 0)] + step.element
+    flat = take(whole, index) if xp is jnp else whole[index]
     return xp.where(step.which < 0, filler, flat).reshape(step.shape)
 
 
