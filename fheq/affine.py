@@ -196,8 +196,8 @@ def round_accumulator(acc: Array, lsbs: Array) -> Array:
     if jnp.issubdtype(acc.dtype, jnp.floating):
         size = cell(lsbs, acc.dtype)
         return jnp.floor(acc / size + 0.5 * (size > 1)) * size
-    whole = 1 << jnp.asarray(lsbs)
-    return (acc + (whole >> 1)) // whole * whole
+    whole = jnp.ones((), acc.dtype) << lsbs
+    return (acc + (whole >> 1)) >> lsbs << lsbs
 
 
 def cell(lsbs: Array, dtype: Any) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import enable_x64
 
+from fheq.affine import round_accumulator
 from fheq.arrays.compiled import compiled_for
 from fheq.arrays.convolution import convolve
 from fheq.arrays.taking import take
@@ -186,12 +187,11 @@ def _run(program: IntProgram, instruction: Instruction, args: list[Array]) -> Ar
     if isinstance(instruction, Plus):
         return x + instruction.sign * args[1]
     assert isinstance(instruction, Round)
-    lsbs, one = jnp.asarray(instruction.lsbs, x.dtype), jnp.ones((), x.dtype)
-    return (x + (one << lsbs >> 1)) >> lsbs << lsbs
+    return round_accumulator(x, instruction.lsbs)
 
 
 def _lookup(instruction: Lookup, x: Array) -> Array:
-    index = (x >> jnp.asarray(instruction.lsbs, x.dtype)) & ((1 << instruction.bits) - 1)
+    index = (x >> instruction.lsbs) & ((1 << instruction.bits) - 1)
     return instruction.table[jnp.broadcast_to(instruction.group, x.shape), index]
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fheq import affine
 from fheq.encryption.decryption import centred
 from fheq.encryption.noise import Noise
 from fheq.optimizer.leveled import leveled
@@ -83,6 +84,7 @@ def deviations(reads: Reads, noise: Noise, spread: Mapping[str, np.ndarray]) -> 
     """The standard deviation of every noise of a run, float32 in the order of `Reads`: in cells, of outputs in integers.
 
     Args:
+        reads: the program's.
         spread: by value, the part of the noisiest element's variance that each has through leveled operations.
     """
 
@@ -104,7 +106,8 @@ class Ciphertexts:
     """Reads the values of one sample through independent noises.
 
     Args:
-        deviations: what the function of this name gives.
+        program: by `Form.with_numbers`.
+        widths, deviations: what `Widths.of` and the function of this name give.
         key: of the sample.
     """
 
@@ -119,8 +122,8 @@ class Ciphertexts:
     @staticmethod
     def cell(x: Array, lsbs: Array, width: Array, noise: Array, centre: float = 0.0) -> Array:
         """The cell, in [0, 2^(width+1)), that a table of `width` bits reads of x, whose cells are 2^lsbs wide."""
-        inside = x & (_power(width + lsbs + 1, x) - 1)
-        position = (inside.astype(jnp.float32) + centre) / _size(lsbs)
+        inside = x & ((jnp.ones((), x.dtype) << (width + lsbs + 1)) - 1)
+        position = (inside.astype(jnp.float32) + centre) / affine.cell(lsbs, jnp.float32)
         return jnp.floor(position + noise + 0.5).astype(jnp.int32) & ((2 << width) - 1)
 
     def lookup(self, instruction: Lookup, x: Array) -> Array:
@@ -149,7 +152,7 @@ class Ciphertexts:
         if name not in self.read:
             self.read[name] = self.cell(x, rounded.lsbs, width, self.noises[name], 0.5)
         cell = self.read[name]
-        entry = (cell & ((1 << width) - 1)).astype(x.dtype) * _power(rounded.lsbs, x)
+        entry = (cell & ((1 << width) - 1)).astype(x.dtype) << rounded.lsbs
         return jnp.where(cell >> width == 0, entry, -entry)
 
     def round(self, instruction: Round, x: Array) -> Array:
@@ -169,15 +172,5 @@ class Ciphertexts:
         if name not in self.unrounded:
             return centred(x + jnp.round(failed).astype(x.dtype), bits)
         lsbs = self.unrounded[name].lsbs
-        cell = jnp.floor((x.astype(jnp.float32) + 0.5) / _size(lsbs) + failed + 0.5).astype(x.dtype)
-        return centred(cell, bits) * _power(lsbs, x)
-
-
-def _power(bits: Array, x: Array) -> Array:
-    """2^bits in the type of x."""
-    return jnp.ones((), x.dtype) << jnp.asarray(bits, x.dtype)
-
-
-def _size(lsbs: Array) -> Array:
-    """2^lsbs, exactly."""
-    return jnp.ldexp(jnp.float32(1), lsbs)
+        cell = jnp.floor((x.astype(jnp.float32) + 0.5) / affine.cell(lsbs, jnp.float32) + failed + 0.5).astype(x.dtype)
+        return centred(cell, bits) << lsbs
