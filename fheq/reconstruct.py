@@ -125,9 +125,10 @@ def tune(
     targets = _targets(layout, split(teacher or graph)[0], *data)
     task = _Task.of(layout, training, qparams, targets, jnp.asarray(p_error, jnp.float32))
     moved = jax.tree.map(jnp.zeros_like, task.initial)
-    state = _optimizer(training).init(moved)
-    for at in track(range(0, training.steps, BLOCK), "reconstructing", progress):
-        keys = jax.random.split(jax.random.fold_in(key, at), min(BLOCK, training.steps - at))
+    steps = training.steps if jax.tree.leaves(moved) else 0  # movement alone has nothing to learn
+    state = _optimizer(training).init(moved) if steps else ()
+    for at in track(range(0, steps, BLOCK), "reconstructing", progress):
+        keys = jax.random.split(jax.random.fold_in(key, at), min(BLOCK, steps - at))
         moved, state = _train(layout, replace(training, adaptive=False), task.given, moved, state, data, keys)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), task.learned(moved))
 

@@ -180,3 +180,12 @@ def test_no_steps_are_refused(fitted):
     graph, qparams, x, _ = fitted
     with pytest.raises(fheq.FheqError, match=r"training\.steps"):
         fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=0))
+
+
+@pytest.mark.parametrize("op", ["Flatten", "ReduceMax"])
+def test_models_with_nothing_to_learn_are_left_as_they_are(op):
+    graph = fheq.import_onnx(model([node(op, ["x"], ["y"])], {"x": ["N", 6]}, ["y"], {}))
+    x = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), SPEC)
+    tuned = fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=3, batch_size=8))
+    np.testing.assert_array_equal(simulated(*tuned, x), simulated(graph, qparams, x))
