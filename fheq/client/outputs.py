@@ -7,7 +7,7 @@ data, the client the other on what it decrypts, in floating point and at no cost
 The client's part begins with `ENDS` (ArgMax, Softmax and the like) that no product with weights follows, and has all that
 follows them, and outputs that are known. It grows backwards over what only it reads, such as the sigmoids before an ArgMax,
 up to the last products with weights, sums and maxima: those stay encrypted, and so does everything in a model that has no
-such end.
+such end. Sums that are joined for the output alone are joined by the client too: the server would have to quantize them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node, Port
 from fheq.ops.table import Kind, lookup
+from fheq.rewriting.affine_regions import Search
 from fheq.rewriting.prune import prune
 from fheq.stated.accumulators import states_accumulator
 
@@ -33,14 +34,15 @@ def split(graph: Graph) -> tuple[Graph, Graph | None]:
     The client's graph reads outputs of the server's, in its order, and gives the outputs of the whole.
     """
     kept = _ancestors(graph, [node for node in graph.nodes if _has_weights(graph, node)])
-    summed = _after_sums(graph)
+    summed, joins = _after_sums(graph), _joins(graph)
     ends = [node for node in graph.nodes if node.outputs[0] not in kept and _is_end(node, summed)]
     known = sum(port.name in graph.constants for port in graph.outputs)
-    if known == len(graph.outputs) or not (ends or known):
+    if known == len(graph.outputs) or not (ends or joins or known):
         return graph, None
     mine = _descendants(graph, ends)
     if ends:
         mine |= _before(graph, mine, kept, summed, _limit(graph, ends))
+    mine |= _descendants(graph, joins)
     theirs = tuple(node for node in graph.nodes if node.outputs[0] not in mine)
     own = tuple(node for node in graph.nodes if node.outputs[0] in mine)
     made = {name for node in own for name in node.outputs}
@@ -62,6 +64,18 @@ def rejoined(graph: Graph, server: Graph) -> Graph:
 
 def _is_end(node: Node, summed: set[str]) -> bool:
     return lookup(node).kind is Kind.CLIENT or (node.op in ENDS and any(name in summed for name in node.inputs))
+
+
+def _joins(graph: Graph) -> list[Node]:
+    """Joins with accumulators among what they join, and nothing but movement and affine functions of one tensor behind."""
+    search, readers = Search(graph), graph.consumers()
+    free: set[str] = set()
+    for node in reversed(graph.nodes):
+        moves = search.is_affine(node) and (lookup(node).kind is Kind.MOVEMENT or not search.is_step(node))
+        if moves and all(reader.outputs[0] in free for name in node.outputs for reader in readers.get(name, [])):
+            free.add(node.outputs[0])
+    joins = (node for node in graph.nodes if node.outputs[0] in free and len(search.computed(node)) > 1)
+    return [node for node in joins if any(map(search.is_accumulator, search.computed(node)))]
 
 
 def _has_weights(graph: Graph, node: Node) -> bool:

@@ -35,7 +35,9 @@ from fheq.rewrites import (
     separate_known_parts,
     settle_decisions,
 )
+from fheq.rewriting.before_joins import apply_before_joins
 from fheq.rewriting.common_factors import rearrange
+from fheq.rewriting.distribute import distribute
 from fheq.rewriting.edit import bypassed
 from fheq.rewriting.equal_nodes import merge_equal_nodes
 from fheq.rewriting.pins import is_float_cast
@@ -128,7 +130,8 @@ def plan(graph: Graph) -> Plan:
         exact = bypassed(server, lambda node: is_float_cast(node, server.types))
         simple = merge_equal_nodes(rearrange(merge_equal_nodes(decompose(quantize_before_movement(exact)))))
         simple = settle_decisions(separate_known_parts(simple))
-        found = walked(separate_encodings(compose(compose_joined(activate_before_maximum(simple)))))
+        simple = apply_before_joins(activate_before_maximum(simple))
+        found = walked(separate_encodings(distribute(compose(compose_joined(simple)))))
         made = outputs(found)  # which may make points
         parts = found.graph, tuple(found.steps), found.regions, found.points, made, found.adopted
         return Plan(*parts, stated, found.evaluator(), client)

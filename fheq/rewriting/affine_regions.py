@@ -78,6 +78,13 @@ class Search:
         additive = node.op in ("Add", "Sub", "Sum", "Mean")
         return op.kind is Kind.ELEMENTWISE and set(at) <= set(op.affine) and (len(at) == 1 or additive)
 
+    def is_accumulator(self, name: str) -> bool:
+        """Whether a tensor is a movement or an affine function of what a linear operator or a sum makes."""
+        node = self.producers.get(name)
+        if node is None or not self.is_affine(node):
+            return node is not None and self.is_step(node) and node.op not in ("Max", "Min")
+        return self.is_step(node) or any(map(self.is_accumulator, self.computed(node)))
+
     def ending_at(self, last: Node) -> Iterator[AffineRegion]:
         """The regions of one source that end in a node, the smallest first."""
         inside = {id(last): last}

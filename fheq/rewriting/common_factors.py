@@ -1,16 +1,21 @@
 """Products of computed tensors with fewer of them, and with known factors last.
 
-A sum of two products by one tensor, as x r - m r is in some normalizations, is one product. And an inverse that is first
-multiplied by the gain of each channel would take a table for each of them.
+A sum of two products by one tensor, as x r - m r is in some normalizations, is one product; so is the blend of two tensors
+by a gate, z a + (1 - z) b. And an inverse that is first multiplied by the gain of each channel would take a table for each
+of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
+
 from fheq.graph import Graph, Node, is_float
+from fheq.rewriting.contractions import contract
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.variances import centre_variance
 
@@ -28,7 +33,11 @@ def rearrange(graph: Graph) -> Graph:
 
 
 def _rearranged(draft: Draft, node: Node) -> bool:
-    if node.domain or node.op not in ("Add", "Mul", "Sub") or not is_float(draft.types[node.outputs[0]].dtype):
+    if node.domain or not is_float(draft.types[node.outputs[0]].dtype):
+        return False
+    if node.op in ("ReduceMean", "ReduceSum"):
+        return contract(draft, node)
+    if node.op not in ("Add", "Mul", "Sub"):
         return False
     if node.op == "Mul":
         return _known_factor_last(draft, node)
@@ -59,22 +68,57 @@ class _Term(NamedTuple):
 
 
 def _factored(draft: Draft, node: Node) -> bool:
-    """a r + b r + c as (a + b) r + c, for a known c, or without."""
+    """a r + b r + c as (a + b) r + c, for a known c, or without; a r + b (k - r) as (a - b) r + k b, for a known k."""
     terms = list(_terms(draft, node.outputs[0], 1))
-    products = sorted((term for term in terms if term.factors), key=lambda term: -term.sign)
-    known = [term for term in terms if term.name in draft.constants]
-    if len(products) != 2 or len(known) + 2 != len(terms) or products[0].sign < 0:
+    products = [term for term in terms if term.factors]
+    rest = [(term.sign, term.name) for term in terms if term.name in draft.constants]
+    if len(products) != 2 or len(rest) + 2 != len(terms):
         return False
-    one, two = (set(term.factors) for term in products)
-    if len(one & two) != 1 or min(len(one), len(two)) < 2:  # a square is one table already
+    found = _common(draft, node, *products) or _common(draft, node, *products[::-1])
+    if found is None:
         return False
-    (factor,), (a,), (b,) = one & two, one - two, two - one
-    value = draft.apply(node, "Add" if products[1].sign > 0 else "Sub", a, b)
-    value = draft.apply(node, "Mul", value, factor, out="" if known else node.outputs[0])
-    for place, term in enumerate(known, 1):
-        op = "Add" if term.sign > 0 else "Sub"
-        value = draft.apply(node, op, value, term.name, out=node.outputs[0] if place == len(known) else "")
+    (sign, a), (other, b) = sorted(found.parts, key=lambda part: -part[0])
+    rest, out = [*found.rest, *rest], node.outputs[0]
+    value = draft.apply(node, "Add" if sign == other else "Sub", a, b)
+    value = draft.apply(node, "Mul", value, found.factor, out="" if rest else out)
+    for place, (sign, name) in enumerate(rest, 1):
+        value = draft.apply(node, "Add" if sign > 0 else "Sub", value, name, out=out if place == len(rest) else "")
     return True
+
+
+class _Common(NamedTuple):
+    """Two products as one by a factor that they have in common.
+
+    Args:
+        parts: what it multiplies, with signs, of which one is positive.
+        rest: what is added to that, with signs.
+    """
+
+    factor: str
+    parts: tuple[tuple[int, str], tuple[int, str]]
+    rest: tuple[tuple[int, str], ...] = ()
+
+
+def _common(draft: Draft, node: Node, one: _Term, two: _Term) -> _Common | None:
+    if len(set(one.factors)) < 2 or len(set(two.factors)) < 2:  # a square is one table already
+        return None
+    for (factor, a), (other, b) in product((one.factors, one.factors[::-1]), (two.factors, two.factors[::-1])):
+        if factor == other and a != b and max(one.sign, two.sign) > 0:
+            return _Common(factor, ((one.sign, a), (two.sign, b)))
+        known = _less(draft, other, factor)
+        if known is not None and max(one.sign, -two.sign) > 0:
+            whole = np.all(draft.constants[known] == 1)
+            rest = two.sign, b if whole else draft.apply(node, "Mul", b, known)
+            return _Common(factor, ((one.sign, a), (-two.sign, b)), (rest,))
+    return None
+
+
+def _less(draft: Draft, name: str, factor: str) -> str | None:
+    """The k of a tensor that is k - factor, for a known k."""
+    node = draft.graph.producers().get(name)
+    if node is None or node.domain or node.op != "Sub" or node.inputs[1] != factor or name in draft.pinned:
+        return None
+    return node.inputs[0] if node.inputs[0] in draft.constants else None
 
 
 def _terms(draft: Draft, name: str, sign: int, first: bool = True) -> Iterator[_Term]:

@@ -54,12 +54,17 @@ def compose(graph: Graph) -> Graph:
         if not found:
             return graph
         _, region, form = max(found, key=lambda entry: entry[0])
-        graph = _replaced(graph, region, form)
+        graph = replaced(graph, region, form)
+
+
+def in_place(graph: Graph, region: AffineRegion) -> Form | None:
+    """A region as one product along the last axis, or as one convolution; None where it is neither."""
+    return _rows(graph, region) or _places(graph, region)
 
 
 def _gains(graph: Graph, region: AffineRegion) -> Iterator[tuple[float, Form]]:
     """The forms of a region that pay, and how many tables that is worth."""
-    before = _tables_before(graph, region)
+    before = tables_before(graph, region)
     for form in (_rows(graph, region), _places(graph, region), _whole(graph, region)):
         if form is not None and form.weights <= MOST_WEIGHTS:
             wider = max(0.0, math.log2(form.fan_in / region.fan_in) / 2)  # bits: sums grow with the root of their length
@@ -68,7 +73,7 @@ def _gains(graph: Graph, region: AffineRegion) -> Iterator[tuple[float, Form]]:
                 yield gain, form
 
 
-def _tables_before(graph: Graph, region: AffineRegion) -> int:
+def tables_before(graph: Graph, region: AffineRegion) -> int:
     """The tables whose results must be more precise when the region's result is wider, about.
 
     An output is decrypted with all its bits, so that a wide one makes every table of the circuit dearer; other results lose
@@ -83,7 +88,8 @@ def _tables_before(graph: Graph, region: AffineRegion) -> int:
     return sum(math.prod(graph.types[name].shape) for name in read - given)
 
 
-def _replaced(graph: Graph, region: AffineRegion, form: Form) -> Graph:
+def replaced(graph: Graph, region: AffineRegion, form: Form) -> Graph:
+    """The graph with a form in place of a region."""
     draft = Draft(graph)
     inside = {id(node) for node in region.nodes}
     named = [node for node in region.nodes if lookup(node).kind is Kind.LINEAR][-1]

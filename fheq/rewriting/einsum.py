@@ -89,7 +89,7 @@ class _Writer:
         return Term(self.reshape(name, self.lengths(labels)), labels)
 
 
-def _einsum(draft: Draft, node: Node) -> bool:
+def expand_einsum(draft: Draft, node: Node) -> bool:
     """Terms are multiplied from the left; known ones first, since they cost nothing."""
     spelled, result = einsum_terms(node, [len(draft.types[name].shape) for name in node.inputs])
     if len(set(result)) < len(result):
@@ -117,4 +117,4 @@ def _einsum(draft: Draft, node: Node) -> bool:
     return True
 
 
-RULES = {"Einsum": _einsum}
+RULES = {"Einsum": expand_einsum}

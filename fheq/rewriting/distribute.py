@@ -1,0 +1,158 @@
+"""Weights of a sum as weights of its terms: (a + b) W is [a, b] [W; W].
+
+Layers that add what they compute to what they read, as h + relu(h W) does, are sums of quantized tensors. To be multiplied
+with weights a sum would be quantized anew, with a table for each of its elements; side by side, its terms need none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.graph import Graph, Node
+from fheq.ops.table import Kind, lookup
+from fheq.regions import RESHAPES
+from fheq.rewriting.affine_regions import AffineRegion, Search
+from fheq.rewriting.compose import DEARER_PER_BIT, MOST_WEIGHTS, PRODUCTS_PER_TABLE, in_place, replaced, tables_before
+from fheq.rewriting.edit import Draft
+
+_WEIGHED = {"Conv": (1, 1), "Gemm": (-1, 0), "MatMul": (-1, 0)}
+"""The channel axis of what an operator reads, and of its weight."""
+
+_MOVED = (*RESHAPES, "DepthToSpace", "Expand", "Gather", "Slice", "SpaceToDepth", "Tile", "Transpose")
+"""Movements that put no known values beside what they move."""
+
+
+def distribute(graph: Graph) -> Graph:
+    """The graph with the weights of sums given to their terms, where these are quantized anyway and that costs less.
+
+    It holds for sums that nothing reads but weights, one other sum, and functions with tables of their own.
+    """
+    search = Search(graph)
+    for node in graph.nodes:
+        terms = _terms(search, node.outputs[0]) if _is_sum(search, node) else Counter[str]()
+        if len(terms) < 2 or not all(_needs_no_table(search, name) for name in terms):
+            continue
+        regions = _weighed(search, node)
+        if regions and all(_pays(graph, region, len(terms)) for region in regions):
+            return distribute(_distributed(graph, regions[0], terms))
+    return graph
+
+
+def _is_sum(search: Search, node: Node) -> bool:
+    shapes = {search.graph.types[name].shape for name in (*node.inputs, *node.outputs) if name}
+    two = len(search.computed(node)) == 2 and len(shapes) == 1
+    return two and node.op in ("Add", "Sub") and not node.domain and search.is_affine(node)
+
+
+def _terms(search: Search, name: str, sign: int = 1) -> Counter[str]:
+    """What a sum adds up, through the sums that it is made of, and how often."""
+    node = search.producers.get(name)
+    if node is None or not _is_sum(search, node):
+        return Counter({name: sign})
+    terms = _terms(search, node.inputs[0], sign)
+    terms.update(_terms(search, node.inputs[1], sign if node.op == "Add" else -sign))
+    return Counter({term: often for term, often in terms.items() if often})
+
+
+def _needs_no_table(search: Search, name: str) -> bool:
+    """Whether a tensor is quantized, or has a table of its own that all affine functions behind it are part of."""
+    scaled = False
+    while (node := search.producers.get(name)) is not None:
+        kind, computed = lookup(node).kind, search.computed(node)
+        if not search.is_affine(node):
+            return kind is Kind.MAX or (kind is Kind.ELEMENTWISE and len(computed) == 1)
+        if search.is_step(node) or len(computed) > 1:
+            return False
+        scaled |= kind is Kind.ELEMENTWISE
+        name = computed[0]
+    return not scaled
+
+
+def _weighed(search: Search, node: Node) -> list[AffineRegion]:
+    """From a sum to each of the results of weights that read it; none where something else needs it quantized."""
+    (total,) = node.outputs
+    regions, sums = [], 0
+    for reader in search.consumers.get(total, []):
+        region = _up_to_weights(search, total, reader)
+        if region is not None:
+            regions.append(region)
+        elif _is_sum(search, reader):
+            sums += 1
+        elif search.is_affine(reader) or lookup(reader).kind is not Kind.ELEMENTWISE:
+            return []
+    return regions if sums < 2 else []
+
+
+def _up_to_weights(search: Search, total: str, reader: Node) -> AffineRegion | None:
+    """Movement or affine functions of a sum, and the weights that alone read them; None where none do."""
+    nodes = [reader]
+    while search.is_affine(nodes[-1]) and len(search.computed(nodes[-1])) == 1:
+        node = nodes[-1]
+        if lookup(node).kind is Kind.LINEAR:
+            found = AffineRegion(total, tuple(nodes), node.outputs[0], 0, 1)
+            return found if _is_weighed(search, node) and (_moves(found) or in_place(search.graph, found)) else None
+        readers = search.consumers.get(node.outputs[0], [])
+        if len(readers) != 1 or not search.outputs.isdisjoint(node.outputs):
+            return None
+        nodes.append(readers[0])
+    return None
+
+
+def _moves(region: AffineRegion) -> bool:
+    """Whether nothing but movement comes before the weights."""
+    return all(node.op in _MOVED and not node.domain for node in region.nodes[:-1])
+
+
+def _is_weighed(search: Search, node: Node) -> bool:
+    if node.op not in _WEIGHED or node.inputs[0] in search.graph.constants or node.attrs.get("group", 1) != 1:
+        return False
+    return not node.attrs.get("transA", 0) and (node.op == "Conv" or search.graph.constants[node.inputs[1]].ndim == 2)
+
+
+def _pays(graph: Graph, region: AffineRegion, terms: int) -> bool:
+    """Whether the tables of a sum cost more than products with the weights of each term, and accumulators that are wider."""
+    last, result = region.nodes[-1], graph.types[region.out].shape
+    weights = graph.constants[last.inputs[1]].size
+    places = math.prod(result[2:]) if last.op == "Conv" else math.prod(result[:-1])
+    dearer = tables_before(graph, region) * (DEARER_PER_BIT ** (math.log2(terms) / 2) - 1)
+    gain = math.prod(graph.types[region.source].shape) - dearer - (terms - 1) * weights * places / PRODUCTS_PER_TABLE
+    return gain > 0 and terms * weights <= MOST_WEIGHTS
+
+
+def _distributed(graph: Graph, region: AffineRegion, terms: Counter[str]) -> Graph:
+    """The graph with a region's weights given to the terms of the sum that it reads, movement being done to each of them.
+
+    Affine functions become part of the weights first, which leaves the rest for the next time.
+    """
+    if not _moves(region):
+        form = in_place(graph, region)
+        assert form is not None
+        return replaced(graph, region, form)
+    draft, inside = Draft(graph), {id(node) for node in region.nodes}
+    for node in graph.nodes:
+        if node is region.nodes[-1]:
+            _write(draft, region, terms)
+        elif id(node) not in inside:
+            draft.write(node)
+    return draft.finish()
+
+
+def _write(draft: Draft, region: AffineRegion, terms: Counter[str]) -> None:
+    *moves, node = region.nodes
+    axis, along = _WEIGHED[node.op]
+    moved = []
+    for name in terms:
+        for move in moves:
+            out = draft.fresh(f"{move.outputs[0]}/each")
+            draft.write(replace(move, inputs=(name, *move.inputs[1:]), outputs=(out,)))
+            name = out
+        moved.append(name)
+    weight = draft.graph.constants[node.inputs[1]]
+    stacked = np.concatenate([often * weight for often in terms.values()], axis=along ^ node.attrs.get("transB", 0))
+    w = draft.constant(f"{node.inputs[1]}/each", stacked, weight.dtype)
+    x = draft.apply(node, "Concat", *moved, axis=axis % len(draft.types[moved[0]].shape))
+    draft.write(replace(node, inputs=(x, w, *node.inputs[2:])))

@@ -1,0 +1,232 @@
+"""Fewer tables: what is joined, summed, contracted or blended is quantized once, or not at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from build_models import model, node
+from onnx.reference import ReferenceEvaluator
+
+import fheq
+from fheq.client.outputs import rejoined
+from fheq.planning.plan import plan
+
+N = 5
+SAMPLES = 300
+
+
+def weights(*shape: int) -> np.ndarray:
+    return (np.random.default_rng([2, *shape]).uniform(-1, 1, shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def dense(x: str, y: str, w: str = "w") -> onnx.NodeProto:
+    return node("MatMul", [x, w], [y])
+
+
+def images(x: str, y: str, w: str) -> onnx.NodeProto:
+    return node("Conv", [x, w], [y], pads=[1, 1, 1, 1])
+
+
+SQUARE = {"w": weights(N, N), "v": weights(N, N), "u": weights(N, N)}
+HALVES = [node("Add", ["h", "g"], ["s"]), node("Mul", ["s", "half"], ["m"]), dense("m", "y", "u")]
+ROW, IMAGE = ("N", N), ("N", 2, 3, 4)
+KERNELS = {"k": weights(2, 2, 3, 3), "l": weights(3, 2, 1, 1), "m": weights(2, 2, 3, 3)}
+
+# What it shows: the nodes, known tensors, inputs' shapes, the elements that tables make.
+CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, tuple[str | int, ...]], int]] = {
+    "a function of what is joined": (
+        [dense("x", "a"), dense("z", "b", "v"), node("Concat", ["a", "b"], ["c"], axis=1), node("Relu", ["c"], ["y"])],
+        SQUARE,
+        {"x": ROW, "z": ROW},
+        2 * N,
+    ),
+    "functions per channel, of two nodes, of what is joined with known numbers": (
+        [
+            images("x", "a", "k"),
+            node("Conv", ["x", "l"], ["b"]),
+            node("Concat", ["a", "known", "b"], ["c"], axis=1),
+            node("Mul", ["c", "gain"], ["g"]),
+            node("Sigmoid", ["g"], ["s"]),
+            node("Mul", ["g", "s"], ["r"]),
+            node("ReduceMean", ["r"], ["y"], axes=[2, 3]),
+        ],
+        {**KERNELS, "known": np.ones((1, 1, 3, 4), np.float32), "gain": weights(6, 1, 1) + 2},
+        {"x": IMAGE},
+        5 * 12,
+    ),
+    "joins of joins": (
+        [
+            *(dense("x", name, w) for name, w in zip("abc", "wvu")),
+            node("Concat", ["a", "b"], ["d"], axis=1),
+            node("Concat", ["d", "c"], ["e"], axis=1),
+            node("Tanh", ["e"], ["y"]),
+        ],
+        SQUARE,
+        {"x": ROW},
+        3 * N,
+    ),
+    "two functions of what is joined: it is quantized once": (
+        [
+            dense("x", "a"),
+            dense("z", "b", "v"),
+            node("Concat", ["a", "b"], ["c"], axis=1),
+            *(node(op, ["c"], [op]) for op in ("Relu", "Tanh")),
+        ],
+        SQUARE,
+        {"x": ROW, "z": ROW},
+        3 * 2 * N,
+    ),
+    "heads of one output": (
+        [
+            dense("x", "h"),
+            node("Relu", ["h"], ["r"]),
+            dense("r", "a", "v"),
+            dense("r", "b", "u"),
+            node("Concat", ["a", "b"], ["c"], axis=1),
+            node("Mul", ["c", "gain"], ["y"]),
+        ],
+        {**SQUARE, "gain": weights(2 * N) + 2},
+        {"x": ROW},
+        N,
+    ),
+    "a head with a function beside one without": (
+        [dense("x", "a"), node("Sigmoid", ["a"], ["s"]), dense("x", "b", "v"), node("Concat", ["s", "b"], ["y"], axis=1)],
+        SQUARE,
+        {"x": ROW},
+        N,
+    ),
+    "layers that add to what they read": (
+        [
+            dense("x", "a"),
+            node("Relu", ["a"], ["p"]),
+            node("Add", ["x", "p"], ["h"]),
+            dense("h", "b", "v"),
+            node("Relu", ["b"], ["q"]),
+            node("Sub", ["h", "q"], ["g"]),
+            dense("g", "y", "u"),
+        ],
+        SQUARE,
+        {"x": ROW},
+        2 * N,
+    ),
+    "images that are added, a mean of them, and weights after movement": (
+        [
+            images("x", "a", "k"),
+            node("Relu", ["a"], ["p"]),
+            node("Add", ["x", "p"], ["h"]),
+            images("h", "b", "m"),
+            node("Tanh", ["b"], ["q"]),
+            node("Add", ["h", "q"], ["s"]),
+            node("Flatten", ["s"], ["f"]),
+            node("Gemm", ["f", "head", "bias"], ["y"], transB=1, alpha=0.5),
+        ],
+        {**KERNELS, "head": weights(3, 24), "bias": weights(3)},
+        {"x": IMAGE},
+        2 * 24,
+    ),
+    "a mean of functions": (
+        [dense("x", "a"), node("Relu", ["a"], ["h"]), dense("x", "b", "v"), node("Tanh", ["b"], ["g"]), *HALVES],
+        {**SQUARE, "half": np.float32(0.5)},
+        {"x": ROW},
+        2 * N,
+    ),
+    "a sum that a maximum compares too": (
+        [
+            dense("x", "a"),
+            node("Relu", ["a"], ["p"]),
+            node("Add", ["x", "p"], ["h"]),
+            dense("h", "y", "v"),
+            node("ReduceMax", ["h"], ["z"], axes=[1]),
+        ],
+        SQUARE,
+        {"x": ROW},
+        2 * N,
+    ),
+    "similarity of two rows": (
+        [dense("x", "a"), dense("z", "b", "v"), node("Mul", ["a", "b"], ["p"]), node("ReduceMean", ["p"], ["y"], axes=[-1])],
+        SQUARE,
+        {"x": ROW, "z": ROW},
+        2 * N,
+    ),
+    "rows weighed by numbers of their own, and added up": (
+        [node("Mul", ["x", "z"], ["p"]), node("ReduceSum", ["p", "rows"], ["y"], keepdims=0)],
+        {"rows": np.array([1])},
+        {"x": ("N", 3, N), "z": ("N", 3, 1)},
+        0,
+    ),
+    "known weights of an input": (
+        [node("Mul", ["gain", "x"], ["p"]), node("ReduceSum", ["p", "last"], ["y"])],
+        {"gain": weights(3, N), "last": np.array([-1])},
+        {"x": ("N", 3, N)},
+        0,
+    ),
+    "a blend": (
+        [
+            dense("x", "a"),
+            node("Sigmoid", ["a"], ["t"]),
+            dense("x", "b", "v"),
+            node("Tanh", ["b"], ["h"]),
+            node("Sub", ["one", "t"], ["rest"]),
+            node("Mul", ["rest", "x"], ["p"]),
+            node("Mul", ["t", "h"], ["q"]),
+            node("Add", ["p", "q"], ["y"]),
+        ],
+        {**SQUARE, "one": np.float32(1)},
+        {"x": ROW},
+        3 * N,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_function_with_so_many_tables(case):
+    nodes, known, shapes, tables = CASES[case]
+    made = {name for n in nodes for name in n.output} - {name for n in nodes for name in n.input}
+    source = model(nodes, shapes, sorted(made), known)
+    graph = fheq.import_onnx(source)
+    layout = plan(graph)
+    assert sum(int(np.prod(layout.shape(point))) for point in layout.points) == tables
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(SAMPLES, *shape[1:])).astype(np.float32) for shape in shapes.values()]
+    reference = ReferenceEvaluator(source)
+    each = [reference.run(None, {name: a[i : i + 1] for name, a in zip(shapes, arrays)}) for i in range(SAMPLES)]
+    wanted = [np.concatenate(column) for column in zip(*each)]
+    for want, got in zip(wanted, listed(fheq.evaluate(rejoined(graph, layout.graph), *arrays)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *arrays), 8))
+    found = program.dequantize(*listed(fheq.simulate(program, *program.quantize(*arrays))))
+    for want, got in zip(wanted, found, strict=True):
+        assert np.mean((np.asarray(got).reshape(want.shape) - want) ** 2) < 1e-3 * np.var(want)
+
+
+def listed(found):
+    return found if isinstance(found, tuple | list) else (found,)
+
+
+def test_stated_quantizers_move_with_the_functions_that_they_follow():
+    """Behind a join and a function, one quantizer is one table of each part, and needs no bits of the user's."""
+    scale, zero = np.float32(0.02), np.uint8(0)
+    quantized = lambda x, y: [
+        node("QuantizeLinear", [x, "scale", "zero"], [f"{y}/q"]),
+        node("DequantizeLinear", [f"{y}/q", "scale", "zero"], [y]),
+    ]
+    known = {"scale": scale, "zero": zero, "w": np.round(weights(N, N) / 0.02).astype(np.int8), "ws": np.float32(0.02)}
+    nodes = [
+        *quantized("x", "i"),
+        node("DequantizeLinear", ["w", "ws"], ["wd"]),
+        dense("i", "a", "wd"),
+        node("Neg", ["i"], ["j"]),
+        node("MatMul", ["j", "wd"], ["b"]),
+        node("Concat", ["a", "b"], ["c"], axis=1),
+        node("Relu", ["c"], ["r"]),
+        *quantized("r", "y"),
+    ]
+    source = model(nodes, {"x": ROW}, ["y"], known, opset=21)
+    graph = fheq.import_onnx(source)
+    x = np.random.default_rng(0).uniform(0, 5, (SAMPLES, N)).astype(np.float32)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x)))
+    found = program.dequantize(*listed(fheq.simulate(program, *program.quantize(x))))[0]
+    (wanted,) = ReferenceEvaluator(source).run(None, {"x": x})
+    assert sum(int(np.prod(plan(graph).shape(p))) for p in plan(graph).points) == 2 * N
+    assert np.mean(np.abs(found - wanted) > scale / 2) < 0.01  # ties of float products
