@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,12 @@ class Linear(Step):
     def weight_axis(self) -> int:
         """The output channel axis of `weight`, from the end."""
         return {"matmul": -1, "left": -2, "conv": -self.weight.ndim}[self.form]
+
+    @property
+    def fan_in(self) -> int:
+        """How many elements of `x` each element of `out` is a sum of."""
+        shape = self.weight.shape
+        return prod({"matmul": shape[-2:-1], "left": shape[-1:], "conv": shape[1:]}[self.form])
 
     def rows(self, weight: np.ndarray) -> np.ndarray:
         """An array in the weight's shape as `(C, n)`, a row for each output channel."""

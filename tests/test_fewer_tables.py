@@ -161,6 +161,30 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, tu
         {"x": ("N", 3, N)},
         0,
     ),
+    "a weighted sum of inputs": (
+        [
+            node("Mul", ["x", "low"], ["a"]),
+            node("Transpose", ["z"], ["t"], perm=[0, 2, 1]),
+            node("Div", ["t", "gain"], ["b"]),
+            node("Add", ["b", "half"], ["c"]),
+            node("Sub", ["c", "a"], ["y"]),
+        ],
+        {"low": np.float32(-0.3), "half": np.float32(0.5), "gain": weights(3, N) + 2},
+        {"x": ("N", 3, N), "z": ("N", N, 3)},
+        0,
+    ),
+    "a part of an input beside a layer of it": (
+        [node("Mul", ["x", "half"], ["p"]), dense("x", "a"), node("Add", ["a", "p"], ["y"])],
+        {**SQUARE, "half": np.float32(0.5)},
+        {"x": ROW},
+        0,
+    ),
+    "a function of a weighted sum": (
+        [node("Mul", ["x", "half"], ["p"]), node("Add", ["p", "z"], ["s"]), node("Relu", ["s"], ["y"])],
+        {"half": np.float32(0.3)},
+        {"x": ROW, "z": ROW},
+        2 * N,
+    ),
     "a blend": (
         [
             dense("x", "a"),

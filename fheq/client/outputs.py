@@ -68,14 +68,11 @@ def _is_end(node: Node, summed: set[str]) -> bool:
 
 def _joins(graph: Graph) -> list[Node]:
     """Joins with accumulators among what they join, and nothing but movement and affine functions of one tensor behind."""
-    search, readers = Search(graph), graph.consumers()
-    free: set[str] = set()
-    for node in reversed(graph.nodes):
-        moves = search.is_affine(node) and (lookup(node).kind is Kind.MOVEMENT or not search.is_step(node))
-        if moves and all(reader.outputs[0] in free for name in node.outputs for reader in readers.get(name, [])):
-            free.add(node.outputs[0])
-    joins = (node for node in graph.nodes if node.outputs[0] in free and len(search.computed(node)) > 1)
-    return [node for node in joins if any(map(search.is_accumulator, search.computed(node)))]
+    search = Search(graph)
+    free = search.decrypted()
+    joins = (n for n in graph.nodes if n.outputs[0] in free and lookup(n).kind is Kind.MOVEMENT and search.is_affine(n))
+    read = ((node, search.computed(node)) for node in joins)
+    return [node for node, names in read if len(names) > 1 and any(map(search.is_accumulator, names))]
 
 
 def _has_weights(graph: Graph, node: Node) -> bool:

@@ -109,11 +109,13 @@ def _in_powers_of_two(layout: Plan, qparams: QParams, step: Add, parts: tuple[Su
 
 
 def _in_steps_of_a_tensor(layout: Plan, operand: Operand) -> bool:
-    """Whether one step is as much as an operand is off by, as of a quantized tensor or a sum with one; the accumulators of
-    products are off by many of theirs."""
+    """Whether one step is as much as an operand is off by, as of a quantized tensor, its multiple or a sum with one; the
+    accumulators of products are off by many of theirs."""
     if operand.key not in layout.summed:
         return True
     made = step_of(layout, operand.key)
+    if isinstance(made, Linear) and made.fan_in == 1:
+        return True
     return not isinstance(made, (Linear, Product)) and any(_in_steps_of_a_tensor(layout, o) for o in made.operands)
 
 

@@ -41,6 +41,7 @@ from fheq.rewriting.distribute import distribute
 from fheq.rewriting.edit import bypassed
 from fheq.rewriting.equal_nodes import merge_equal_nodes
 from fheq.rewriting.pins import is_float_cast
+from fheq.rewriting.scaled_inputs import weigh_inputs
 from fheq.stated.accumulators import take_accumulators
 from fheq.steps import Add, Operand, Step, makes_accumulator
 
@@ -131,7 +132,8 @@ def plan(graph: Graph) -> Plan:
         simple = merge_equal_nodes(rearrange(merge_equal_nodes(decompose(quantize_before_movement(exact)))))
         simple = settle_decisions(separate_known_parts(simple))
         simple = apply_before_joins(activate_before_maximum(simple))
-        found = walked(separate_encodings(distribute(compose(compose_joined(simple)))))
+        simple = weigh_inputs(distribute(compose(compose_joined(simple))))
+        found = walked(separate_encodings(simple))
         made = outputs(found)  # which may make points
         parts = found.graph, tuple(found.steps), found.regions, found.points, made, found.adopted
         return Plan(*parts, stated, found.evaluator(), client)

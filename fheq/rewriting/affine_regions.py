@@ -85,6 +85,16 @@ class Search:
             return node is not None and self.is_step(node) and node.op not in ("Max", "Min")
         return self.is_step(node) or any(map(self.is_accumulator, self.computed(node)))
 
+    def decrypted(self) -> set[str]:
+        """The tensors of which outputs are movements and affine functions, and nothing else is made."""
+        found: set[str] = set()
+        for node in reversed(self.graph.nodes):
+            readers = [reader for name in node.outputs for reader in self.consumers.get(name, [])]
+            moves = lambda n: self.is_affine(n) and (find(n).kind is Kind.MOVEMENT or not self.is_step(n))  # type: ignore[union-attr]
+            if all(moves(reader) and found.issuperset(filter(None, reader.outputs)) for reader in readers):
+                found.update(filter(None, node.outputs))
+        return found
+
     def ending_at(self, last: Node) -> Iterator[AffineRegion]:
         """The regions of one source that end in a node, the smallest first."""
         inside = {id(last): last}

@@ -1,0 +1,77 @@
+"""Known multiples of inputs in sums that are decrypted, as products with weights.
+
+Integers of an input stand for multiples of one step; those of a multiple of it would take a table. As accumulators of
+weights, sums bring them together with the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fheq.graph import Graph, Node
+from fheq.interpret import run_node
+from fheq.ops.table import Kind, lookup
+from fheq.rewriting.affine_regions import Search
+from fheq.rewriting.edit import Draft
+
+
+def weigh_inputs(graph: Graph) -> Graph:
+    """The graph with the weights of inputs in sums for the output alone; tables read the sums of such products, which are
+    wide, at a higher price than those of multiples."""
+    search, draft = Search(graph), Draft(graph)
+    decrypted = search.decrypted()
+    for node in graph.nodes:
+        if _is_sum(search, node) and all(name in decrypted for name in node.outputs):
+            node = replace(node, inputs=tuple(_weighed(search, draft, node, name) for name in node.inputs))
+        draft.write(node)
+    return draft.finish() if len(draft.nodes) > len(graph.nodes) else graph
+
+
+def _is_sum(search: Search, node: Node) -> bool:
+    return node.op in ("Add", "Sub") and search.is_affine(node) and len(search.computed(node)) == 2
+
+
+def _weighed(search: Search, draft: Draft, node: Node, name: str) -> str:
+    """A summand, as a product with weights where it is a multiple of an input."""
+    graph, chain, base = search.graph, list[Node](), name
+    while (maker := search.producers.get(base)) is not None and lookup(maker).kind is Kind.ELEMENTWISE:
+        if not search.is_affine(maker) or search.is_step(maker):
+            return name
+        chain.append(maker)
+        (base,) = search.computed(maker)
+        if graph.types[base].shape != graph.types[name].shape:
+            return name
+    if not chain or not _is_input(search, base):
+        return name
+    shape = graph.types[base].shape
+    zero, one = (_value(graph, chain[::-1], base, np.full(shape, v)) for v in (0.0, 1.0))
+    slope, dtype = one - zero, graph.types[name].dtype
+    uniform = slope.size == 0 or np.all(slope == slope.flat[0])
+    if uniform and slope.flat[0] == 1:
+        return name
+    weight = slope.reshape(-1)[:1].reshape(1, 1) if uniform else slope[..., None, None]
+    rows = draft.reshape(node, base, (*shape, *(1,) * (1 if uniform else 2)))
+    w = draft.constant(f"{name}/weight", weight, dtype)
+    product = draft.reshape(node, draft.apply(node, "MatMul", rows, w), shape)
+    return draft.apply(node, "Add", product, draft.constant(f"{name}/bias", zero, dtype)) if np.any(zero) else product
+
+
+def _is_input(search: Search, name: str) -> bool:
+    """Whether a tensor is an input, moved perhaps."""
+    while (node := search.producers.get(name)) is not None:
+        if lookup(node).kind is not Kind.MOVEMENT or not search.is_affine(node) or len(search.computed(node)) != 1:
+            return False
+        (name,) = search.computed(node)
+    return True
+
+
+def _value(graph: Graph, nodes: list[Node], name: str, x: np.ndarray) -> np.ndarray:
+    """What elementwise nodes, one after the other, make of a value."""
+    known = {n: graph.constants[n].astype(np.float64) for node in nodes for n in node.inputs if n in graph.constants}
+    env = {name: x}
+    for node in nodes:
+        read = lambda n: env[n] if n in env else known[n]
+        env.update(zip(node.outputs, (np.asarray(v) for v in run_node(node, read, known))))
+    return np.asarray(env[nodes[-1].outputs[0]], np.float64)
