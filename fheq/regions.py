@@ -7,8 +7,9 @@ and evaluates that function; `fheq.planning.planner` decides where regions begin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,6 +106,12 @@ def elementwise_source(graph: Graph, name: str) -> str:
         return found[name]
 
     return visit(name)
+
+
+def is_function_of_one(graph: Graph, names: Sequence[str], out: str) -> bool:
+    """Whether an elementwise operator's result is a function of one tensor, of whose functions the same elements meet."""
+    same = len({elementwise_source(graph, name) for name in names}) == 1
+    return same and all(prod(graph.types[name].shape) == prod(graph.types[out].shape) for name in names)
 
 
 def is_boolean(graph: Graph, name: str) -> bool:

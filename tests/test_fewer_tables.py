@@ -185,6 +185,44 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, tu
         {"x": ROW, "z": ROW},
         2 * N,
     ),
+    "inputs brought to one range, joined before weights": (
+        [
+            node("Sub", ["x", "low"], ["a"]),
+            node("Div", ["a", "gain"], ["b"]),
+            node("Mul", ["z", "half"], ["c"]),
+            node("Concat", ["b", "c"], ["d"], axis=1),
+            dense("d", "y", "tall"),
+        ],
+        {"low": np.float32(-0.3), "half": np.float32(0.5), "gain": weights(N) + 2, "tall": weights(2 * N, 3)},
+        {"x": ROW, "z": ROW},
+        0,
+    ),
+    "weights of an activation and a part of an input": (
+        [
+            dense("x", "a"),
+            node("Sigmoid", ["a"], ["b"]),
+            node("Mul", ["a", "b"], ["p"]),
+            node("Mul", ["x", "half"], ["q"]),
+            node("Add", ["p", "q"], ["h"]),
+            dense("h", "y", "v"),
+        ],
+        {**SQUARE, "half": np.float32(0.3)},
+        {"x": ROW},
+        N,
+    ),
+    "differences of all pairs before weights": (
+        [
+            node("Unsqueeze", ["x", "one"], ["a"]),
+            node("Unsqueeze", ["x", "two"], ["b"]),
+            node("Sub", ["a", "b"], ["d"]),
+            node("Reshape", ["d", "row"], ["r"]),
+            dense("r", "h", "wide"),
+            node("Relu", ["h"], ["y"]),
+        ],
+        {"one": np.array([1]), "two": np.array([2]), "row": np.array([-1, N * N]), "wide": weights(N * N, 3)},
+        {"x": ROW},
+        3,
+    ),
     "a blend": (
         [
             dense("x", "a"),

@@ -67,12 +67,12 @@ def _is_end(node: Node, summed: set[str]) -> bool:
 
 
 def _joins(graph: Graph) -> list[Node]:
-    """Joins with accumulators among what they join, and nothing but movement and affine functions of one tensor behind."""
+    """Joins of what would take a table for it, with nothing but movement and affine functions of one tensor behind."""
     search = Search(graph)
     free = search.decrypted()
     joins = (n for n in graph.nodes if n.outputs[0] in free and lookup(n).kind is Kind.MOVEMENT and search.is_affine(n))
     read = ((node, search.computed(node)) for node in joins)
-    return [node for node, names in read if len(names) > 1 and any(map(search.is_accumulator, names))]
+    return [node for node, names in read if len(names) > 1 and any(map(search.is_requantized, names))]
 
 
 def _has_weights(graph: Graph, node: Node) -> bool:

@@ -14,6 +14,7 @@ from jax.experimental import enable_x64
 from fheq.graph import Graph, Node, is_float
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, find
+from fheq.regions import is_function_of_one
 
 CHUNK = 1 << 24  # elements of one intermediate tensor while the columns of a map are computed
 
@@ -59,8 +60,11 @@ class Search:
         return [name for name in dict.fromkeys(node.inputs) if name and name not in self.graph.constants]
 
     def is_step(self, node: Node) -> bool:
-        op = find(node)
-        return op is not None and (op.kind is Kind.LINEAR or (op.kind is Kind.ELEMENTWISE and len(self.computed(node)) > 1))
+        """Whether a node is a linear operator, or takes in tensors that are no functions of one, element by element."""
+        op, computed = find(node), self.computed(node)
+        if op is None or op.kind is not Kind.ELEMENTWISE or len(computed) < 2:
+            return op is not None and op.kind is Kind.LINEAR
+        return not is_function_of_one(self.graph, computed, node.outputs[0])
 
     def is_affine(self, node: Node) -> bool:
         """Whether a node is affine in what is computed, in floating point, with weights that are free to change."""
@@ -78,12 +82,23 @@ class Search:
         additive = node.op in ("Add", "Sub", "Sum", "Mean")
         return op.kind is Kind.ELEMENTWISE and set(at) <= set(op.affine) and (len(at) == 1 or additive)
 
-    def is_accumulator(self, name: str) -> bool:
-        """Whether a tensor is a movement or an affine function of what a linear operator or a sum makes."""
+    def is_requantized(self, name: str) -> bool:
+        """Whether a tensor takes a table to be joined or multiplied, having none of its own: it is a movement or an affine
+        function of what a linear operator or a sum makes, or a multiple of an input."""
         node = self.producers.get(name)
         if node is None or not self.is_affine(node):
             return node is not None and self.is_step(node) and node.op not in ("Max", "Min")
-        return self.is_step(node) or any(map(self.is_accumulator, self.computed(node)))
+        if self.is_step(node) or any(map(self.is_requantized, self.computed(node))):
+            return True
+        return find(node).kind is Kind.ELEMENTWISE and self.is_input(*self.computed(node))  # type: ignore[union-attr]
+
+    def is_input(self, name: str) -> bool:
+        """Whether a tensor is an input, moved perhaps."""
+        while (node := self.producers.get(name)) is not None:
+            if find(node).kind is not Kind.MOVEMENT or not self.is_affine(node) or len(self.computed(node)) != 1:  # type: ignore[union-attr]
+                return False
+            (name,) = self.computed(node)
+        return True
 
     def decrypted(self) -> set[str]:
         """The tensors of which outputs are movements and affine functions, and nothing else is made."""
@@ -134,9 +149,8 @@ class Search:
         read: dict[str, int] = {}
         for node in nodes:
             origins = [accumulators[name] for name in self.computed(node)]
-            step = find(node).kind is Kind.LINEAR or len(set(origins)) > 1  # type: ignore[union-attr]
-            step &= self.is_step(node)
-            if len(origins) > 1 and not all(origins):
+            step = self.is_step(node)
+            if any(origins) and not all(origins):
                 return 0  # the source itself beside weighted sums of it: as one weight, its 1 would leave them few steps
             if step:
                 for name in self.computed(node):

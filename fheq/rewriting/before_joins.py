@@ -60,7 +60,7 @@ def _moved(graph: Graph) -> dict[str, _Joined]:
     for node in graph.nodes:
         out = node.outputs[0]
         if (node.op, node.domain) == ("Concat", ""):
-            if out not in stated and any(map(search.is_accumulator, node.inputs)):
+            if out not in stated and any(map(search.is_requantized, node.inputs)):
                 axis = node.attrs["axis"] % len(graph.types[out].shape) - len(graph.types[out].shape)
                 joined[out] = _Joined(out, axis, tuple(graph.types[name].shape[axis] for name in node.inputs))
         elif _is_function(graph, node, joined):

@@ -11,8 +11,8 @@ from string import ascii_letters
 from types import MappingProxyType
 
 from fheq.graph import Node
-from fheq.ops.table import Kind, lookup
-from fheq.regions import elementwise_source
+from fheq.regions import is_function_of_one
+from fheq.rewriting.affine_regions import Search
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.einsum import expand_einsum
 from fheq.rewriting.evaluation import output_types
@@ -26,7 +26,7 @@ def contract(draft: Draft, node: Node) -> bool:
         return False
     alone = len(draft.graph.consumers()[node.inputs[0]]) == 1 and all(p.name != node.inputs[0] for p in draft.graph.outputs)
     count = prod(draft.types[node.inputs[0]].shape[axis] for axis in axes)
-    if not alone or count < 2 or not _is_contraction(draft, *product.inputs):
+    if not alone or count < 2 or not _is_contraction(draft, product):
         return False
     rank, out = len(draft.types[node.inputs[0]].shape), node.outputs[0]
     labels = ascii_letters[:rank]
@@ -43,15 +43,10 @@ def contract(draft: Draft, node: Node) -> bool:
     return True
 
 
-def _is_contraction(draft: Draft, a: str, b: str) -> bool:
-    """Whether factors are functions of different tensors, or one is known and the other an input of the model."""
+def _is_contraction(draft: Draft, product: Node) -> bool:
+    """Whether factors are functions of different elements, or one is known and the other an input of the model."""
+    a, b = product.inputs
     if draft.depends(a, b):
-        return elementwise_source(draft.graph, a) != elementwise_source(draft.graph, b)
+        return not is_function_of_one(draft.graph, (a, b), product.outputs[0])
     computed, known = (a, b) if b in draft.constants else (b, a)
-    producers = draft.graph.producers()
-    while (node := producers.get(computed)) is not None and lookup(node).kind is Kind.MOVEMENT:
-        moved = [name for name in node.inputs if name and name not in draft.constants]
-        if len(moved) != 1:
-            return False
-        computed = moved[0]
-    return node is None and draft.constants[known].size > 1 and computed not in draft.constants
+    return draft.constants[known].size > 1 and computed not in draft.constants and Search(draft.graph).is_input(computed)

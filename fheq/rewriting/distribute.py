@@ -34,7 +34,7 @@ def distribute(graph: Graph) -> Graph:
     search = Search(graph)
     for node in graph.nodes:
         terms = _terms(search, node.outputs[0]) if _is_sum(search, node) else Counter[str]()
-        if len(terms) < 2 or not all(_needs_no_table(search, name) for name in terms):
+        if len(terms) < 2 or any(_is_sum_of_its_own(search, name) for name in terms):
             continue
         regions = _weighed(search, node)
         if regions and all(_pays(graph, region, len(terms)) for region in regions):
@@ -58,18 +58,13 @@ def _terms(search: Search, name: str, sign: int = 1) -> Counter[str]:
     return Counter({term: often for term, often in terms.items() if often})
 
 
-def _needs_no_table(search: Search, name: str) -> bool:
-    """Whether a tensor is quantized, or has a table of its own that all affine functions behind it are part of."""
-    scaled = False
-    while (node := search.producers.get(name)) is not None:
-        kind, computed = lookup(node).kind, search.computed(node)
-        if not search.is_affine(node):
-            return kind is Kind.MAX or (kind is Kind.ELEMENTWISE and len(computed) == 1)
-        if search.is_step(node) or len(computed) > 1:
-            return False
-        scaled |= kind is Kind.ELEMENTWISE
-        name = computed[0]
-    return not scaled
+def _is_sum_of_its_own(search: Search, name: str) -> bool:
+    """Whether a tensor would be read as an accumulator by a sum, and take a table as a term."""
+    while (node := search.producers.get(name)) is not None and search.is_affine(node):
+        if search.is_step(node) or len(search.computed(node)) > 1:
+            return True
+        (name,) = search.computed(node)
+    return node is not None and search.is_step(node) and node.op not in ("Max", "Min")
 
 
 def _weighed(search: Search, node: Node) -> list[AffineRegion]:

@@ -1,7 +1,7 @@
 """Results of linear operators that are joined with other tensors before weights: the weights take in the operators.
 
-Embeddings beside numbers, for instance. Joined, a result would be quantized anew, with a table for each of its elements;
-what it is an affine function of is joined in its place.
+Embeddings beside numbers, for instance, or inputs that the model brings to one range. Joined, such a result would be
+quantized anew, with a table for each of its elements; what it is an affine function of is joined in its place.
 """
 
 from __future__ import annotations
@@ -56,11 +56,13 @@ def _is_product_of_row(search: Search, node: Node, joined: Node) -> bool:
 
 
 def _part(search: Search, joined: Node, name: str) -> Part | None:
-    """A joined tensor as a function of what the linear operators before it read; None where there are none."""
+    """A joined tensor as a function of what the linear operators before it read, or as a multiple of an input; None where it
+    is neither."""
     inside, frontier, found = {id(joined): joined}, {name}, None
     while len(frontier) == 1:
         (tensor,) = frontier
-        if len(inside) > 1 and any(lookup(node).kind is Kind.LINEAR for node in list(inside.values())[1:]):
+        kinds = {lookup(node).kind for node in list(inside.values())[1:]}
+        if Kind.LINEAR in kinds or (Kind.ELEMENTWISE in kinds and search.is_input(tensor)):
             found = Part(tensor, tuple(sorted(list(inside.values())[1:], key=lambda node: search.order[id(node)])))
         node = search.producers.get(tensor)
         if node is None or not search.is_affine(node) or not search.enclosed(node, inside):

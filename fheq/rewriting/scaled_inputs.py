@@ -43,7 +43,7 @@ def _weighed(search: Search, draft: Draft, node: Node, name: str) -> str:
         (base,) = search.computed(maker)
         if graph.types[base].shape != graph.types[name].shape:
             return name
-    if not chain or not _is_input(search, base):
+    if not chain or not search.is_input(base):
         return name
     shape = graph.types[base].shape
     zero, one = (_value(graph, chain[::-1], base, np.full(shape, v)) for v in (0.0, 1.0))
@@ -56,15 +56,6 @@ def _weighed(search: Search, draft: Draft, node: Node, name: str) -> str:
     w = draft.constant(f"{name}/weight", weight, dtype)
     product = draft.reshape(node, draft.apply(node, "MatMul", rows, w), shape)
     return draft.apply(node, "Add", product, draft.constant(f"{name}/bias", zero, dtype)) if np.any(zero) else product
-
-
-def _is_input(search: Search, name: str) -> bool:
-    """Whether a tensor is an input, moved perhaps."""
-    while (node := search.producers.get(name)) is not None:
-        if lookup(node).kind is not Kind.MOVEMENT or not search.is_affine(node) or len(search.computed(node)) != 1:
-            return False
-        (name,) = search.computed(node)
-    return True
 
 
 def _value(graph: Graph, nodes: list[Node], name: str, x: np.ndarray) -> np.ndarray:
