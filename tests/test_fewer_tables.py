@@ -28,10 +28,10 @@ def images(x: str, y: str, w: str) -> onnx.NodeProto:
     return node("Conv", [x, w], [y], pads=[1, 1, 1, 1])
 
 
-SQUARE = {"w": weights(N, N), "v": weights(N, N), "u": weights(N, N)}
+SQUARE = dict(zip("wvu", np.sqrt(3 / N).astype(np.float32) * weights(3, N, N)))
 HALVES = [node("Add", ["h", "g"], ["s"]), node("Mul", ["s", "half"], ["m"]), dense("m", "y", "u")]
 ROW, IMAGE = ("N", N), ("N", 2, 3, 4)
-KERNELS = {"k": weights(2, 2, 3, 3), "l": weights(3, 2, 1, 1), "m": weights(2, 2, 3, 3)}
+KERNELS = {"k": weights(2, 2, 3, 3), "l": weights(3, 2, 1, 1), "m": weights(2, 2, 3, 3)[::-1]}
 
 # What it shows: the nodes, known tensors, inputs' shapes, the elements that tables make.
 CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, tuple[str | int, ...]], int]] = {
@@ -122,6 +122,27 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, tu
             node("Gemm", ["f", "head", "bias"], ["y"], transB=1, alpha=0.5),
         ],
         {**KERNELS, "head": weights(3, 24), "bias": weights(3)},
+        {"x": IMAGE},
+        2 * 24,
+    ),
+    "two functions of one layer are one table before they are added": (
+        [dense("x", "a"), node("Relu", ["a"], ["h"]), node("Tanh", ["a"], ["g"]), *HALVES],
+        {**SQUARE, "half": np.float32(0.5)},
+        {"x": ROW},
+        N,
+    ),
+    "a mean over places of what is added": (
+        [
+            images("x", "a", "k"),
+            node("Relu", ["a"], ["p"]),
+            node("Conv", ["x", "l"], ["b"]),
+            node("Slice", ["b", "zero", "two", "one"], ["c"]),
+            node("Tanh", ["c"], ["q"]),
+            node("Sub", ["p", "q"], ["s"]),
+            node("Sub", ["s", "q"], ["t"]),
+            node("GlobalAveragePool", ["t"], ["y"]),
+        ],
+        {**KERNELS, "zero": np.array([0]), "two": np.array([2]), "one": np.array([1])},
         {"x": IMAGE},
         2 * 24,
     ),

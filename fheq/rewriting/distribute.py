@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,9 @@ from fheq.rewriting.edit import Draft
 
 _WEIGHED = {"Conv": (1, 1), "Gemm": (-1, 0), "MatMul": (-1, 0)}
 """The channel axis of what an operator reads, and of its weight."""
+
+_SUMS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")
+"""Operators with the same weight for all that they read, which sum each term alone."""
 
 _MOVED = (*RESHAPES, "DepthToSpace", "Expand", "Gather", "Slice", "SpaceToDepth", "Tile", "Transpose")
 """Movements that put no known values beside what they move."""
@@ -44,8 +48,8 @@ def distribute(graph: Graph) -> Graph:
 
 def _is_sum(search: Search, node: Node) -> bool:
     shapes = {search.graph.types[name].shape for name in (*node.inputs, *node.outputs) if name}
-    two = len(search.computed(node)) == 2 and len(shapes) == 1
-    return two and node.op in ("Add", "Sub") and not node.domain and search.is_affine(node)
+    two = node.op in ("Add", "Sub") and len(search.computed(node)) == 2 and len(shapes) == 1
+    return two and search.is_affine(node) and search.is_step(node)
 
 
 def _terms(search: Search, name: str, sign: int = 1) -> Counter[str]:
@@ -61,9 +65,9 @@ def _terms(search: Search, name: str, sign: int = 1) -> Counter[str]:
 def _is_sum_of_its_own(search: Search, name: str) -> bool:
     """Whether a tensor would be read as an accumulator by a sum, and take a table as a term."""
     while (node := search.producers.get(name)) is not None and search.is_affine(node):
-        if search.is_step(node) or len(search.computed(node)) > 1:
-            return True
-        (name,) = search.computed(node)
+        name, *others = search.computed(node)
+        if search.is_step(node) or others:
+            return search.is_step(node) or lookup(node).kind is Kind.MOVEMENT
     return node is not None and search.is_step(node) and node.op not in ("Max", "Min")
 
 
@@ -103,6 +107,8 @@ def _moves(region: AffineRegion) -> bool:
 
 
 def _is_weighed(search: Search, node: Node) -> bool:
+    if node.op in _SUMS:
+        return True
     if node.op not in _WEIGHED or node.inputs[0] in search.graph.constants or node.attrs.get("group", 1) != 1:
         return False
     return not node.attrs.get("transA", 0) and (node.op == "Conv" or search.graph.constants[node.inputs[1]].ndim == 2)
@@ -111,7 +117,7 @@ def _is_weighed(search: Search, node: Node) -> bool:
 def _pays(graph: Graph, region: AffineRegion, terms: int) -> bool:
     """Whether the tables of a sum cost more than products with the weights of each term, and accumulators that are wider."""
     last, result = region.nodes[-1], graph.types[region.out].shape
-    weights = graph.constants[last.inputs[1]].size
+    weights = graph.constants[last.inputs[1]].size if last.op in _WEIGHED else 0
     places = math.prod(result[2:]) if last.op == "Conv" else math.prod(result[:-1])
     dearer = tables_before(graph, region) * (DEARER_PER_BIT ** (math.log2(terms) / 2) - 1)
     gain = math.prod(graph.types[region.source].shape) - dearer - (terms - 1) * weights * places / PRODUCTS_PER_TABLE
@@ -138,16 +144,35 @@ def _distributed(graph: Graph, region: AffineRegion, terms: Counter[str]) -> Gra
 
 def _write(draft: Draft, region: AffineRegion, terms: Counter[str]) -> None:
     *moves, node = region.nodes
+    if node.op in _SUMS:
+        names = [_applied(draft, region.nodes, name) for name in terms]
+        _write_sum(draft, node, list(zip(names, terms.values())))
+        return
     axis, along = _WEIGHED[node.op]
-    moved = []
-    for name in terms:
-        for move in moves:
-            out = draft.fresh(f"{move.outputs[0]}/each")
-            draft.write(replace(move, inputs=(name, *move.inputs[1:]), outputs=(out,)))
-            name = out
-        moved.append(name)
+    moved = [_applied(draft, moves, name) for name in terms]
     weight = draft.graph.constants[node.inputs[1]]
     stacked = np.concatenate([often * weight for often in terms.values()], axis=along ^ node.attrs.get("transB", 0))
     w = draft.constant(f"{node.inputs[1]}/each", stacked, weight.dtype)
     x = draft.apply(node, "Concat", *moved, axis=axis % len(draft.types[moved[0]].shape))
     draft.write(replace(node, inputs=(x, w, *node.inputs[2:])))
+
+
+def _applied(draft: Draft, nodes: Sequence[Node], name: str) -> str:
+    """What nodes, each of which reads the one before it, make of a tensor."""
+    for node in nodes:
+        out = draft.fresh(f"{node.outputs[0]}/each")
+        draft.write(replace(node, inputs=(name, *node.inputs[1:]), outputs=(out,)))
+        name = out
+    return name
+
+
+def _write_sum(draft: Draft, node: Node, terms: list[tuple[str, int]]) -> None:
+    """The sum of terms, each as often as is said, in place of a node."""
+    terms = sorted(terms, key=lambda term: -term[1])
+    value, dtype = "", draft.types[node.outputs[0]].dtype
+    for place, (name, often) in enumerate(terms, 1):
+        sign = 1 if often > 0 or not value else -1
+        if sign * often != 1:
+            name = draft.apply(node, "Mul", name, draft.constant(f"{name}/times", sign * often, dtype))
+        out = node.outputs[0] if place == len(terms) else ""
+        value = draft.apply(node, "Add" if sign > 0 else "Sub", value, name, out=out) if value else name
