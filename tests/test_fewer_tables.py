@@ -200,6 +200,18 @@ CASES: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, tu
         {"x": ROW},
         0,
     ),
+    "multiples that are sums, joined and added": (
+        [
+            node("Mul", ["x", "half"], ["p"]),
+            node("Add", ["x", "p"], ["m"]),
+            node("Concat", ["m", "z"], ["c"], axis=1),
+            node("Relu", ["c"], ["r"]),
+            node("Add", ["m", "z"], ["s"]),
+        ],
+        {"half": np.float32(0.5)},
+        {"x": ROW, "z": ROW},
+        3 * N,
+    ),
     "a function of a weighted sum": (
         [node("Mul", ["x", "half"], ["p"]), node("Add", ["p", "z"], ["s"]), node("Relu", ["s"], ["y"])],
         {"half": np.float32(0.3)},

@@ -90,7 +90,7 @@ class Search:
             return node is not None and self.is_step(node) and node.op not in ("Max", "Min")
         if self.is_step(node) or any(map(self.is_requantized, self.computed(node))):
             return True
-        return find(node).kind is Kind.ELEMENTWISE and self.is_input(*self.computed(node))  # type: ignore[union-attr]
+        return find(node).kind is Kind.ELEMENTWISE and all(map(self.is_input, self.computed(node)))  # type: ignore[union-attr]
 
     def is_input(self, name: str) -> bool:
         """Whether a tensor is an input, moved perhaps."""

@@ -35,6 +35,12 @@ def distribute(graph: Graph) -> Graph:
 
     It holds for sums that nothing reads but weights, one other sum, and functions with tables of their own.
     """
+    while (changed := _of_one_sum(graph)) is not None:
+        graph = changed
+    return graph
+
+
+def _of_one_sum(graph: Graph) -> Graph | None:
     search = Search(graph)
     for node in graph.nodes:
         terms = _terms(search, node.outputs[0]) if _is_sum(search, node) else Counter[str]()
@@ -42,8 +48,8 @@ def distribute(graph: Graph) -> Graph:
             continue
         regions = _weighed(search, node)
         if regions and all(_pays(graph, region, len(terms)) for region in regions):
-            return distribute(_distributed(graph, regions[0], terms))
-    return graph
+            return _distributed(graph, regions[0], terms)
+    return None
 
 
 def _is_sum(search: Search, node: Node) -> bool:

@@ -37,12 +37,10 @@ def _weighed(search: Search, draft: Draft, node: Node, name: str) -> str:
     """A summand, as a product with weights where it is a multiple of an input."""
     graph, chain, base = search.graph, list[Node](), name
     while (maker := search.producers.get(base)) is not None and lookup(maker).kind is Kind.ELEMENTWISE:
-        if not search.is_affine(maker) or search.is_step(maker):
+        base, *others = search.computed(maker)
+        if not search.is_affine(maker) or others or graph.types[base].shape != graph.types[name].shape:
             return name
         chain.append(maker)
-        (base,) = search.computed(maker)
-        if graph.types[base].shape != graph.types[name].shape:
-            return name
     if not chain or not search.is_input(base):
         return name
     shape = graph.types[base].shape
