@@ -10,7 +10,9 @@ from onnx.reference import ReferenceEvaluator
 
 import fheq
 from fheq.client.outputs import rejoined
+from fheq.fitting.shared_steps import FINER
 from fheq.planning.plan import plan
+from fheq.steps import Add
 
 N = 5
 SAMPLES = 300
@@ -325,3 +327,24 @@ def test_stated_quantizers_move_with_the_functions_that_they_follow():
     (wanted,) = ReferenceEvaluator(source).run(None, {"x": x})
     assert sum(int(np.prod(plan(graph).shape(p))) for p in plan(graph).points) == 2 * N
     assert np.mean(np.abs(found - wanted) > scale / 2) < 0.01  # ties of float products
+
+
+def test_the_terms_of_a_long_sum_share_their_steps():
+    """A sum of n tensors of b bits, with steps that are parts of one, is no wider than n times the finest of them."""
+    depth, bits = 6, 6
+    layers = [
+        part
+        for i in range(depth)
+        for part in (
+            dense(f"h{i}", f"a{i}", f"w{i}"),
+            node("Relu", [f"a{i}"], [f"r{i}"]),
+            node("Add", [f"h{i}", f"r{i}"], [f"h{i + 1}"]),
+        )
+    ]
+    known = {f"w{i}": w for i, w in enumerate(np.sqrt(depth / N).astype(np.float32) * weights(depth, N, N))}
+    graph = fheq.import_onnx(model([node("Identity", ["x"], ["h0"]), *layers], {"x": ROW}, [f"h{depth}"], known))
+    x = np.random.default_rng(0).normal(size=(SAMPLES, N)).astype(np.float32)
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), bits)
+    sums = [qparams.accumulators[step.out] for step in plan(graph).steps if isinstance(step, Add)]
+    assert len(sums) == depth
+    assert max(np.max(a.qmax - a.qmin) for a in sums) < (depth + 1) * FINER * 2**bits

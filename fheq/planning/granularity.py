@@ -138,8 +138,7 @@ class _Resolver:
         changed = False
         for step in self.layout.steps:
             if isinstance(step, (Add, Maximum)):
-                quantized = [operand for operand in step.operands if operand.key not in self.layout.summed]
-                changed |= len(quantized) > 1 - isinstance(step, Maximum) and self.align(step)
+                changed |= len(self.tensors(step)) > 1 - isinstance(step, Maximum) and self.align(step)
             else:
                 changed |= self.leave_weight(step)
                 for operand in step.operands:
@@ -179,11 +178,12 @@ class _Resolver:
     def align(self, step: Step) -> bool:
         if isinstance(step, Maximum) and self.is_of_channels(step):
             return False
-        origins = [k for operand in step.operands for k in self.origins(operand)]
+        operands = self.tensors(step)
+        origins = [k for operand in operands for k in self.origins(operand)]
         changed = self.unite(origins)
         if isinstance(step, Maximum):
             self.full.update(origins)
-        channels = [self.channels(operand) for operand in step.operands]
+        channels = [self.channels(operand) for operand in operands]
         if isinstance(step, Maximum):
             channels = [c.reshape(*step.shape, -1) for c in channels]
             agree = all(varies_only_along(c.reshape(-1, c.shape[-1]), 0) for c in channels)
@@ -218,9 +218,16 @@ class _Resolver:
     def sources_of(self, key: str) -> list[str]:
         if key not in self.sources:  # kept: a tournament of maxima and minima reaches each of its inputs by 2^depth ways
             step = None if key in self.parent else self.steps.get(key)
-            found = [key] if step is None else [k for o in step.operands for k in self.sources_of(o.key)]
+            found = [key] if step is None else [k for o in self.tensors(step) for k in self.sources_of(o.key)]
             self.sources[key] = list(dict.fromkeys(found))
         return self.sources[key]
+
+    def tensors(self, step: Step) -> list[Operand]:
+        """The operands that are quantized tensors; of a sum, the sums of such too, whose steps are theirs."""
+        return [operand for operand in step.operands if operand.key not in self.layout.summed or self.is_sum(operand.key)]
+
+    def is_sum(self, key: str) -> bool:
+        return isinstance(self.steps[key], Add) and bool(self.tensors(self.steps[key]))
 
     def labels(self, operand: Operand) -> np.ndarray:
         """A number per scale at each element of an operand; -1 at fillers."""
@@ -251,6 +258,8 @@ class _Resolver:
     def _of_step(self, step: Step, numbered: bool) -> np.ndarray:
         if isinstance(step, Maximum):
             return self._numbers(step.xs[0], numbered).reshape(*step.shape, -1)[..., 0].ravel()
+        if isinstance(step, Add):
+            return self._numbers(self.tensors(step)[0], numbered).ravel()
         assert isinstance(step, Join)
         out = np.full(int(np.prod(self.layout.shape(step.out))), -1, np.int64)
         for i, piece in enumerate(step.pieces):

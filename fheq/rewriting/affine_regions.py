@@ -13,7 +13,7 @@ from jax.experimental import enable_x64
 
 from fheq.graph import Graph, Node, is_float
 from fheq.interpret import run_node
-from fheq.ops.table import Kind, find
+from fheq.ops.table import Kind, find, lookup
 from fheq.regions import is_function_of_one
 
 CHUNK = 1 << 24  # elements of one intermediate tensor while the columns of a map are computed
@@ -90,12 +90,12 @@ class Search:
             return node is not None and self.is_step(node) and node.op not in ("Max", "Min")
         if self.is_step(node) or any(map(self.is_requantized, self.computed(node))):
             return True
-        return find(node).kind is Kind.ELEMENTWISE and all(map(self.is_input, self.computed(node)))  # type: ignore[union-attr]
+        return lookup(node).kind is Kind.ELEMENTWISE and all(map(self.is_input, self.computed(node)))
 
     def is_input(self, name: str) -> bool:
         """Whether a tensor is an input, moved perhaps."""
         while (node := self.producers.get(name)) is not None:
-            if find(node).kind is not Kind.MOVEMENT or not self.is_affine(node) or len(self.computed(node)) != 1:  # type: ignore[union-attr]
+            if not self.is_affine(node) or lookup(node).kind is not Kind.MOVEMENT or len(self.computed(node)) != 1:
                 return False
             (name,) = self.computed(node)
         return True
@@ -105,8 +105,8 @@ class Search:
         found: set[str] = set()
         for node in reversed(self.graph.nodes):
             readers = [reader for name in node.outputs for reader in self.consumers.get(name, [])]
-            moves = lambda n: self.is_affine(n) and (find(n).kind is Kind.MOVEMENT or not self.is_step(n))  # type: ignore[union-attr]
-            if all(moves(reader) and found.issuperset(filter(None, reader.outputs)) for reader in readers):
+            free = (self.is_affine(reader) and not self.is_step(reader) for reader in readers)
+            if all(free) and all(found.issuperset(filter(None, reader.outputs)) for reader in readers):
                 found.update(filter(None, node.outputs))
         return found
 

@@ -83,9 +83,17 @@ def tables_before(graph: Graph, region: AffineRegion) -> int:
         return 0
     if not is_decrypted(graph, region.out):
         return math.prod(graph.types[region.source].shape)
-    given = {port.name for port in graph.inputs} | set(graph.constants)
-    read = {name for node in graph.nodes if lookup(node).kind in (Kind.LINEAR, Kind.MAX) for name in node.inputs if name}
-    return sum(math.prod(graph.types[name].shape) for name in read - given)
+    producers, reading = graph.producers(), [n for n in graph.nodes if lookup(n).kind in (Kind.LINEAR, Kind.MAX)]
+    stack = list(dict.fromkeys(name for node in reading for name in _computed(graph, node)))
+    read: set[str] = set()
+    while stack:
+        name = stack.pop()
+        node = producers.get(name)
+        if node is not None and lookup(node).kind is Kind.MOVEMENT:
+            stack += _computed(graph, node)
+        elif node is not None:
+            read.add(name)
+    return sum(math.prod(graph.types[name].shape) for name in read)
 
 
 def replaced(graph: Graph, region: AffineRegion, form: Form) -> Graph:
