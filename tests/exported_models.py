@@ -155,7 +155,52 @@ def choice_of_functions() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["y"], known)
 
 
+def heads() -> onnx.ModelProto:
+    """Behind layers that add to what they read; the client joins what one table and what no table makes, and scales it."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Relu", ["a"], ["p"]),
+        node("Add", ["x", "p"], ["h"]),
+        node("MatMul", ["h", "v"], ["b"]),
+        node("Sigmoid", ["b"], ["s"]),
+        node("MatMul", ["h", "u"], ["c"]),
+        node("Concat", ["s", "c"], ["j"], axis=1),
+        node("Mul", ["j", "k"], ["y"]),
+    ]
+    known = {"w": tensor(4, 4), "v": tensor(4, 2), "u": tensor(4, 3), "k": tensor(5, low=0.5, high=2.0)}
+    return model(nodes, {"x": ["N", 4]}, ["y"], known)
+
+
+def functions_of_joined_layers() -> onnx.ModelProto:
+    """One table of each part, whose products with one more input are added up."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("MatMul", ["x", "v"], ["b"]),
+        node("Concat", ["a", "b"], ["j"], axis=1),
+        node("Mul", ["j", "k"], ["m"]),
+        node("Tanh", ["m"], ["t"]),
+        node("Mul", ["t", "x"], ["p"]),
+        node("ReduceSum", ["p", "last"], ["y"], keepdims=0),
+    ]
+    known = {"w": tensor(4, 2), "v": tensor(4, 2), "k": tensor(4, low=0.5, high=2.0), "last": np.array([1])}
+    return model(nodes, {"x": ["N", 4]}, ["y"], known)
+
+
+def weighed_inputs() -> onnx.ModelProto:
+    """Of one input, added to a layer's result for the output alone."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+        node("Mul", ["t", "k"], ["m"]),
+        node("Add", ["a", "m"], ["y"]),
+    ]
+    return model(nodes, {"x": ["N", 3, 3]}, ["y"], {"w": tensor(3, 3), "k": tensor(3, low=0.5, high=2.0)})
+
+
 MODELS = {
+    "heads": (heads(), (4,)),
+    "functions of joined layers": (functions_of_joined_layers(), (4,)),
+    "weighed inputs": (weighed_inputs(), (3, 3)),
     "mlp": (mlp(), (4,)),
     "cnn": (cnn(), (1, 6, 6)),
     "residual": (residual(), (1, 4, 4)),

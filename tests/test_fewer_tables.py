@@ -284,6 +284,9 @@ def test_same_function_with_so_many_tables(case):
     graph = fheq.import_onnx(source)
     layout = plan(graph)
     assert sum(int(np.prod(layout.shape(point))) for point in layout.points) == tables
+    planned = plan(rejoined(graph, layout.graph))
+    assert planned.points == layout.points
+    assert [step.out for step in planned.steps] == [step.out for step in layout.steps]
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(SAMPLES, *shape[1:])).astype(np.float32) for shape in shapes.values()]
     reference = ReferenceEvaluator(source)
@@ -295,6 +298,13 @@ def test_same_function_with_so_many_tables(case):
     found = program.dequantize(*listed(fheq.simulate(program, *program.quantize(*arrays))))
     for want, got in zip(wanted, found, strict=True):
         assert np.mean((np.asarray(got).reshape(want.shape) - want) ** 2) < 1e-3 * np.var(want)
+
+
+def test_single_weights_are_rounded_alone():
+    graph = fheq.import_onnx(model([dense("x", "y")], {"x": ("N", 1)}, ["y"], {"w": np.full((1, 1), 0.3, np.float32)}))
+    x = np.random.default_rng(0).normal(size=(SAMPLES, 1)).astype(np.float32)
+    rounded = fheq.round_weights(graph, fheq.fit(graph, fheq.calibrate(graph, x), 5), x)
+    np.testing.assert_allclose(fheq.evaluate(rounded, x), 0.3 * x, atol=0.3 * np.ptp(x) / 31 / 2)  # of the input's steps
 
 
 def listed(found):

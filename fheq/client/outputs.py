@@ -70,8 +70,8 @@ def _joins(graph: Graph) -> list[Node]:
     """Joins of what would take a table for it, with nothing but movement and affine functions of one tensor behind."""
     search = Search(graph)
     free = search.decrypted()
-    joins = (n for n in graph.nodes if n.outputs[0] in free and lookup(n).kind is Kind.MOVEMENT and search.is_affine(n))
-    read = ((node, search.computed(node)) for node in joins)
+    moved = (node for node in graph.nodes if lookup(node).kind is Kind.MOVEMENT and node.outputs[0] not in graph.pinned)
+    read = ((node, search.computed(node)) for node in moved if node.outputs[0] in free)
     return [node for node, names in read if len(names) > 1 and any(map(search.is_requantized, names))]
 
 

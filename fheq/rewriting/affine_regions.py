@@ -15,6 +15,7 @@ from fheq.graph import Graph, Node, is_float
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, find, lookup
 from fheq.regions import is_function_of_one
+from fheq.stated.accumulators import states_accumulator
 
 CHUNK = 1 << 24  # elements of one intermediate tensor while the columns of a map are computed
 
@@ -82,12 +83,18 @@ class Search:
         additive = node.op in ("Add", "Sub", "Sum", "Mean")
         return op.kind is Kind.ELEMENTWISE and set(at) <= set(op.affine) and (len(at) == 1 or additive)
 
+    def is_multiple(self, node: Node) -> bool:
+        """Whether a node is a product of each element with one weight (`fheq.rewriting.scaled_inputs`)."""
+        weights = [self.graph.types[name].shape for name in node.inputs if name in self.graph.constants]
+        return node.op == "MatMul" and any(shape[-2:] == (1, 1) for shape in weights)
+
     def is_requantized(self, name: str) -> bool:
         """Whether a tensor takes a table to be joined or multiplied, having none of its own: it is a movement or an affine
         function of what a linear operator or a sum makes, or a multiple of an input."""
         node = self.producers.get(name)
         if node is None or not self.is_affine(node):
-            return node is not None and self.is_step(node) and node.op not in ("Max", "Min")
+            sums = node is not None and self.is_step(node) and node.op not in ("Max", "Min")
+            return sums or (node is not None and states_accumulator(node))
         if self.is_step(node) or any(map(self.is_requantized, self.computed(node))):
             return True
         return lookup(node).kind is Kind.ELEMENTWISE and all(map(self.is_input, self.computed(node)))
@@ -149,7 +156,7 @@ class Search:
         read: dict[str, int] = {}
         for node in nodes:
             origins = [accumulators[name] for name in self.computed(node)]
-            step = self.is_step(node)
+            step = self.is_step(node) and not self.is_multiple(node)
             if any(origins) and not all(origins):
                 return 0  # the source itself beside weighted sums of it: as one weight, its 1 would leave them few steps
             if step:

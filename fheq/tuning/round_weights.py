@@ -49,7 +49,7 @@ def round_weights(graph: Graph, qparams: QParams, *inputs: Any) -> Graph:
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), qparams)
         exact = jax.vmap(lambda *x: interpret(layout.graph, dict(zip(layout.inputs, x)), targets=_read(layout)))(*data)
         for step in steps:
-            weights = {out: (np.float64(s.weight), s.bias + zero_bias(s)) for out, s in changed.items()}
+            weights = {out: (np.asarray(s.weight, np.float64), s.bias + zero_bias(s)) for out, s in changed.items()}
             values = _quantized(layout, wide, weights, *data)
             reader = Reader.observe(step, features(step, exact), features(step, values, qparams))
             rounded = _rounded(layout, qparams, reader)
