@@ -197,7 +197,20 @@ def weighed_inputs() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 3, 3]}, ["y"], {"w": tensor(3, 3), "k": tensor(3, low=0.5, high=2.0)})
 
 
+def negated_sums() -> onnx.ModelProto:
+    """Of an input whose range is not about 0: their integers fall where the sums rise."""
+    nodes = [
+        node("Div", ["x", "k"], ["d"]),
+        node("Sub", ["d", "l"], ["e"]),
+        node("ReduceSum", ["e", "last"], ["s"]),
+        node("Relu", ["s"], ["y"]),
+    ]
+    known = {"k": np.float32(-0.77), "l": np.float32(1.5), "last": np.array([2])}
+    return model(nodes, {"x": ["N", 2, 4]}, ["y"], known)
+
+
 MODELS = {
+    "negated sums": (negated_sums(), (2, 4)),
     "heads": (heads(), (4,)),
     "functions of joined layers": (functions_of_joined_layers(), (4,)),
     "weighed inputs": (weighed_inputs(), (3, 3)),

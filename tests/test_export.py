@@ -88,6 +88,8 @@ TRIED = [
     ("functions of joined layers", "4 bits, per tensor"),
     ("functions of joined layers", "6 bits, rounded approximately"),
     ("weighed inputs", "8 bits"),
+    ("negated sums", "8 bits"),
+    ("negated sums", "6 bits, rounded approximately"),
 ]
 
 

@@ -246,8 +246,14 @@ def _sum(walk: Walk, node: Node, x: Operand, elements: np.ndarray) -> Step:
     return Sum(node.outputs[0], node, shape, moved, total / np.maximum(count, 1))
 
 
-def _pool(walk: Walk, node: Node) -> Step:
+def _summed(walk: Walk, node: Node) -> Operand:
+    """What a sum reads; of falling functions a table's integers, since those of a sum are to rise with it."""
     x = operand(walk, node.inputs[0], alike)
+    return x if x.slope is None or np.all(x.slope > 0) else operand(walk, node.inputs[0])
+
+
+def _pool(walk: Walk, node: Node) -> Step:
+    x = _summed(walk, node)
     shape = walk.graph.types[node.outputs[0]].shape
     return _sum(walk, node, x, _pool_windows(node, x.shape, shape))
 
@@ -271,12 +277,12 @@ def _reduced(walk: Walk, node: Node, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _reduce(walk: Walk, node: Node) -> Step:
-    x = operand(walk, node.inputs[0], alike)
+    x = _summed(walk, node)
     return _sum(walk, node, x, _reduced(walk, node, x.shape))
 
 
 def _cumsum(walk: Walk, node: Node) -> Step:
-    x = operand(walk, node.inputs[0], alike)
+    x = _summed(walk, node)
     axis = int(_constant(walk, node, 1)) % len(x.shape)
     elements = np.moveaxis(np.arange(len(x.elements)).reshape(x.shape), axis, -1)
     n = x.shape[axis]
