@@ -81,8 +81,8 @@ def _factored(draft: Draft, node: Node) -> bool:
     rest, out = [*found.rest, *rest], node.outputs[0]
     value = draft.apply(node, "Add" if sign == other else "Sub", a, b)
     value = draft.apply(node, "Mul", value, found.factor, out="" if rest else out)
-    for place, (sign, name) in enumerate(rest, 1):
-        value = draft.apply(node, "Add" if sign > 0 else "Sub", value, name, out=out if place == len(rest) else "")
+    if rest:
+        draft.add_up(node, value, rest, out)
     return True
 
 

@@ -174,11 +174,12 @@ def _applied(draft: Draft, nodes: Sequence[Node], name: str) -> str:
 
 def _write_sum(draft: Draft, node: Node, terms: list[tuple[str, int]]) -> None:
     """The sum of terms, each as often as is said, in place of a node."""
-    terms = sorted(terms, key=lambda term: -term[1])
-    value, dtype = "", draft.types[node.outputs[0]].dtype
-    for place, (name, often) in enumerate(terms, 1):
-        sign = 1 if often > 0 or not value else -1
-        if sign * often != 1:
-            name = draft.apply(node, "Mul", name, draft.constant(f"{name}/times", sign * often, dtype))
-        out = node.outputs[0] if place == len(terms) else ""
-        value = draft.apply(node, "Add" if sign > 0 else "Sub", value, name, out=out) if value else name
+    (first, most), *rest = sorted(terms, key=lambda term: -term[1])
+    value = _times(draft, node, first, most)
+    draft.add_up(node, value, [(often, _times(draft, node, name, abs(often))) for name, often in rest], node.outputs[0])
+
+
+def _times(draft: Draft, node: Node, name: str, often: int) -> str:
+    if often == 1:
+        return name
+    return draft.apply(node, "Mul", name, draft.constant(f"{name}/times", often, draft.types[name].dtype))

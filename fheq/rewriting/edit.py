@@ -87,6 +87,14 @@ class Draft:
         self.write(node)
         return out
 
+    def add_up(self, origin: Node, value: str, terms: Iterable[tuple[int, str]], out: str) -> None:
+        """Adds one or more tensors, each with its sign, to another; the last sum is `out`."""
+        *before, last = terms
+        op = lambda sign: "Add" if sign > 0 else "Sub"
+        for sign, name in before:
+            value = self.apply(origin, op(sign), value, name)
+        self.apply(origin, op(last[0]), value, last[1], out=out)
+
     def reshape(self, origin: Node, name: str, shape: tuple[int, ...], out: str = "") -> str:
         """A tensor in another shape, itself where it has it; one entry may be -1."""
         if not out and self.types[name].shape == shape:
