@@ -209,7 +209,25 @@ def negated_sums() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 2, 4]}, ["y"], known)
 
 
+def bottlenecks() -> onnx.ModelProto:
+    """Linear ones, whose sum is read by weights alone."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Relu", ["a"], ["r"]),
+        node("Gemm", ["r", "v", "b"], ["h"]),
+        node("MatMul", ["h", "w"], ["c"]),
+        node("Sigmoid", ["c"], ["p"]),
+        node("MatMul", ["p", "v"], ["d"]),
+        node("Add", ["h", "d"], ["s"]),
+        node("MatMul", ["s", "u"], ["e"]),
+        node("Relu", ["e"], ["y"]),
+    ]
+    known = {"w": tensor(4, 5), "v": tensor(5, 4), "b": tensor(4), "u": tensor(4, 3)}
+    return model(nodes, {"x": ["N", 4]}, ["y"], known)
+
+
 MODELS = {
+    "bottlenecks": (bottlenecks(), (4,)),
     "negated sums": (negated_sums(), (2, 4)),
     "heads": (heads(), (4,)),
     "functions of joined layers": (functions_of_joined_layers(), (4,)),

@@ -83,6 +83,8 @@ TRIED = [
     ("choice of functions", "6 bits, rounded approximately"),
     ("quantized by the client", "6 bits, rounded approximately"),
     ("sign of a difference", "4 bits, per tensor"),
+    ("bottlenecks", "8 bits"),
+    ("bottlenecks", "6 bits, rounded approximately"),
     ("heads", "8 bits, rounded"),
     ("heads", "6 bits, rounded approximately"),
     ("functions of joined layers", "4 bits, per tensor"),

@@ -132,7 +132,7 @@ def plan(graph: Graph) -> Plan:
         simple = merge_equal_nodes(rearrange(merge_equal_nodes(decompose(quantize_before_movement(exact)))))
         simple = settle_decisions(separate_known_parts(simple))
         simple = apply_before_joins(activate_before_maximum(simple))
-        simple = weigh_inputs(compose_joined(distribute(compose(compose_joined(simple)))))
+        simple = weigh_inputs(compose_joined(compose(distribute(compose(compose_joined(simple))))))
         found = walked(separate_encodings(simple))
         made = outputs(found)  # which may make points
         parts = found.graph, tuple(found.steps), found.regions, found.points, made, found.adopted

@@ -1,7 +1,8 @@
 """Weights of a sum as weights of its terms: (a + b) W is [a, b] [W; W].
 
 Layers that add what they compute to what they read, as h + relu(h W) does, are sums of quantized tensors. To be multiplied
-with weights a sum would be quantized anew, with a table for each of its elements; side by side, its terms need none.
+with weights a sum would be quantized anew, with a table for each of its elements; side by side, its terms need none. Of a
+term that is a linear layer's result, as in a chain of linear bottlenecks, what the layer reads takes its place.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
 from fheq.regions import RESHAPES
-from fheq.rewriting.affine_regions import AffineRegion, Search
+from fheq.rewriting.affine_regions import AffineRegion, Search, affine_map
 from fheq.rewriting.compose import DEARER_PER_BIT, MOST_WEIGHTS, PRODUCTS_PER_TABLE, in_place, replaced, tables_before
 from fheq.rewriting.edit import Draft
+from fheq.rewriting.joined import Part
 
 _WEIGHED = {"Conv": (1, 1), "Gemm": (-1, 0), "MatMul": (-1, 0)}
 """The channel axis of what an operator reads, and of its weight."""
@@ -44,11 +46,10 @@ def _of_one_sum(graph: Graph) -> Graph | None:
     search = Search(graph)
     for node in graph.nodes:
         terms = _terms(search, node.outputs[0]) if _is_sum(search, node) else Counter[str]()
-        if len(terms) < 2 or any(_is_sum_of_its_own(search, name) for name in terms):
-            continue
-        regions = _weighed(search, node)
-        if regions and all(_pays(graph, region, len(terms)) for region in regions):
-            return _distributed(graph, regions[0], terms)
+        regions = _weighed(search, node) if len(terms) > 1 else []
+        parts = [_parts(search, region, terms) for region in regions]
+        if regions and all(found and _pays(graph, region, found) for region, found in zip(regions, parts)):
+            return _distributed(graph, regions[0], parts[0])
     return None
 
 
@@ -120,17 +121,54 @@ def _is_weighed(search: Search, node: Node) -> bool:
     return not node.attrs.get("transA", 0) and (node.op == "Conv" or search.graph.constants[node.inputs[1]].ndim == 2)
 
 
-def _pays(graph: Graph, region: AffineRegion, terms: int) -> bool:
+def _parts(search: Search, region: AffineRegion, terms: Counter[str]) -> list[tuple[Part, int]]:
+    """What a region's weights may read in place of each term of their sum, and how often; nothing where some term would take
+    a table of its own."""
+    found = []
+    for name, often in terms.items():
+        part = _layer(search, region, name) if _is_sum_of_its_own(search, name) else Part(name, ())
+        if part is None:
+            return []
+        found.append((part, often))
+    return found
+
+
+def _layer(search: Search, region: AffineRegion, name: str) -> Part | None:
+    """A term as a linear layer that does the same at every place, of what has a table or needs none.
+
+    Returns:
+        None where it is no such layer, or the region's weights cannot take it in.
+    """
+    source, nodes = name, list[Node]()
+    while not any(lookup(node).kind is Kind.LINEAR for node in nodes):
+        node = search.producers.get(source)
+        if node is None or not search.is_affine(node) or len(search.computed(node)) != 1:
+            return None
+        (source,), nodes = search.computed(node), [node, *nodes]
+    op = region.nodes[-1].op
+    if op in _SUMS or _is_sum_of_its_own(search, source):
+        return None
+    axis, graph = _WEIGHED[op][0], search.graph
+    shape, result = (list(graph.types[n].shape) for n in (source, name))
+    form = in_place(graph, AffineRegion(source, tuple(nodes), name, 0, 1))
+    pointwise = form is not None and form.weights == shape.pop(axis) * result.pop(axis) and shape == result
+    whole = AffineRegion(source, (*nodes, *region.nodes), region.out, 0, 1)
+    return Part(source, tuple(nodes)) if pointwise and in_place(graph, whole) else None
+
+
+def _pays(graph: Graph, region: AffineRegion, parts: list[tuple[Part, int]]) -> bool:
     """Whether the tables of a sum cost more than products with the weights of each term, and accumulators that are wider."""
     last, result = region.nodes[-1], graph.types[region.out].shape
     weights = graph.constants[last.inputs[1]].size if last.op in _WEIGHED else 0
     places = math.prod(result[2:]) if last.op == "Conv" else math.prod(result[:-1])
-    dearer = tables_before(graph, region) * (DEARER_PER_BIT ** (math.log2(terms) / 2) - 1)
-    gain = math.prod(graph.types[region.source].shape) - dearer - (terms - 1) * weights * places / PRODUCTS_PER_TABLE
-    return gain > 0 and terms * weights <= MOST_WEIGHTS
+    tables = math.prod(graph.types[region.source].shape)
+    wider = sum(math.prod(graph.types[part.source].shape) for part, _ in parts) / tables
+    dearer = tables_before(graph, region) * (DEARER_PER_BIT ** max(0.0, math.log2(wider) / 2) - 1)
+    gain = tables - dearer - (wider - 1) * weights * places / PRODUCTS_PER_TABLE
+    return gain > 0 and wider * weights <= MOST_WEIGHTS
 
 
-def _distributed(graph: Graph, region: AffineRegion, terms: Counter[str]) -> Graph:
+def _distributed(graph: Graph, region: AffineRegion, parts: list[tuple[Part, int]]) -> Graph:
     """The graph with a region's weights given to the terms of the sum that it reads, movement being done to each of them.
 
     Affine functions become part of the weights first, which leaves the rest for the next time.
@@ -142,25 +180,47 @@ def _distributed(graph: Graph, region: AffineRegion, terms: Counter[str]) -> Gra
     draft, inside = Draft(graph), {id(node) for node in region.nodes}
     for node in graph.nodes:
         if node is region.nodes[-1]:
-            _write(draft, region, terms)
+            _write(draft, region, parts)
         elif id(node) not in inside:
             draft.write(node)
     return draft.finish()
 
 
-def _write(draft: Draft, region: AffineRegion, terms: Counter[str]) -> None:
+def _write(draft: Draft, region: AffineRegion, parts: list[tuple[Part, int]]) -> None:
     *moves, node = region.nodes
     if node.op in _SUMS:
-        names = [_applied(draft, region.nodes, name) for name in terms]
-        _write_sum(draft, node, list(zip(names, terms.values())))
+        names = [_applied(draft, region.nodes, part.source) for part, _ in parts]
+        _write_sum(draft, node, list(zip(names, (often for _, often in parts))))
         return
-    axis, along = _WEIGHED[node.op]
-    moved = [_applied(draft, moves, name) for name in terms]
-    weight = draft.graph.constants[node.inputs[1]]
-    stacked = np.concatenate([often * weight for often in terms.values()], axis=along ^ node.attrs.get("transB", 0))
-    w = draft.constant(f"{node.inputs[1]}/each", stacked, weight.dtype)
+    axis, along = _WEIGHED[node.op][0], _WEIGHED[node.op][1] ^ node.attrs.get("transB", 0)
+    moved = [_applied(draft, moves, part.source) for part, _ in parts]
+    stored = draft.graph.constants[node.inputs[1]]
+    weights, offsets = zip(*(_taken_in(draft.graph, part, axis, along, often * stored) for part, often in parts))
+    w = draft.constant(f"{node.inputs[1]}/each", np.concatenate(weights, axis=along), stored.dtype)
     x = draft.apply(node, "Concat", *moved, axis=axis % len(draft.types[moved[0]].shape))
-    draft.write(replace(node, inputs=(x, w, *node.inputs[2:])))
+    offset, out = node.attrs.get("alpha", 1.0) * sum(offsets), node.outputs[0]
+    if not np.any(offset):
+        draft.write(replace(node, inputs=(x, w, *node.inputs[2:])))
+        return
+    product = draft.fresh(f"{out}/each")
+    draft.write(replace(node, inputs=(x, w, *node.inputs[2:]), outputs=(product,)))
+    channels = offset.reshape(-1, *(1,) * (stored.ndim - 2 if node.op == "Conv" else 0))
+    draft.apply(node, "Add", product, draft.constant(f"{out}/bias", channels, stored.dtype), out=out)
+
+
+def _taken_in(graph: Graph, part: Part, axis: int, along: int, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights that take in the layer before them, and what its bias makes of each of their outputs.
+
+    Args:
+        axis: of the channels that are read; along: that axis of the weight.
+    """
+    if not part.nodes:
+        return weight, np.zeros(())
+    shape = graph.types[part.source].shape
+    place = tuple(size if i == axis % len(shape) else 1 for i, size in enumerate(shape))
+    matrix, offset = affine_map(part.nodes, part.source, place, part.nodes[-1].outputs[0], graph.constants)
+    made = np.moveaxis(np.tensordot(weight, matrix, (along, 0)), -1, along)
+    return made, np.tensordot(weight, offset, (along, 0)).reshape(weight.shape[1 - along], -1).sum(axis=1)
 
 
 def _applied(draft: Draft, nodes: Sequence[Node], name: str) -> str:
