@@ -48,6 +48,7 @@ from fheq.program import IntProgram as IntProgram
 from fheq.qparams import QParams as QParams
 from fheq.reconstruct import Training as Training
 from fheq.reconstruct import reconstruct as reconstruct
+from fheq.rewriting.maxima import maxima_as_sums as maxima_as_sums
 from fheq.scores import Score as Score
 from fheq.search import search as search
 from fheq.searching.front import Front as Front

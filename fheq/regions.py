@@ -24,6 +24,8 @@ from fheq.ops.table import Kind, find, lookup
 FILLER = -1
 RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 """Movements that keep the order of elements."""
+COPIES = (*RESHAPES, "DepthToSpace", "Expand", "Gather", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose")
+"""Movements that put no known values beside what they move."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fheq.errors import QuantizationError
 from fheq.fit import fit, fit_each
 from fheq.graph import Graph
 from fheq.reconstruct import Training, tune
+from fheq.rewriting.maxima import maxima_as_sums
 from fheq.scores import Measure, Score, as_score, r2_to_float
 from fheq.searching.allocate import Change, allocations, layer_changes, with_changes
 from fheq.searching.front import Front, Point, pareto, spaced, undominated
@@ -41,9 +42,10 @@ def search(
 ) -> Front:
     """Finds quantizations of which none is both dearer and worse than another.
 
-    The graph is pruned to several degrees; every degree is fitted with a grid of bits, scored by one noisy sweep over bits
-    and failure probabilities, and costed; the best are refined layer by layer; some are reconstructed; the finalists are
-    scored by noisy simulation, on samples that nothing was fitted to.
+    The graph is pruned to several degrees; every degree, with its maxima as they are and as sums (`fheq.maxima_as_sums`), is
+    fitted with a grid of bits, scored by one noisy sweep over bits and failure probabilities, and costed; the best are
+    refined layer by layer; some are reconstructed; the finalists are scored by noisy simulation, on samples that nothing was
+    fitted to.
 
     Args:
         graph: what `import_onnx` gives.
@@ -95,13 +97,20 @@ class _Search:
             if graph in seen:
                 continue
             seen.append(graph)
-            stats = calibrate(graph, *self.judge.data)
-            group, specs = [], self.space.specs()
-            for spec, qparams in zip(specs, fit_each(graph, stats, specs), strict=True):
-                name = f"pruned {tolerance:g}, {spec_name(spec)}"
-                group += [Candidate(name, p, graph, stats, spec, qparams) for p in self.space.p_errors]
-            found += self.judge.rivals(group, found)
+            found += self.fitted(f"pruned {tolerance:g}", graph, found)
+            summed = maxima_as_sums(graph)
+            if summed is not graph:
+                found += self.fitted(f"pruned {tolerance:g}, maxima as sums", summed, found)
         return found
+
+    def fitted(self, how: str, graph: Graph, known: list[Candidate]) -> list[Candidate]:
+        """A graph with every spec, but what known candidates surpass."""
+        stats = calibrate(graph, *self.judge.data)
+        group, specs = [], self.space.specs()
+        for spec, qparams in zip(specs, fit_each(graph, stats, specs), strict=True):
+            name = f"{how}, {spec_name(spec)}"
+            group += [Candidate(name, p, graph, stats, spec, qparams) for p in self.space.p_errors]
+        return self.judge.rivals(group, known)
 
     def refined(self, pool: list[Candidate], target: float | None) -> list[Candidate]:
         """Bits chosen layer by layer around the most promising candidates."""

@@ -18,7 +18,7 @@ from fheq.fitting.stated_weights import stated_weight
 from fheq.integers.accumulator_decoders import Summand, accumulator_scale, summands, sums_accumulators
 from fheq.integers.decoders import step_of
 from fheq.observing.statistics import Stats, TensorStats
-from fheq.planning.granularity import channel_axis, first_of_channel, varies_in_channel
+from fheq.planning.granularity import channel_axis, channel_numbers, first_of_channel, varies_in_channel
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
 from fheq.spec import Spec
@@ -54,12 +54,14 @@ def _layer(layout: Plan, qparams: QParams, operand: Operand) -> Linear | None:
 
 
 def _free(layout: Plan, qparams: QParams, step: Add) -> list[Linear | None]:
-    """The layers whose accumulators a sum reads as they lie, channel by channel, and whose weights are theirs alone."""
+    """The layers whose accumulators a sum reads channel by channel, and whose weights are theirs alone."""
     found: list[Linear | None] = []
+    channels = channel_numbers(step.shape, channel_axis(layout, step.out))
     for operand in step.operands:
         made = _layer(layout, qparams, operand)
-        lies = made is not None and operand.in_order and operand.shape == made.shape
-        found.append(made if made is not None and lies and made.channel == channel_axis(layout, step.out) else None)
+        numbers = None if made is None else channel_numbers(made.shape, made.channel)
+        lies = numbers is not None and np.array_equal(numbers[operand.elements], channels)
+        found.append(made if numbers is not None and lies and np.max(numbers) == np.max(channels) else None)
     return found
 
 

@@ -1,6 +1,7 @@
-"""Tables on nothing but a table's results, and tables of inputs that change nothing: one table, and none.
+"""Tables on a table's results alone, multiples of such results, tables that change nothing in an input: one table, and none.
 
-concrete merges the first kind too; done here, predictions know of it. The second kind costs it a bootstrap.
+concrete merges the first kind too; done here, predictions know of it. A multiple of a table's result has so many times its
+noise, where a table of multiples has its own. The last kind costs concrete a bootstrap.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fheq.program import Gather, Instruction, IntProgram, Lookup
+from fheq.program import Gather, Instruction, IntProgram, Lookup, Scale
 
 
 def merge_tables(program: IntProgram) -> IntProgram:
@@ -24,6 +25,9 @@ def merge_tables(program: IntProgram) -> IntProgram:
         if isinstance(i, Lookup) and isinstance(first, Lookup) and i.lsbs == 0 and readers[first.out] == 1:
             del made[first.out]
             i = _merged(first, i, program.values[i.out].shape)
+        elif isinstance(i, Scale) and isinstance(first, Lookup) and readers[first.out] == 1:
+            del made[first.out]
+            i = _multiplied(first, i, program.values[i.out].shape)
         made[i.out] = i
     return replace(program, instructions=tuple(made.values()))
 
@@ -35,6 +39,14 @@ def _merged(first: Lookup, then: Lookup, shape: tuple[int, ...]) -> Lookup:
     between = first.table[a].astype(np.int64) & ((1 << then.bits) - 1)
     table = np.take_along_axis(then.table[b], between, axis=1)
     return replace(then, args=first.args, table=table, group=group.reshape(shape), lsbs=first.lsbs, bits=first.bits)
+
+
+def _multiplied(lookup: Lookup, scale: Scale, shape: tuple[int, ...]) -> Lookup:
+    """A table whose results are multiplied, as a table of multiples."""
+    parts = np.stack([np.broadcast_to(part, shape).ravel() for part in (lookup.group, scale.factor)])
+    (group, factor), at = np.unique(parts, axis=1, return_inverse=True)
+    table = lookup.table[group].astype(np.int64) * factor[:, None]
+    return replace(lookup, out=scale.out, table=table, group=at.reshape(shape))
 
 
 def _without_identities(program: IntProgram) -> IntProgram:

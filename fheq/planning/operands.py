@@ -10,7 +10,7 @@ import numpy as np
 from fheq.graph import Node
 from fheq.planning.walk import Walk
 from fheq.planning.weighed_decisions import weighed_decision
-from fheq.regions import FILLER, is_boolean
+from fheq.regions import COPIES, FILLER, is_boolean, is_function_of_one
 from fheq.steps import Operand, counts_decisions, makes_accumulator
 
 
@@ -40,13 +40,15 @@ def operand(walk: Walk, tensor: str, absorbs: Callable[[np.ndarray], bool] | Non
 
 
 def summand(walk: Walk, tensor: str, node: Node) -> Operand:
-    """The integers that a sum reads for a tensor: an accumulator as it is, where it goes nowhere else.
+    """The integers that a sum reads for a tensor: an accumulator as it is, where nothing but sums reads it.
 
     Not where decisions are made of the sum: the integers of an operand's own grid tell equals from others.
     """
     region = walk.regions[tensor]
     step = next((s for s in walk.steps if s.out == region.source and makes_accumulator(s)), None)
-    if step is None or counts_decisions(step) or _decides(walk, node.outputs[0]) or not _leads_to(walk, region.source, node):
+    if step is None or counts_decisions(step) or _decides(walk, node.outputs[0]):
+        return operand(walk, tensor)
+    if not _leads_to(walk, region.source, node) and not _is_summed(walk, region.source):
         return operand(walk, tensor)
     found = walk.affine_operand(tensor) if region.affine and np.all(region.elements != FILLER) else None
     if found is None or found.slope is None or np.any(found.slope <= 0):
@@ -70,3 +72,24 @@ def _leads_to(walk: Walk, source: str, node: Node) -> bool:
             return False
         stack += [out for reader in walk.consumers.get(name, []) if reader is not node for out in reader.outputs if out]
     return True
+
+
+def _is_summed(walk: Walk, source: str) -> bool:
+    """Whether all that reads a source, moved or as it is, are sums with other tensors that no decisions are made of."""
+    kept, stack = {port.name for port in walk.graph.outputs}, [source]
+    while stack:
+        name = stack.pop()
+        if name in kept:
+            return False
+        for reader in walk.consumers.get(name, []):
+            if reader.op in COPIES and reader.inputs[0] == name:
+                stack += filter(None, reader.outputs)
+            elif not _is_sum(walk, reader) or _decides(walk, reader.outputs[0]):
+                return False
+    return True
+
+
+def _is_sum(walk: Walk, node: Node) -> bool:
+    read = [name for name in node.inputs if name not in walk.graph.constants]
+    sums = node.op in ("Add", "Sub") and len(read) == 2
+    return sums and not is_function_of_one(walk.graph, read, node.outputs[0])

@@ -16,7 +16,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
-from fheq.regions import RESHAPES
+from fheq.regions import COPIES
 from fheq.rewriting.affine_regions import AffineRegion, Search, affine_map
 from fheq.rewriting.compose import DEARER_PER_BIT, MOST_WEIGHTS, PRODUCTS_PER_TABLE, in_place, replaced, tables_before
 from fheq.rewriting.edit import Draft
@@ -27,9 +27,6 @@ _WEIGHED = {"Conv": (1, 1), "Gemm": (-1, 0), "MatMul": (-1, 0)}
 
 _SUMS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")
 """Operators with the same weight for all that they read, which sum each term alone."""
-
-_MOVED = (*RESHAPES, "DepthToSpace", "Expand", "Gather", "Slice", "SpaceToDepth", "Tile", "Transpose")
-"""Movements that put no known values beside what they move."""
 
 
 def distribute(graph: Graph) -> Graph:
@@ -110,7 +107,7 @@ def _up_to_weights(search: Search, total: str, reader: Node) -> AffineRegion | N
 
 def _moves(region: AffineRegion) -> bool:
     """Whether nothing but movement comes before the weights."""
-    return all(node.op in _MOVED and not node.domain for node in region.nodes[:-1])
+    return all(node.op in COPIES and len(node.outputs) == 1 and not node.domain for node in region.nodes[:-1])
 
 
 def _is_weighed(search: Search, node: Node) -> bool:

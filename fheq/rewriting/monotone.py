@@ -128,7 +128,7 @@ def _chain(graph: Graph, node: Node, readers: Mapping[str, list[Node]]) -> list[
     tensor, chain, curved = node.outputs[0], [], 0
     while tensor not in outputs and tensor not in graph.pinned and len(readers.get(tensor, [])) == 1:
         (function,) = readers[tensor]
-        if not _non_decreasing(graph, node, function, tensor):
+        if not non_decreasing(graph, node, function, tensor):
             break
         chain.append(function)
         tensor = function.outputs[0]
@@ -136,7 +136,7 @@ def _chain(graph: Graph, node: Node, readers: Mapping[str, list[Node]]) -> list[
     return chain[:curved]
 
 
-def _non_decreasing(graph: Graph, maximum: Node, node: Node, tensor: str) -> bool:
+def non_decreasing(graph: Graph, maximum: Node, node: Node, tensor: str) -> bool:
     """Whether an elementwise node does not decrease in `tensor`, alike for all that the maximum compares."""
     known = [graph.constants[name] for name in node.inputs if name in graph.constants]
     shape, result = graph.types[tensor].shape, graph.types[node.outputs[0]].shape
