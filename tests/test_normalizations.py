@@ -165,3 +165,26 @@ def test_small_rows_do_not_outweigh_the_others(features: int) -> None:
     errors = [error(graph, x, x, bits) for bits in (4, 6, 8)]
     assert max(errors) < 1  # an answer of zeros
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.5, 2.0])
+def test_means_of_what_is_present(bound: float) -> None:
+    """Divided by how many there are, at least 1: of a row of one the inverse is as large as that of a row of none."""
+    nodes = [
+        node("Unsqueeze", ["mask", "axes"], ["m"]),
+        node("Mul", ["x", "m"], ["h"]),
+        node("ReduceSum", ["h", "one"], ["s"], keepdims=0),
+        node("ReduceSum", ["mask", "one"], ["c"]),
+        node("Max", ["c", "bound"], ["n"]),
+        node("Div", ["s", "n"], ["y"]),
+    ]
+    known = {"axes": np.array([-1]), "one": np.array([1]), "bound": np.float32(bound)}
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 5, 3], "mask": ["N", 5]}, ["y"], known, opset=18))
+    rng = np.random.default_rng(0)
+    x, count = rng.uniform(0, 1, (ROWS, 5, 3)).astype(np.float32), rng.integers(1, 6, ROWS)
+    mask = (np.arange(5) < count[:, None]).astype(np.float32)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x, mask), 8))
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(x, mask)))
+    wanted = (x * mask[:, :, None]).sum(axis=1) / np.maximum(count, bound)[:, None]
+    for n in range(1, 6):
+        np.testing.assert_allclose(got[count == n], wanted[count == n], atol=0.05)

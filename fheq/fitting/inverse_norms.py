@@ -24,6 +24,8 @@ _AFTER = ("Cast", "Clip", "Identity", "Max", "Min")
 """Operators that may follow it."""
 FLOAT = 1 - 2.0**-16  # relative, how much smaller than it is a number in float32 may come out
 LEAST = 1e-30
+SUMS = LEAST * 2.0 ** np.arange(200)
+FLAT = 0.99  # of the inverse of 0: with an epsilon, an eighth of the sum that halves it takes a tenth
 UNRESOLVED = 2 / 9
 """The square, in steps, whose root has the inverse of least squared error for all numbers whose squares round to 0: with
 x^2 even in x from 0 to a, where 2 a^2 is a step, the sum of (r x - 1)^2 is least at r = 1.5 / a."""
@@ -44,8 +46,9 @@ def ceilings_of(layout: Plan, stats: Stats, bits: Callable[[str], int]) -> dict[
     for key, maker in _inverses(layout):
         seen = per_tensor(stats[key]) if key in stats else None
         if seen is not None and seen.histogram is not None and float(seen.minimum[0]) > 0:
-            ceiling = _of_least_error(seen, bits(key), _inverse(layout, key, LEAST))
-            ceiling = min(ceiling, _inverse(layout, key, max(_unresolved(stats, maker, bits), LEAST)))
+            of_zero = np.inf if _is_clamped(layout, key) else float(_inverse(layout, key, LEAST)[0])
+            ceiling = _of_least_error(seen, bits(key), of_zero)
+            ceiling = min(ceiling, float(_inverse(layout, key, max(_unresolved(stats, maker, bits), LEAST))[0]))
             if float(seen.minimum[0]) < ceiling < float(seen.maximum[0]):
                 found[key] = ceiling
     return found
@@ -106,14 +109,26 @@ def _inverts(graph: Graph, name: str, source: str) -> bool:
     return True
 
 
-def _inverse(layout: Plan, key: str, value: float) -> float:
-    """The inverse where the sum that its norm is made of has a value."""
-    source = lambda _, need: np.full((len(need), 1), value)
-    return float(in_float64(lambda: layout.elements.evaluate(key, np.zeros(1, np.int64), source)).ravel()[0])
+def _inverse(layout: Plan, key: str, values: np.ndarray | float) -> np.ndarray:
+    """The inverses where the sum that the norm is made of has these values, `(V,)`."""
+    source = lambda _, need: np.broadcast_to(values, (len(need), np.size(values)))
+    return in_float64(lambda: layout.elements.evaluate(key, np.zeros(1, np.int64), source)).ravel()
+
+
+def _is_clamped(layout: Plan, key: str) -> bool:
+    """Whether small norms have the inverse of the least one that the model tells apart, as counts of 0 have that of 1: no
+    epsilon is added, of which the norm of a row could be told."""
+    found = _inverse(layout, key, SUMS)
+    halved = int(np.argmax(found <= found[0] / 2))
+    return bool(found[max(halved - 3, 0)] > FLAT * found[0])
 
 
 def _of_least_error(seen: TensorStats, bits: int, of_zero: float) -> float:
-    """The end of the range from 0 that has the least error, in parts of the inverses."""
+    """The end of the range from 0 that has the least error, in parts of the inverses.
+
+    Args:
+        of_zero: the inverse of a sum of 0 with an epsilon; infinite where none is added.
+    """
     _, value, mass = (np.ravel(v) for v in bins(seen))
     value, mass = value[mass > 0], mass[mass > 0]
     least = of_zero**-2.0 if of_zero >= FLOAT * value[-1] else 0.0  # of the square of a norm, as an epsilon is
