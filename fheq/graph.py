@@ -125,11 +125,15 @@ class Graph:
     def _producers(self) -> Mapping[str, Node]:
         return MappingProxyType({out: node for node in self.nodes for out in node.outputs if out})
 
-    def consumers(self) -> dict[str, list[Node]]:
+    def consumers(self) -> Mapping[str, list[Node]]:
         """Tensor name to the nodes that read it (each once), in topological order."""
+        return self._consumers
+
+    @cached_property
+    def _consumers(self) -> Mapping[str, list[Node]]:
         readers: dict[str, list[Node]] = {}
         for node in self.nodes:
             for name in dict.fromkeys(node.inputs):
                 if name:
                     readers.setdefault(name, []).append(node)
-        return readers
+        return MappingProxyType(readers)

@@ -7,9 +7,8 @@ and evaluates that function; `fheq.planning.planner` decides where regions begin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.experimental import enable_x64
 from fheq.errors import UnsupportedError
 from fheq.graph import Graph, Node
 from fheq.interpret import run_node
-from fheq.ops.table import Kind, find, lookup
+from fheq.ops.table import lookup
 
 FILLER = -1
 RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
@@ -75,69 +74,6 @@ def movements(graph: Graph, node: Node) -> dict[str, Movement]:
 def broadcast_elements(shape: tuple[int, ...], out: tuple[int, ...]) -> np.ndarray:
     """For each element of the shape `out`, the flat index of the element of `shape` that broadcasts to it."""
     return np.broadcast_to(np.arange(int(np.prod(shape))).reshape(shape), out).ravel()
-
-
-def copied_from(graph: Graph, name: str) -> Iterator[str]:
-    """The tensors whose values a tensor has, itself first: those before casts and movements of one tensor."""
-    producers = graph.producers()
-    while True:
-        yield name
-        node = producers.get(name)
-        if node is None or (node.op != "Cast" and lookup(node).kind is not Kind.MOVEMENT):
-            return
-        if len({n for n in node.inputs if n and n not in graph.constants}) > 1:
-            return
-        name = node.inputs[0]
-
-
-def elementwise_source(graph: Graph, name: str) -> str:
-    """The tensor of which another is a function, element by element in the same order, through operators of ONNX alone;
-    itself without one."""
-    producers = graph.producers()
-    found: dict[str, str] = {}
-
-    def visit(name: str) -> str:
-        if name not in found:
-            node, row = producers.get(name), None
-            if node is not None and node.domain in ("", "ai.onnx.ml"):
-                row = find(node)
-            sources = {name}
-            if node is not None and row is not None and (row.kind is Kind.ELEMENTWISE or node.op in RESHAPES):
-                sources = {visit(n) for n in node.inputs if n and n not in graph.constants}
-            found[name] = sources.pop() if len(sources) == 1 else name
-        return found[name]
-
-    return visit(name)
-
-
-def is_function_of_one(graph: Graph, names: Sequence[str], out: str) -> bool:
-    """Whether an elementwise operator's result is a function of one tensor, of whose functions the same elements meet."""
-    same = len({elementwise_source(graph, name) for name in names}) == 1
-    return same and all(prod(graph.types[name].shape) == prod(graph.types[out].shape) for name in names)
-
-
-def is_boolean(graph: Graph, name: str) -> bool:
-    """Whether a tensor holds nothing but 0 and 1, being made from comparisons or from inputs that are booleans."""
-    producers = graph.producers()
-
-    def visit(name: str) -> bool:
-        if name in graph.constants:
-            return bool(np.all(np.isin(graph.constants[name], (0, 1))))
-        node = producers.get(name)
-        if graph.types[name].dtype == np.bool_:
-            return True
-        if node is None:
-            return False
-        row = lookup(node)
-        data = [n for i, n in enumerate(node.inputs) if n and not row.is_static(i)]
-        return (row.kind is Kind.MOVEMENT or node.op == "Cast") and all(map(visit, data))
-
-    return visit(name) and name not in graph.constants
-
-
-def is_integer(graph: Graph, name: str) -> bool:
-    """Whether a tensor holds whole numbers, being made from integers."""
-    return any(graph.types[n].dtype.kind in "iu" for n in copied_from(graph, name))
 
 
 class Elements:

@@ -340,6 +340,25 @@ def test_single_weights_are_rounded_alone():
     np.testing.assert_allclose(fheq.evaluate(rounded, x), 0.3 * x, atol=0.3 * np.ptp(x) / 31 / 2)  # of the input's steps
 
 
+def test_small_parts_beside_great_numbers_keep_their_digits():
+    nodes = [node("Mul", ["x", "a"], ["m"]), node("Add", ["m", "b"], ["n"]), node("Add", ["n", "z"], ["y"])]
+    known = {"a": np.float32(1e-3), "b": np.float32(1e3)}
+    planned = plan(fheq.import_onnx(model(nodes, {"x": ROW, "z": ROW}, ["y"], known))).graph
+    (product,) = (n for n in planned.nodes if n.op == "MatMul")
+    np.testing.assert_allclose(planned.constants[product.inputs[1]], known["a"])
+
+
+def test_thousands_of_scaled_inputs_are_joined():
+    """The matrix of what is done to each alone would have millions of elements."""
+    nodes = [node("Mul", ["x", "gain"], ["m"]), node("Concat", ["m", "z"], ["c"], axis=1), dense("c", "y")]
+    many = 4200
+    known = {"gain": np.linspace(1, 2, many, dtype=np.float32), "w": np.ones((many + N, 1), np.float32)}
+    graph = fheq.import_onnx(model(nodes, {"x": ("N", many), "z": ROW}, ["y"], known))
+    assert not plan(graph).points
+    x, z = np.ones((2, many), np.float32), np.zeros((2, N), np.float32)
+    np.testing.assert_allclose(fheq.evaluate(rejoined(graph, plan(graph).graph), x, z), 1.5 * many, rtol=1e-5)
+
+
 def listed(found):
     return found if isinstance(found, tuple | list) else (found,)
 

@@ -112,6 +112,14 @@ def test_batch_norm_after_matmul_and_add():
     assert ops(check(model(nodes, {"x": ["N", 3]}, ["y"], known), tensor(5, 3))) == ["MatMul", "Add"]
 
 
+@pytest.mark.parametrize("between", [[], [node("Add", ["b", "h"], ["a"])]])
+def test_batch_norm_over_rows_after_matmul(between):
+    """Its channels are the middle axis, those of the product the last one, though as many."""
+    nodes = [node("MatMul", ["x", "w"], ["h"]), *between, bn("a" if between else "h", "y")]
+    known = {"w": tensor(3, 4), **({"b": tensor(4)} if between else {}), **BN}
+    check(model(nodes, {"x": ["N", 4, 3]}, ["y"], known), tensor(5, 4, 3))
+
+
 BEFORE = {
     "conv": (node("Conv", ["n", "w", "b"], ["y"]), ["N", 4, 5, 5], {"w": tensor(2, 4, 3, 3), "b": tensor(2)}),
     "grouped conv": (node("Conv", ["n", "w"], ["y"], group=2), ["N", 4, 5, 5], {"w": tensor(6, 2, 3, 3)}),

@@ -10,8 +10,8 @@ from fheq.affine import Affine
 from fheq.errors import QuantizationError
 from fheq.graph import Graph, Node, describe
 from fheq.ops.table import Kind, lookup
+from fheq.origins import is_boolean
 from fheq.planning.plan import Plan
-from fheq.regions import is_boolean
 from fheq.steps import Join, Linear, Maximum, Operand, Product, Step, Sum
 
 

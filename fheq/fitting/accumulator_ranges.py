@@ -12,10 +12,10 @@ from fheq.integers.decoders import step_of
 from fheq.integers.integer_weights import Weights, quantize_weight
 from fheq.observing.clipping import tails
 from fheq.observing.statistics import Stats, TensorStats, of_statistics
+from fheq.origins import is_boolean
 from fheq.planning.granularity import channel_axis, first_of_channel
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
-from fheq.regions import is_boolean
 from fheq.spec import AccumulatorRange, Spec
 from fheq.steps import Add, Linear, Operand, Step, Sum, counts_decisions
 

@@ -16,9 +16,9 @@ from fheq.fitting.function_grids import Grid, grid_of, grid_on
 from fheq.fitting.whole_numbers import filling, holding, in_steps_of_one, is_whole
 from fheq.graph import is_float
 from fheq.observing.statistics import Stats, per_tensor
+from fheq.origins import is_integer
 from fheq.planning.granularity import Sharing
 from fheq.planning.plan import Plan
-from fheq.regions import is_integer
 from fheq.steps import Linear, Sum
 
 Range = tuple[np.ndarray, np.ndarray, int]

@@ -17,8 +17,8 @@ import numpy as np
 from fheq.fitting.accumulator_ranges import decides
 from fheq.fitting.exact_steps import Range
 from fheq.fitting.whole_numbers import unit_fraction
+from fheq.origins import is_boolean
 from fheq.planning.plan import Plan
-from fheq.regions import is_boolean
 from fheq.steps import Add, Step
 
 FINER = 16.0  # own steps in a common one, at most
@@ -91,7 +91,9 @@ class Group:
         unit = np.min([np.where(kept(m), own, np.inf) for m, own in self.own.items()], axis=0)
         exact = np.isfinite(unit)
         unit = np.where(exact, unit, 1.0)
-        multiple = np.where(step < unit, unit / np.floor(unit / step + TINY), unit * np.ceil(step / unit - TINY))
+        multiple = np.where(
+            step < unit, unit / np.maximum(np.floor(unit / step + TINY), 1), unit * np.ceil(step / unit - TINY)
+        )
         step = np.where(exact, multiple, unit_fraction(step, np.any(list(self.whole.values()), axis=0)))
         return np.ceil(step - TINY) if any(is_integral(self.layout, m) for m in self.own) and np.all(step > 1) else step
 

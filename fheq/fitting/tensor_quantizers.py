@@ -15,9 +15,9 @@ from fheq.fitting.thresholds import on_edges
 from fheq.graph import describe, is_float
 from fheq.observers import observed_range
 from fheq.observing.statistics import Stats, TensorStats, per_tensor
+from fheq.origins import copied_from, is_boolean, is_integer
 from fheq.planning.granularity import Sharing, share
 from fheq.planning.plan import Plan
-from fheq.regions import copied_from, is_boolean, is_integer
 from fheq.spec import DEFAULT_MODEL_BITS, BitsError, Granularity, Override, Spec
 from fheq.steps import Join
 

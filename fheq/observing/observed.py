@@ -13,9 +13,9 @@ import numpy as np
 from fheq.graph import Node
 from fheq.interpret import run_node
 from fheq.observing.statistics import Stats, TensorStats, clipped
+from fheq.origins import is_boolean
 from fheq.planning.granularity import channel_axis
 from fheq.planning.plan import Plan
-from fheq.regions import is_boolean
 from fheq.steps import counts_decisions
 
 # They choose one of their inputs, so that nothing is rounded.

@@ -22,9 +22,9 @@ from fheq.onnx.quantizers import quantizer_functions, write_pair, write_quantize
 from fheq.onnx.samples import for_any_number
 from fheq.onnx.weights import known_part, write_bias, write_weight
 from fheq.onnx.writer import Writer
+from fheq.origins import is_boolean
 from fheq.planning.plan import Plan
 from fheq.qparams import QParams
-from fheq.regions import is_boolean
 from fheq.steps import Add, Linear, Step, makes_accumulator
 
 ML = "ai.onnx.ml"

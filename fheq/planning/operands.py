@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.graph import Node
+from fheq.origins import is_boolean, is_function_of_one
 from fheq.planning.walk import Walk
 from fheq.planning.weighed_decisions import weighed_decision
-from fheq.regions import COPIES, FILLER, is_boolean, is_function_of_one
+from fheq.regions import COPIES, FILLER
 from fheq.steps import Operand, counts_decisions, makes_accumulator
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from fheq.graph import Node
+from fheq.origins import is_boolean
 from fheq.planning.plan import Plan
-from fheq.regions import is_boolean
 from fheq.steps import Linear, Maximum, Product, Step, Sum
 
 

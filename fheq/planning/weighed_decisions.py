@@ -12,8 +12,9 @@ from functools import partial
 import numpy as np
 
 from fheq.ops.table import Kind, lookup
+from fheq.origins import is_boolean
 from fheq.planning.walk import Walk
-from fheq.regions import FILLER, Elements, broadcast_elements, in_float64, is_boolean
+from fheq.regions import FILLER, Elements, broadcast_elements, in_float64
 from fheq.rewriting.decisions import function_labels
 from fheq.steps import Operand
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.experimental import enable_x64
 from fheq.graph import Graph, Node, is_float
 from fheq.interpret import run_node
 from fheq.ops.table import Kind, find, lookup
-from fheq.regions import is_function_of_one
+from fheq.origins import is_function_of_one
+from fheq.regions import in_float64
 from fheq.stated.accumulators import states_accumulator
 
 CHUNK = 1 << 24  # elements of one intermediate tensor while the columns of a map are computed
@@ -182,25 +184,40 @@ def affine_map(
     nodes: Sequence[Node], source: str, shape: tuple[int, ...], out: str, constants: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Matrix `(outputs, inputs)` and offset `(outputs,)` of what the nodes make of a source of a given shape, in float64."""
-    known = {n: constants[n] for node in nodes for n in node.inputs if n in constants}
-    known = {n: v.astype(np.float64) if is_float(v.dtype) else v for n, v in known.items()}
     largest = 1
 
     def run(x: jax.Array) -> jax.Array:
         nonlocal largest
-        env = {source: x.reshape(shape)}
-        read = lambda name: env[name] if name in env else jnp.asarray(known[name])
-        for node in nodes:
-            env.update((n, v) for n, v in zip(node.outputs, run_node(node, read, known)) if n)
-            largest = max(largest, *(v.size for v in env.values()))
+        env = _values(nodes, {source: x.reshape(shape)}, constants)
+        largest = max(largest, *(v.size for v in env.values()))
         return env[out].ravel()
 
     with enable_x64():
         zero = jnp.zeros(int(np.prod(shape)), np.float64)
         offset = run(zero)
         rows = offset.size < zero.size
-        derivative = jax.vjp(run, zero)[1] if rows else lambda v: jax.jvp(run, (zero,), (v,))[1]
-        units = jnp.eye(offset.size if rows else zero.size)
-        found = jax.lax.map(derivative, units, batch_size=max(1, CHUNK // largest))
-        matrix = np.asarray(found[0] if rows else found.T)
-    return matrix, np.asarray(offset)
+        derivative = jax.vmap(jax.vjp(run, zero)[1] if rows else lambda v: jax.jvp(run, (zero,), (v,))[1])
+        units = np.eye(offset.size if rows else zero.size)
+        batch = max(1, CHUNK // largest)
+        parts = [derivative(jnp.asarray(units[i : i + batch])) for i in range(0, len(units), batch)]
+        found = np.concatenate([np.asarray(part[0] if rows else part) for part in parts])
+    return found if rows else found.T, np.asarray(offset)
+
+
+def elementwise_map(
+    nodes: Sequence[Node], source: str, shape: tuple[int, ...], out: str, constants: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and offset, in the result's shape, of what affine functions make of each element of a source, in float64."""
+    value = lambda x: in_float64(lambda: _values(nodes, {source: jnp.full(shape, x, np.float64)}, constants)[out])
+    offset = value(0.0)
+    return value(1.0) - offset, offset
+
+
+def _values(nodes: Sequence[Node], env: dict[str, Any], constants: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What nodes make of tensors, known ones in float64."""
+    known = {n: constants[n] for node in nodes for n in node.inputs if n in constants}
+    known = {n: v.astype(np.float64) if is_float(v.dtype) else v for n, v in known.items()}
+    read = lambda name: env[name] if name in env else jnp.asarray(known[name])
+    for node in nodes:
+        env.update((n, v) for n, v in zip(node.outputs, run_node(node, read, known)) if n)
+    return env

@@ -72,6 +72,8 @@ def _into_previous(graph: Graph, node: Node, scale: np.ndarray, shift: np.ndarra
     linear = _linear_before(graph, node.inputs[0])
     if linear is None or linear.bias.size != scale.size:
         return None
+    if linear.node.op == "MatMul" and len(graph.types[linear.node.outputs[0]].shape) > 2:
+        return None  # its channels lie along the last axis
     groups, per_group = linear.weight.shape[:2]
     weight = linear.weight * scale.reshape(groups, per_group, *[1] * (linear.weight.ndim - 2))
     return _with_linear(graph, linear, weight, scale * linear.bias + shift, node.outputs[0], drop=(node,))
@@ -202,7 +204,7 @@ def _added_bias(graph: Graph, node: Node, size: int) -> tuple[Node, np.ndarray]:
 
 def _input_channels(graph: Graph, node: Node, path: list[Node], reader: Node) -> np.ndarray | None:
     """For each input of the linear `reader`, the channel of the BatchNormalization that it belongs to."""
-    if reader.op == "ConvTranspose" or (reader.op == "Conv" and _may_pad(graph, reader)):
+    if reader.op == "ConvTranspose" or (reader.op == "Conv" and _may_pad(reader)):
         return None
     numbers = channel_numbers(graph.types[node.outputs[0]].shape, 1)
     for move in path:
@@ -210,7 +212,7 @@ def _input_channels(graph: Graph, node: Node, path: list[Node], reader: Node) ->
     return numbers_along(numbers, 1 if reader.op == "Conv" else numbers.ndim - 1)
 
 
-def _may_pad(graph: Graph, node: Node) -> bool:
+def _may_pad(node: Node) -> bool:
     return node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or any(node.attrs.get("pads", ()))
 
 

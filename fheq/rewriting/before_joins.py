@@ -13,7 +13,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, find
-from fheq.regions import elementwise_source
+from fheq.origins import elementwise_source
 from fheq.rewriting.affine_regions import Search
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.evaluation import evaluated

@@ -11,7 +11,7 @@ from string import ascii_letters
 from types import MappingProxyType
 
 from fheq.graph import Node
-from fheq.regions import is_function_of_one
+from fheq.origins import is_function_of_one
 from fheq.rewriting.affine_regions import Search
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.einsum import expand_einsum

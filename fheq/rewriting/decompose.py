@@ -12,7 +12,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node, is_float
 from fheq.ops.mappings import mapping_of
-from fheq.regions import elementwise_source
+from fheq.origins import is_function_of_one
 from fheq.rewriting import (
     distances,
     division,
@@ -133,7 +133,7 @@ def _where(draft: Draft, node: Node) -> bool:
     condition, a, b = node.inputs
     known = {name: draft.constants[name] for name in (a, b) if name in draft.constants}
     result, out = draft.types[node.outputs[0]], node.outputs[0]
-    if len({elementwise_source(draft.graph, name) for name in node.inputs if name not in draft.constants}) == 1:
+    if is_function_of_one(draft.graph, [name for name in node.inputs if name not in draft.constants], out):
         return False
     if condition in draft.constants and not known:
         return _selected(draft, node)

@@ -41,8 +41,9 @@ def distribute(graph: Graph) -> Graph:
 
 def _of_one_sum(graph: Graph) -> Graph | None:
     search = Search(graph)
+    sums = _terms(search)
     for node in graph.nodes:
-        terms = _terms(search, node.outputs[0]) if _is_sum(search, node) else Counter[str]()
+        terms = sums.get(node.outputs[0], Counter[str]())
         regions = _weighed(search, node) if len(terms) > 1 else []
         parts = [_parts(search, region, terms) for region in regions]
         if regions and all(found and _pays(graph, region, found) for region, found in zip(regions, parts)):
@@ -56,14 +57,16 @@ def _is_sum(search: Search, node: Node) -> bool:
     return two and search.is_affine(node) and search.is_step(node)
 
 
-def _terms(search: Search, name: str, sign: int = 1) -> Counter[str]:
-    """What a sum adds up, through the sums that it is made of, and how often."""
-    node = search.producers.get(name)
-    if node is None or not _is_sum(search, node):
-        return Counter({name: sign})
-    terms = _terms(search, node.inputs[0], sign)
-    terms.update(_terms(search, node.inputs[1], sign if node.op == "Add" else -sign))
-    return Counter({term: often for term, often in terms.items() if often})
+def _terms(search: Search) -> dict[str, Counter[str]]:
+    """What each sum adds up, through the sums that it is made of, and how often."""
+    found: dict[str, Counter[str]] = {}
+    for node in search.graph.nodes:
+        if _is_sum(search, node):
+            total: Counter[str] = Counter()
+            for name, sign in zip(node.inputs, (1, 1 if node.op == "Add" else -1)):
+                total.update({term: sign * often for term, often in found.get(name, Counter({name: 1})).items()})
+            found[node.outputs[0]] = Counter({term: often for term, often in total.items() if often})
+    return found
 
 
 def _is_sum_of_its_own(search: Search, name: str) -> bool:

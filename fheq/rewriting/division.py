@@ -13,7 +13,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import Kind, lookup
-from fheq.regions import elementwise_source
+from fheq.origins import is_function_of_one
 from fheq.rewriting.edit import CODES, Draft
 from fheq.rewriting.primitives import scalar
 
@@ -102,7 +102,7 @@ def _factored(graph: Graph, name: str) -> Factored | None:
         else:
             return None
     a, b = node.inputs
-    if elementwise_source(graph, a) == elementwise_source(graph, b):
+    if is_function_of_one(graph, (a, b), node.outputs[0]):
         return None
     positive = _is_positive(graph, a) and _is_positive(graph, b)
     return Factored((a, b), root, guard) if guard <= GUARD and (positive or not (root or guard)) else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from fheq.graph import Graph, Node
 from fheq.ops.table import Kind, lookup
-from fheq.rewriting.affine_regions import Search, affine_map
+from fheq.rewriting.affine_regions import Search, affine_map, elementwise_map
 from fheq.rewriting.compose import DEARER_PER_BIT, MOST_WEIGHTS, PRODUCTS_PER_TABLE
 from fheq.rewriting.edit import Draft
 
@@ -91,8 +91,13 @@ def _replaced(graph: Graph, node: Node, joined: Node, parts: dict[str, Part]) ->
         block = weight[start:end]
         if name in parts:
             source, nodes = parts[name]
-            matrix, constant = affine_map(nodes, source, graph.types[source].shape, name, graph.constants)
-            offset, block = offset + constant @ block, matrix.T @ block
+            shape = graph.types[source].shape
+            if all(lookup(n).kind is Kind.ELEMENTWISE for n in nodes):  # their matrix would be all zeros but its diagonal
+                slope, constant = (v.ravel() for v in elementwise_map(nodes, source, shape, name, graph.constants))
+                offset, block = offset + constant @ block, slope[:, None] * block
+            else:
+                matrix, constant = affine_map(nodes, source, shape, name, graph.constants)
+                offset, block = offset + constant @ block, matrix.T @ block
         blocks.append(block)
     gone = {id(n) for part in parts.values() for n in part.nodes} | {id(joined)}
     draft, out, dtype = Draft(graph), node.outputs[0], graph.types[node.outputs[0]].dtype

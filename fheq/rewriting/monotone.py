@@ -11,7 +11,7 @@ import numpy as np
 from fheq.affine import Affine
 from fheq.graph import Graph, Node, is_float
 from fheq.ops.table import Kind, find
-from fheq.regions import elementwise_source
+from fheq.origins import elementwise_source
 from fheq.rewriting.edit import Draft
 from fheq.rewriting.evaluation import evaluated
 

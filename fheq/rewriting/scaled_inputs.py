@@ -11,9 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.graph import Graph, Node
-from fheq.interpret import run_node
 from fheq.ops.table import Kind, lookup
-from fheq.rewriting.affine_regions import Search
+from fheq.rewriting.affine_regions import Search, elementwise_map
 from fheq.rewriting.edit import Draft
 
 
@@ -44,8 +43,8 @@ def _weighed(search: Search, draft: Draft, node: Node, name: str) -> str:
     if not chain or not search.is_input(base):
         return name
     shape = graph.types[base].shape
-    zero, one = (_value(graph, chain[::-1], base, np.full(shape, v)) for v in (0.0, 1.0))
-    slope, dtype = one - zero, graph.types[name].dtype
+    slope, zero = elementwise_map(chain[::-1], base, shape, name, graph.constants)
+    dtype = graph.types[name].dtype
     uniform = slope.size == 0 or np.all(slope == slope.flat[0])
     if uniform and slope.flat[0] == 1:
         return name
@@ -54,13 +53,3 @@ def _weighed(search: Search, draft: Draft, node: Node, name: str) -> str:
     w = draft.constant(f"{name}/weight", weight, dtype)
     product = draft.reshape(node, draft.apply(node, "MatMul", rows, w), shape)
     return draft.apply(node, "Add", product, draft.constant(f"{name}/bias", zero, dtype)) if np.any(zero) else product
-
-
-def _value(graph: Graph, nodes: list[Node], name: str, x: np.ndarray) -> np.ndarray:
-    """What elementwise nodes, one after the other, make of a value."""
-    known = {n: graph.constants[n].astype(np.float64) for node in nodes for n in node.inputs if n in graph.constants}
-    env = {name: x}
-    for node in nodes:
-        read = lambda n: env[n] if n in env else known[n]
-        env.update(zip(node.outputs, (np.asarray(v) for v in run_node(node, read, known))))
-    return np.asarray(env[nodes[-1].outputs[0]], np.float64)

@@ -15,11 +15,11 @@ from fheq.arrays.namespace import array_namespace
 from fheq.client.outputs import rejoined
 from fheq.fitting.accumulators import same_range
 from fheq.graph import Graph
+from fheq.origins import is_boolean, is_integer
 from fheq.planning.granularity import share
 from fheq.planning.plan import Plan
 from fheq.planning.quantizers import plan_for
 from fheq.qparams import QParams
-from fheq.regions import is_boolean, is_integer
 from fheq.rewriting.weights import replaceable, takes_bias, with_weights
 from fheq.steps import Linear
 
