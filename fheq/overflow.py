@@ -14,7 +14,7 @@ from fheq.arrays.compiled import compiled_for
 from fheq.batching import split_all
 from fheq.display.console import shorten, text_table
 from fheq.form import Numbers, form_of
-from fheq.program import IntProgram, Lookup, Scale, Shift
+from fheq.program import IntProgram, Lookup, Round, Scale, Shift
 from fheq.simulate import check_integers, sample_values
 
 Array = Any
@@ -82,7 +82,9 @@ def _unrounded(program: IntProgram, lookup: Lookup) -> str:
     made = {i.out: i for i in program.instructions}
     name = lookup.args[0]
     if lookup.lsbs and program.accumulators[lookup.accumulator].lsbs:
-        return made[name].args[0]
+        while isinstance(made[name], (Round, Scale)):  # exactly, and then moved up where values are wide
+            name = made[name].args[0]
+        return name
     if lookup.lsbs:  # removed for blocks, or moved up before they are removed
         while not isinstance(made[name], (Shift, Scale)):
             name = made[name].args[0]

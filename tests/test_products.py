@@ -76,3 +76,24 @@ def test_a_cosine_keeps_its_precision_where_norms_vary() -> None:
     )
     want = want.reshape(got.shape)
     assert 1 - np.sum((got - want) ** 2) / np.sum((want - want.mean()) ** 2) > 0.95
+
+
+def test_factors_that_hardly_vary_leave_the_other_channels_their_cells():
+    """Saturated gates: a channel in which both are almost constant is as wide as the others, not 5 bits wider."""
+    bits, channels = 6, 4
+    rng = np.random.default_rng(0)
+    x, z = (rng.uniform(0.1, 1, (400, channels)).astype(np.float32) for _ in range(2))
+    for factor in (x, z):
+        factor[:, 0] = 0.9 + 0.01 * factor[:, 0]
+    nodes = [
+        *(node("Sigmoid", [name], [f"{name}/s"]) for name in "xz"),
+        node("Mul", ["x/s", "z/s"], ["p"]),
+        node("Relu", ["p"], ["y"]),
+    ]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", channels], "z": ["N", channels]}, ["y"]))
+    spec = fheq.Spec(bits, rounding=fheq.Rounding(bits, True))
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x, z), spec))
+    (known,) = program.accumulators.values()
+    assert known.bits <= 2 * bits + 1
+    (report,) = fheq.overflow(program, *program.quantize(x, z)).rows
+    assert report.share == 0

@@ -51,8 +51,7 @@ def fit_tensors(layout: Plan, stats: Stats, spec: Spec) -> dict[str, Affine]:
     whole, steps = take_whole(layout, stats, sharing, ranges, stated)
     alone = [key for key in keys if key in stats and key not in stated and key not in layout.inputs]
     grids = take_grids(layout, stats, sharing, ranges, alone, joined, copied)
-    axes = {key: sharing.axis[key] if ranges[key][0].size > 1 else None for key in keys}  # of integers, one for all
-    known = {key: Interval(*ranges[key], grids.get(key, _steps(layout, key, *ranges[key])), axes[key]) for key in keys}
+    known = {key: Interval(*ranges[key], grids.get(key, _steps(layout, key, *ranges[key]))) for key in keys}
     free = [key for key in keys if key in stats and key not in grids and not _of_whole(layout, key, whole)]
     scales = steps_in_products(layout, known, free)
     scales |= {key: np.where(whole[key], steps[key], scales[key]) for key in steps}

@@ -38,7 +38,7 @@ def _merged(first: Lookup, then: Lookup, shape: tuple[int, ...]) -> Lookup:
     (a, b), group = np.unique(groups, axis=1, return_inverse=True)
     between = first.table[a].astype(np.int64) & ((1 << then.bits) - 1)
     table = np.take_along_axis(then.table[b], between, axis=1)
-    return replace(then, args=first.args, table=table, group=group.reshape(shape), lsbs=first.lsbs, bits=first.bits)
+    return replace(first, out=then.out, table=table, group=group.reshape(shape), origin=then.origin)
 
 
 def _multiplied(lookup: Lookup, scale: Scale, shape: tuple[int, ...]) -> Lookup:
