@@ -115,11 +115,11 @@ class Emitter:
         """Adds a clear integer array; `top` declares the result's range as [0, top], whatever could be reached."""
         value = self.values[x]
         amount = _squeeze(np.asarray(amount, np.int64), value.shape)
+        if not np.any(amount) and (top is None or 0 <= value.low <= value.high <= top):
+            return x
         low, high = value.low + int(amount.min()), value.high + int(amount.max())
         if top is not None:
             low, high = 0, top
-        if not np.any(amount) and (low, high) == (value.low, value.high):
-            return x
         return self._add(Shift(self._name("shift"), (x,), amount), value.shape, low, high)
 
     def offset(self, x: str, amount: np.ndarray, bits: int, narrowed: bool) -> str:

@@ -159,11 +159,11 @@ def test_bad_options(options: dict) -> None:
 
 def test_tables_that_are_merged_into_products_are_not_counted():
     """A product with a bit reads the number beside the bit, in more bits than the product has."""
-    nodes = [node("Relu", ["x"], ["r"]), node("Mul", ["r", "m"], ["p"]), node("Sub", ["p", "half"], ["d"])]
-    nodes += [node("Relu", ["d"], ["a"]), node("MatMul", ["a", "w"], ["y"])]
-    known = {"half": np.float32(0.5), "w": np.ones((4, 2), np.float32)}
-    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4], "m": ["N", 4]}, ["y"], known))
+    nodes = [node("Relu", ["x"], ["r"]), node("Mul", ["r", "m"], ["p"]), node("Tanh", ["p"], ["a"])]
+    nodes += [node("MatMul", ["a", "w"], ["y"])]
+    graph = fheq.import_onnx(model(nodes, {"x": ["N", 4], "m": ["N", 4]}, ["y"], {"w": np.ones((4, 2), np.float32)}))
     rng = np.random.default_rng(0)
     arrays = rng.normal(size=(200, 4)).astype(np.float32), (rng.random((200, 4)) < 0.6).astype(np.float32)
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *arrays), 8))
+    assert len(program.lookups) == 2  # of the activation, and of the product with what follows
     assert all(row.share == 0 for row in fheq.overflow(program, *program.quantize(*arrays)).rows)
