@@ -18,7 +18,7 @@ from fheq.compiling.tracing import Tracing, bare_outputs
 from fheq.display.progress import track
 from fheq.encryption.decryption import centred, decrypted_bits, removed_bits
 from fheq.encryption.noise import failure_probabilities
-from fheq.errors import CompileError, DataError
+from fheq.errors import ArgumentError, CompileError, DataError
 from fheq.evaluate import as_tuple, unwrap
 from fheq.optimizer.leveled import WIDEST_CAST
 from fheq.optimizer.solve import solve
@@ -156,7 +156,7 @@ def compile(
         CompileError: no cryptographic parameters exist, or concrete-python refuses the program; the message says what to
             change.
         DataError: `program` is something else.
-        ValueError: a probability outside of (0, 1), both probabilities, or an unknown name in `clear`.
+        ArgumentError: (a ValueError) a probability outside of (0, 1), both probabilities, or an unknown name in `clear`.
     """
     if not isinstance(program, IntProgram):
         raise DataError(f"compile takes a program, which lower gives; got {type(program).__name__}")
@@ -165,7 +165,7 @@ def compile(
     names = [entry.code.port.name if entry.code else entry.name for entry in program.inputs]
     unknown = clear.difference(names)
     if unknown:
-        raise ValueError(f"clear names unknown inputs {sorted(unknown)}; there are {list(dict.fromkeys(names))}")
+        raise ArgumentError(f"clear names unknown inputs {sorted(unknown)}; there are {list(dict.fromkeys(names))}")
     clear = frozenset(entry.name for entry, name in zip(program.inputs, names) if name in clear)
     return Circuit(program, p_error, global_p_error, _compile(program, p_error, global_p_error, clear))
 

@@ -162,7 +162,7 @@ def cost(program: IntProgram, p_error: float | None = None, global_p_error: floa
         global_p_error: probability that any table lookup of one run fails.
 
     Raises:
-        ValueError: a probability outside of (0, 1), or both probabilities.
+        ArgumentError: (a ValueError) a probability outside of (0, 1), or both probabilities.
     """
     solved = solve(program, *failure_probabilities(p_error, global_p_error))
     deviations = noise_of(program, solved)

@@ -23,6 +23,10 @@ class DataError(FheqError):
     """Arrays given by the caller are empty, not finite, or of the wrong shape or type."""
 
 
+class ArgumentError(FheqError, ValueError):
+    """An option has a value that it cannot have, such as a probability outside of (0, 1)."""
+
+
 class QuantizationError(FheqError):
     """Quantizer parameters or a specification do not fit the graph."""
 

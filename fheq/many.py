@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from fheq.arguments import is_number
 from fheq.circuit import Circuit, failure_probabilities
 from fheq.circuit import compile as compile_one
 from fheq.display.console import number, text_table
 from fheq.display.progress import track
-from fheq.errors import CompileError
+from fheq.errors import ArgumentError, CompileError
 from fheq.program import IntProgram
 
 Then = Callable[[Circuit], Any]
@@ -89,18 +90,19 @@ def compile_many(
         One result per program, in order. Nothing is raised for a program that fails.
 
     Raises:
-        ValueError: a probability outside of (0, 1), none for a program, or both kinds; a timeout that is not positive.
+        ArgumentError: (a ValueError) a probability outside of (0, 1), none for a program, or both kinds; a timeout that
+            is not positive.
         CompileError: `then` cannot be sent to other processes.
     """
     keyed = dict(programs) if isinstance(programs, Mapping) else dict(enumerate(programs))
     missing = [key for key in keyed if isinstance(p_error, Mapping) and key not in p_error]
     if missing:
-        raise ValueError(f"p_error has no probability for program {missing[0]!r}")
+        raise ArgumentError(f"p_error has no probability for program {missing[0]!r}")
     chances = {key: p_error[key] if isinstance(p_error, Mapping) else p_error for key in keyed}
     for chance in chances.values():
         failure_probabilities(chance, global_p_error)
-    if timeout is not None and timeout <= 0:
-        raise ValueError(f"timeout must be positive, got {timeout}")
+    if timeout is not None and not (is_number(timeout) and timeout > 0):
+        raise ArgumentError(f"timeout must be a positive number of seconds, got {timeout!r}")
     if executor is None:
         _check_picklable(then)
     items = {key: (key, program, chances[key], global_p_error) for key, program in keyed.items()}

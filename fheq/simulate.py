@@ -11,15 +11,16 @@ import numpy as np
 from jax.experimental import enable_x64
 
 from fheq.affine import round_accumulator
+from fheq.arguments import check_key
 from fheq.arrays.compiled import compiled_for
 from fheq.arrays.convolution import convolve
 from fheq.arrays.taking import take
 from fheq.batching import join, split, split_all
-from fheq.encryption.failures import Ciphertexts, Reads, Widths, deviations
+from fheq.encryption.failures import Ciphertexts, Reads, Widths, check_noise, deviations
 from fheq.encryption.noise import Noise
 from fheq.encryption.noise import noise as noise_of_parameters
 from fheq.encryption.norms import Norms, squared
-from fheq.errors import DataError
+from fheq.errors import ArgumentError, DataError
 from fheq.evaluate import unwrap
 from fheq.form import Form, Numbers, form_of
 from fheq.program import (
@@ -63,17 +64,23 @@ def simulate(
         Integer outputs in the model's layout; noise can drive them out of their quantizers' range.
 
     Raises:
-        DataError: an array of another type or shape, or out of range; the message names the input.
+        DataError: an array of another type or shape, or out of range, the message names the input; or the noise of another
+            program.
         CompileError: no secure parameters are precise enough for p_error.
-        ValueError: a key without p_error or noise, these without a key or together, or a p_error outside of (0, 1).
+        ArgumentError: (a ValueError) a key without p_error or noise, these without a key or together, or a p_error
+            outside of (0, 1).
     """
     if p_error is not None and noise is not None:
-        raise ValueError("give either p_error or noise")
+        raise ArgumentError("give either p_error or noise")
     noisy = p_error is not None or noise is not None
     if noisy and key is None:
-        raise ValueError("p_error and noise need a key: give key=jax.random.key(seed), or neither to simulate without noise")
+        raise ArgumentError(
+            "p_error and noise need a key: give key=jax.random.key(seed), or neither to simulate without noise"
+        )
     if key is not None and not noisy:
-        raise ValueError("key needs p_error (or noise): give p_error=1e-2, or no key to simulate without noise")
+        raise ArgumentError("key needs p_error (or noise): give p_error=1e-2, or no key to simulate without noise")
+    if key is not None:
+        check_key(key)
     arrays = check_integers(program, inputs)
     if p_error is not None:
         noise = noise_of_parameters(program, p_error)
@@ -82,7 +89,9 @@ def simulate(
         noises = None
         if noise is not None:
             widths = Widths.of(program)
-            noises = widths, deviations(Reads.of(program, widths), noise, element_spread(program))
+            reads = Reads.of(program, widths)
+            check_noise(reads, noise)
+            noises = widths, deviations(reads, noise, element_spread(program))
         return unwrap([np.asarray(out) for out in _simulate(form, numbers, noises, key, *arrays)])
 
 

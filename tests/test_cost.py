@@ -236,13 +236,17 @@ def test_a_value_is_as_wide_as_concrete_counts_it(found: list[int]) -> None:
         {"p_error": 0.0},
         {"p_error": 1.0},
         {"p_error": float("nan")},
+        {"p_error": "a"},
         {"global_p_error": -1.0},
         {"p_error": 0.1, "global_p_error": 0.1},
     ],
 )
 def test_bad_probabilities(options: dict[str, float]):
-    with pytest.raises(ValueError, match="p_error"):
-        cost(program("mlp", "none"), **options)
+    """Errors of fheq and of Python alike."""
+    for find in (cost, fheq.noise):
+        with pytest.raises(ValueError, match="p_error") as caught:
+            find(program("mlp", "none"), **options)
+        assert isinstance(caught.value, fheq.FheqError)
 
 
 def test_no_compiler_is_loaded():

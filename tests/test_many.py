@@ -17,6 +17,7 @@ from mortal import MORTAL, X, assert_survived, double
 from mortal import small_program as program
 
 import fheq
+from fheq.errors import ArgumentError
 from fheq.many import compiled_table, run_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
@@ -98,14 +99,17 @@ def test_a_reader_that_is_gone_raises_though_a_circuit_ran() -> None:
 def test_what_cannot_be_sent_is_refused_before_any_work() -> None:
     with pytest.raises(fheq.FheqError, match="partial"):
         fheq.compile_many([program(2)], lambda circuit: circuit.complexity)
-    with pytest.raises(ValueError, match="p_error"):
+    with pytest.raises(ArgumentError, match="p_error"):
         fheq.compile_many([program(2)], p_error=2.0)
-    with pytest.raises(ValueError, match="program 1"):
+    with pytest.raises(ArgumentError, match="program 1"):
         fheq.compile_many([program(2), program(3)], p_error={0: 0.1})
+    with pytest.raises(ArgumentError, match="unknown inputs"):
+        fheq.compile(program(2), clear=["nope"])
     with pytest.raises(fheq.FheqError, match="got ModelProto"):
         fheq.compile(onnx.ModelProto())
-    with pytest.raises(ValueError, match="timeout"):
-        fheq.compile_many([program(2)], timeout=0)
+    for timeout in (0, "a", float("nan")):
+        with pytest.raises(ArgumentError, match="timeout"):
+            fheq.compile_many([program(2)], timeout=timeout)
 
 
 def test_a_dask_cluster_runs_them(cluster) -> None:

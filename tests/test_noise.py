@@ -12,6 +12,7 @@ from build_models import model, node
 from test_cost import calibrated, program
 
 import fheq
+from fheq.errors import ArgumentError
 from fheq.form import form_of
 from fheq.optimizer.noise import failure, quantile
 from fheq.program import MatMul
@@ -153,7 +154,7 @@ def test_overflow_is_counted_and_certified(rounding: str) -> None:
 @pytest.mark.parametrize("options", [{"p_error": 0.1}, {"key": KEY}, {"p_error": 2.0, "key": KEY}])
 def test_bad_options(options: dict) -> None:
     built = program("mlp", "approximate")
-    with pytest.raises(ValueError, match="p_error"):
+    with pytest.raises(ArgumentError, match="p_error"):
         fheq.simulate(built, data(built, 2), **options)
 
 
@@ -167,3 +168,14 @@ def test_tables_that_are_merged_into_products_are_not_counted():
     program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, *arrays), 8))
     assert len(program.lookups) == 2  # of the activation, and of the product with what follows
     assert all(row.share == 0 for row in fheq.overflow(program, *program.quantize(*arrays)).rows)
+
+
+@pytest.mark.parametrize(("kind", "rounding"), [("residual", "none"), ("mlp", "exact")])
+def test_noise_and_keys_that_do_not_fit_are_refused(kind: str, rounding: str) -> None:
+    built = program("mlp", "none")
+    other = fheq.noise(program(kind, rounding), 0.1)
+    with pytest.raises(fheq.FheqError, match="noise is of another program"):
+        fheq.simulate(program("residual", "exact"), data(program("residual", "exact"), 2), noise=other, key=KEY)
+    for key in (0, "a", np.zeros(3)):
+        with pytest.raises(ArgumentError, match="key must be"):
+            fheq.simulate(built, data(built, 2), p_error=0.1, key=key)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 import fheq
-from fheq.errors import DataError, FheqError
+from fheq.errors import ArgumentError, DataError, FheqError
 from fheq.post_training import (
     DEFAULT_MODEL_BITS,
     ONNX_OPS_TO_JAX_IMPL,
@@ -191,7 +191,7 @@ def test_modes(module: QuantizedModule):
         with pytest.raises(NotCompiledError):
             module.quantized_forward(module.quantize_input(X), fhe=mode)
     for mode in ("", "clear", None, True):
-        with pytest.raises(ValueError, match="fhe must be one of"):
+        with pytest.raises(ArgumentError, match="fhe must be one of"):
             module.forward(X, fhe=mode)  # type: ignore[arg-type]
 
 

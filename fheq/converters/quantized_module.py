@@ -10,7 +10,7 @@ import numpy as np
 from fheq.batching import check_arrays, join, split_all
 from fheq.circuit import Circuit
 from fheq.circuit import compile as compile_program
-from fheq.errors import FheqError
+from fheq.errors import ArgumentError, FheqError
 from fheq.evaluate import unwrap
 from fheq.graph import Graph
 from fheq.program import IntProgram, Value
@@ -61,7 +61,7 @@ class QuantizedModule:
         Raises:
             DataError: an array does not fit its input.
             NotCompiledError: "simulate" or "execute" before `compile`.
-            ValueError: another value of `fhe`.
+            ArgumentError: (a ValueError) another value of `fhe`.
         """
         self._require(fhe)
         q = self.quantized_forward(*_several(self.quantize_input(*x)), fhe=fhe)
@@ -100,7 +100,7 @@ class QuantizedModule:
 
     def _require(self, fhe: str) -> Circuit | None:
         if fhe not in MODES:
-            raise ValueError(f"fhe must be one of {list(MODES)}, got {fhe!r}")
+            raise ArgumentError(f"fhe must be one of {list(MODES)}, got {fhe!r}")
         if fhe != "disable" and self.circuit is None:
             raise NotCompiledError(f"the module is not compiled: call compile() and use fhe={fhe!r} on what it returns")
         return self.circuit
@@ -137,7 +137,7 @@ class QuantizedModule:
         Raises:
             CompileError: concrete-python refuses the program.
             DataError: `inputs` do not fit the model.
-            ValueError: a probability outside of (0, 1), or both.
+            ArgumentError: (a ValueError) a probability outside of (0, 1), or both.
         """
         if inputs:
             check_arrays(self.program.given, inputs)

@@ -20,6 +20,7 @@ import numpy as np
 from fheq import affine
 from fheq.encryption.decryption import centred
 from fheq.encryption.noise import Noise
+from fheq.errors import DataError
 from fheq.optimizer.leveled import leveled
 from fheq.program import IntProgram, Lookup, Round
 
@@ -100,6 +101,18 @@ def deviations(reads: Reads, noise: Noise, spread: Mapping[str, np.ndarray]) -> 
         found.append(those(name, noise.roundings[out][bit], noise.rounding_shares[out][bit]))
     found += [those(name, noise.outputs[i], 1.0) for i, name in reads.outputs.items()]
     return np.concatenate([part.ravel() for part in found]).astype(np.float32)
+
+
+def check_noise(reads: Reads, noise: Noise) -> None:
+    """Checks that a noise is of the program that has these reads.
+
+    Raises:
+        DataError: it is another's.
+    """
+    tables = all(name in noise.tables or name in noise.roundings for name in reads.tables)
+    rounded = all(len(noise.roundings.get(out, ())) > bit for out, bit in reads.roundings)
+    if not (tables and rounded and len(noise.outputs) == len(reads.outputs)):
+        raise DataError("noise is of another program: give what fheq.noise finds for this one")
 
 
 class Ciphertexts:

@@ -14,7 +14,8 @@ from math import sqrt
 import jax
 import numpy as np
 
-from fheq.errors import CompileError
+from fheq.arguments import is_number
+from fheq.errors import ArgumentError, CompileError
 from fheq.optimizer.noise import quantile
 from fheq.optimizer.solve import Solved, solve
 from fheq.program import IntProgram
@@ -55,7 +56,7 @@ def noise(program: IntProgram, p_error: float | None = None, global_p_error: flo
 
     Raises:
         CompileError: no secure parameters are precise enough.
-        ValueError: a probability outside of (0, 1), or both probabilities.
+        ArgumentError: (a ValueError) a probability outside of (0, 1), or both probabilities.
     """
     solved = solve(program, *failure_probabilities(p_error, global_p_error))
     if not np.isfinite(solved.solution.total):
@@ -87,11 +88,11 @@ def failure_probabilities(p_error: float | None, global_p_error: float | None) -
     """The two probabilities as asked for, one of them None; `DEFAULT_P_ERROR` where neither was.
 
     Raises:
-        ValueError: a probability outside of (0, 1), or both probabilities.
+        ArgumentError: (a ValueError) a probability outside of (0, 1), or both probabilities.
     """
     if p_error is not None and global_p_error is not None:
-        raise ValueError("give either p_error or global_p_error")
+        raise ArgumentError("give either p_error or global_p_error")
     for name, value in (("p_error", p_error), ("global_p_error", global_p_error)):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if value is not None and not (is_number(value) and 0 < value < 1):
+            raise ArgumentError(f"{name} must be between 0 and 1, got {value!r}")
     return (DEFAULT_P_ERROR if global_p_error is None and p_error is None else p_error), global_p_error
