@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fheq.arrays.namespace import array_namespace
@@ -157,6 +158,22 @@ def check_arrays(ports: Sequence[Port], arrays: Sequence[Array]) -> list[np.ndar
     if parts and parts[0].shape[0] == 0:
         raise DataError(f"input {ports[0].name!r} holds no samples")
     return parts
+
+
+def check_targets(targets: Any, count: int) -> None:
+    """Checks targets of samples: a pytree of arrays.
+
+    Raises:
+        DataError: they are not as many as the samples, no numbers, or not finite.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
+        name, kind = f"targets{jax.tree_util.keystr(path)}", np.asarray(leaf).dtype
+        if np.shape(leaf)[:1] != (count,):
+            raise DataError(f"{name} must have {count} samples along the first axis, as the inputs; got {np.shape(leaf)}")
+        if not (jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, np.bool_)):
+            raise DataError(f"{name} must be numbers, got {kind}")
+        if not np.all(np.isfinite(leaf)):
+            raise DataError(f"{name} contains NaN or infinity: leave these samples out")
 
 
 def over_samples(fn: Callable[..., Sequence[Array]], ports: Sequence[Port], arrays: Sequence[Array]) -> list[Array]:

@@ -23,22 +23,52 @@ class Score(NamedTuple):
     """A score that is a function of averages, such as R2.
 
     measure: `measure(y, exact, target)` of one sample, any pytree of arrays; finish: the score from the averages over all
-    samples.
+    samples; origin: None, or a function `origin(exact, target)` of one sample. The measure is then given, as a fourth
+    argument, what it returns for one of the samples, the same one for all: averages of float32 hold the moments of
+    deviations from it, where those of the values themselves cancel.
     """
 
-    measure: Measure
+    measure: Callable[..., Any]
     finish: Callable[[Any], Any] = lambda means: means
+    origin: Callable[[Any, Any], Any] | None = None
+
+    def of(self, arguments: Callable[[Any, Any, Any], tuple[Any, Any, Any]]) -> Score:
+        """This score of other things: `arguments(y, exact, target)` are those that it is given in their place.
+
+        `scores.r2.of(lambda y, exact, target: (y, exact, target["value"]))` takes one of several targets.
+        """
+
+        def measure(y: Any, exact: Any, target: Any, *origin: Any) -> Any:
+            return self.measure(*arguments(y, exact, target), *origin)
+
+        if self.origin is None:
+            return Score(measure, self.finish)
+        first = self.origin
+        return Score(measure, self.finish, lambda exact, target: first(*arguments(exact, exact, target)[1:]))
 
 
 def as_score(score: Score | Measure) -> Score:
-    """A function of one sample as a `Score`; a `Score` as it is."""
+    """A function of one sample as a `Score`; a `Score` as it is.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if not callable(score) and not isinstance(score, Score):
+        raise DataError(f"a score must be a function score(y, exact, target) of one sample, or a Score; got {score!r}")
     return score if isinstance(score, Score) else Score(score)
 
 
 def accuracy(y: Array, exact: Array, target: Array) -> Array:
-    """Share of samples whose largest output is the one that `target` (an index) names."""
+    """Share of samples whose largest output is the one that `target` (an index) names.
+
+    Raises:
+        DataError: the target is not one number.
+    """
     del exact
-    return jnp.argmax(_single(y)) == _wanted(target)[0]
+    wanted = _wanted(target)
+    if wanted.size != 1:
+        raise DataError(f"a target of accuracy is the number of a class, and these hold {wanted.size}: give class numbers")
+    return jnp.argmax(_single(y)) == wanted[0]
 
 
 def agreement(y: Array, exact: Array, target: Array) -> Array:
@@ -83,16 +113,27 @@ def _wanted(target: Any) -> Array:
 
 
 class _Spread(NamedTuple):
-    """Of an output: squared errors, what is wanted and its squares, element by element."""
+    """Of an output: squared errors, what is wanted, from an origin on, and its squares, element by element."""
 
     error: Array
     wanted: Array
     squares: Array
 
 
-def _spread(y: Array, wanted: Array) -> _Spread:
-    y, wanted = (jnp.ravel(v).astype(jnp.float32) for v in (y, wanted))
-    return _Spread((y - wanted) ** 2, wanted, wanted**2)
+def _vector(v: Array) -> Array:
+    return jnp.ravel(v).astype(jnp.float32)
+
+
+def _spread(y: Array, wanted: Array, origin: Array) -> _Spread:
+    y, wanted = _vector(y), _vector(wanted)
+    shifted = wanted - origin
+    return _Spread((y - wanted) ** 2, shifted, shifted**2)
+
+
+def _spread_of_each(y: Any, exact: Any, target: Any, origins: list[Array] | None = None) -> list[_Spread]:
+    del target
+    pairs = list(zip(jax.tree.leaves(y), jax.tree.leaves(exact)))
+    return [_spread(*pair, origin) for pair, origin in zip(pairs, origins or [jnp.float32(0)] * len(pairs))]
 
 
 def _explained(means: _Spread) -> Array:
@@ -105,11 +146,15 @@ def _explained_of_each(means: list[_Spread]) -> Array:
     return jnp.mean(jnp.stack([_explained(of_output) for of_output in means]))
 
 
-r2 = Score(lambda y, exact, target: _spread(_single(y), _wanted(target)), _explained)
+r2 = Score(
+    lambda y, exact, target, origin=0.0: _spread(_single(y), _wanted(target), origin),
+    _explained,
+    lambda exact, target: _vector(_wanted(target)),
+)
 """R2 of a single output against the targets, over all its elements."""
 
 r2_to_float = Score(
-    lambda y, exact, target: [_spread(*pair) for pair in zip(jax.tree.leaves(y), jax.tree.leaves(exact))], _explained_of_each
+    _spread_of_each, _explained_of_each, lambda exact, target: [_vector(leaf) for leaf in jax.tree.leaves(exact)]
 )
 """R2 against the float model, over all elements of an output; the mean of several outputs' (labels count as numbers)."""
 

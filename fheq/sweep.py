@@ -6,7 +6,7 @@ A configuration is a `QParams`; many are one `QParams` with a leading axis on ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fheq import affine
+from fheq.arguments import check_whole
 from fheq.arrays.compiled import compiled_for
 from fheq.arrays.sharding import DATA, configuration_axes, gather, local_mesh, size
-from fheq.batching import check_arrays
+from fheq.batching import check_arrays, check_targets
 from fheq.display.progress import track
 from fheq.encryption.table_noise import TableNoise, draws, missed
 from fheq.errors import DataError, QuantizationError
@@ -38,6 +39,7 @@ from fheq.sweeping.sweep_results import Results
 Array = Any
 CHUNK = 32  # configurations whose weights are quantized together
 BATCH = 512  # samples evaluated together
+Measures = tuple[tuple[str, Callable[..., Any], Callable[[Any, Any], Any] | None], ...]  # names, measures, origins
 
 
 def sweep(
@@ -76,27 +78,26 @@ def sweep(
             get the scores of all (see `fheq.arrays.sharding`).
 
     Raises:
-        DataError: inputs or targets do not fit, there are no scores, or `chunk` or `batch_size` is below 1.
+        DataError: inputs or targets do not fit or are not finite, scores map no names to functions, `tensors` names none, or
+            `chunk` or `batch_size` is not an integer of at least 1.
         QuantizationError: a leaf lacks the leading axis, or a name in `tensors` is unknown.
     """
     for name, number in (("chunk", chunk), ("batch_size", batch_size)):
-        if number < 1:
-            raise DataError(f"{name} must be at least 1, got {number}")
+        check_whole(name, number, 1, DataError)
     layout = plan_for(graph, qparams)
     count, swept = configurations(qparams=qparams, noise=noise), (_uniform(qparams), jax.tree.map(np.asarray, noise))
     local = local_mesh(mesh)
     devices, shards = size(local, (DATA,)), 1 if local is None else size(local, configuration_axes(local))
     blocks = _blocks(graph, inputs, targets, batch_size * devices, devices)
     names = None if tensors is None else _known(layout, tensors)
-    if not scores:
-        raise DataError("scores is empty: give at least one function, by its name")
-    measures = {name: as_score(score) for name, score in scores.items()}
-    static = tuple((name, score.measure) for name, score in measures.items())
+    measures = _as_scores(scores)
+    static = tuple((name, score.measure, score.origin) for name, score in measures.items())
+    first = gather(mesh, jax.tree.map(lambda leaf: leaf[0, 0], blocks[:2]))[0]
     chunk = min(chunk, -(-count // shards)) * shards
     found = []
     for start in track(range(0, count, chunk), "sweeping", progress):
         at = np.minimum(np.arange(start, start + chunk), count - 1)  # the last one is repeated to fill
-        sums = _sums(graph, static, names, local, jax.tree.map(partial(np.take, indices=at, axis=0), swept), blocks)
+        sums = _sums(graph, static, names, local, jax.tree.map(partial(np.take, indices=at, axis=0), swept), first, blocks)
         found.append([np.asarray(v, np.float64).sum(axis=0)[: count - start] for v in jax.tree.leaves(sums)])
     totals = gather(mesh, ([np.concatenate(v) for v in zip(*found)], np.sum(blocks[-1])))
     n = sum(int(part[1]) for part in totals)
@@ -115,7 +116,17 @@ def _finish(score: Score, means: Any) -> Any:
     return jax.tree.map(np.asarray, jax.vmap(score.finish)(means))
 
 
+def _as_scores(scores: Mapping[str, Score | Measure]) -> dict[str, Score]:
+    if not isinstance(scores, Mapping):
+        raise DataError(f"scores must map names to functions of one sample, got {scores!r}")
+    if not scores:
+        raise DataError("scores is empty: give at least one function, by its name")
+    return {name: as_score(score) for name, score in scores.items()}
+
+
 def _known(layout: Plan, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not names:
+        raise DataError(f"tensors must be a list of names, one at least; got {names!r}")
     computed = {*layout.inputs, *(out for node in layout.graph.nodes for out in node.outputs if out)}
     for name in names:
         if name not in computed:
@@ -133,12 +144,7 @@ def _blocks(
     """
     parts = check_arrays(graph.inputs, inputs)
     n = len(parts[0])
-    for path, leaf in jax.tree_util.tree_flatten_with_path(targets)[0]:
-        if np.ndim(leaf) == 0 or len(leaf) != n:
-            raise DataError(f"targets{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but there are {n} samples")
-        kind = np.asarray(leaf).dtype
-        if not (jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, np.bool_)):
-            raise DataError(f"targets{jax.tree_util.keystr(path)} must be numbers, got {kind}")
+    check_targets(targets, n)
     count = -(-n // batch_size)  # blocks, all of about the same size
     width = -(-n // (count * multiple)) * multiple
     at = np.arange(-(-n // width) * width).reshape(-1, width)
@@ -149,32 +155,39 @@ def _blocks(
 @compiled_for(4)
 def _sums(
     graph: Graph,
-    measures: tuple[tuple[str, Measure], ...],
+    measures: Measures,
     names: tuple[str, ...] | None,
     mesh: Mesh | None,
     swept: tuple[QParams, TableNoise | None],
+    first: Any,
     blocks: Any,
 ) -> dict[str, Any]:
-    """Sums of the measures over the samples of each block, by name: leaves are (blocks, configurations, ...)."""
+    """Sums of the measures over the samples of each block, by name: leaves are (blocks, configurations, ...).
+
+    Args:
+        first: inputs and target of the sample that origins are of.
+    """
     part = partial(_sums_part, graph, measures, names)
     if mesh is None:
-        return part(swept, blocks)
-    whole = lambda swept, blocks: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(swept, blocks))
+        return part(swept, first, blocks)
+    whole = lambda *given: jax.tree.map(partial(jax.lax.psum, axis_name=DATA), part(*given))
     axes = configuration_axes(mesh)
-    specs = (P(axes), P(None, DATA))
-    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(swept, blocks)
+    specs = (P(axes), P(), P(None, DATA))
+    return jax.shard_map(whole, mesh=mesh, in_specs=specs, out_specs=P(None, axes), check_vma=False)(swept, first, blocks)
 
 
 def _sums_part(
     graph: Graph,
-    measures: tuple[tuple[str, Measure], ...],
+    measures: Measures,
     names: tuple[str, ...] | None,
     swept: tuple[QParams, TableNoise | None],
+    first: Any,
     blocks: Any,
 ) -> dict[str, Any]:
     layout = plan(graph)
     qparams, noise = swept
     prepared = jax.vmap(partial(prepare, layout))(qparams)
+    origins = _origins(graph, measures, names, *first)
 
     def block(_: None, data: Any) -> tuple[None, dict[str, Any]]:
         parts, targets, numbers, keep = data
@@ -186,7 +199,7 @@ def _sums_part(
             q, noise, known = configuration
             disturbed = None if noise is None else partial(missed, noise, drawn)
             y = _quantized(graph, names, q, tensor_values(layout, q, known, *sample, disturbed=disturbed))
-            return {name: found(y, want, target) for name, found in measures}
+            return {name: found(y, want, target, *origins[name]) for name, found, _ in measures}
 
         def total(configuration: Any) -> dict[str, Any]:
             values = jax.vmap(partial(measure, configuration))(targets, exact, drawn, *parts)
@@ -196,6 +209,16 @@ def _sums_part(
         return None, jax.lax.map(total, (qparams, noise, prepared))
 
     return jax.lax.scan(block, None, blocks)[1]
+
+
+def _origins(
+    graph: Graph, measures: Measures, names: tuple[str, ...] | None, parts: Sequence[Array], target: Any
+) -> dict[str, tuple[Any, ...]]:
+    """What each measure is given beside its sample: the origin of its score, or nothing."""
+    if all(origin is None for *_, origin in measures):
+        return {name: () for name, *_ in measures}
+    exact = _exact(graph, names, *parts)
+    return {name: () if origin is None else (origin(exact, target),) for name, _, origin in measures}
 
 
 def _total(keep: Array, values: Array) -> Array:

@@ -14,7 +14,7 @@ import pytest
 import fheq
 from fheq.digits import load
 from fheq.fit import fit_each
-from fheq.scores import accuracy, as_score, r2_to_float
+from fheq.scores import accuracy, as_score, kl, mse, noise_to_signal, r2, r2_to_float
 from fheq.searching import memory
 from fheq.searching.allocate import Change, allocations
 from fheq.searching.front import spaced, undominated
@@ -108,7 +108,12 @@ def test_own_scores_have_targets(found):
         (40, {"score": accuracy}, "compares with targets"),
         (40, {"score": accuracy, "targets": np.zeros(30)}, "must have 40 samples"),
         (40, {"score": lambda y, exact, target: y - exact}, r"one number, and this one is \(10,\)"),
+        (40, {"score": lambda y, exact, target: {"a": jnp.mean(y)}}, "one number, and this one is {'a'"),
         (40, {"score": lambda y, exact, target: jnp.nan}, "finite"),
+        (40, {"score": "r2"}, "must be a function"),
+        *((40, {"score": error}, "must be high when outputs are good") for error in (mse, kl, noise_to_signal)),
+        (40, {"score": r2, "targets": np.full((40, 10), np.nan)}, "targets contains NaN"),
+        (40, {"score": accuracy, "targets": np.eye(10)[np.arange(40) % 10]}, "give class numbers"),
         (40, {"space": replace(SPACE, rounding_bits=())}, "no quantization to try"),
         (4, {}, "less than 2 to score"),
     ],

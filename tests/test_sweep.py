@@ -14,6 +14,7 @@ from sklearn import metrics
 
 import fheq
 from fheq import Rounding, Score, Spec, scores
+from fheq.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 GEMM = "gemm_with_alpha_beta_and_transposes"
@@ -82,13 +83,34 @@ def test_scores_are_those_of_scikit_learn() -> None:
     values = fheq.evaluate(found.graph, *found.data) + rng.normal(size=(len(labels), 2))
     y = [np.asarray(fheq.fake_quant(found.graph, q, *found.data)) for q in each]
     measures = {"accuracy": lambda y, exact, target: scores.accuracy(y, exact, target["label"])}
-    measures["r2"] = Score(lambda y, exact, target: scores.r2.measure(y, exact, target["value"]), scores.r2.finish)
+    measures["r2"] = scores.r2.of(lambda y, exact, target: (y, exact, target["value"]))
+    measures["own r2"] = Score(lambda y, exact, target: scores.r2.measure(y, exact, target["value"]), scores.r2.finish)
     targets = {"label": labels, "value": np.asarray(values)}
     result = fheq.sweep(found.graph, fheq.stack(each), *found.data, scores=measures, targets=targets)
     wanted = [metrics.accuracy_score(labels, v.argmax(1)) for v in y]
     np.testing.assert_allclose(result.scores["accuracy"], wanted, atol=1.01 / len(labels))  # one tie
     wanted = [metrics.r2_score(values, v, multioutput="variance_weighted") for v in y]
-    np.testing.assert_allclose(result.scores["r2"], wanted, rtol=1e-2)
+    for name in ("r2", "own r2"):
+        np.testing.assert_allclose(result.scores[name], wanted, rtol=1e-2)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e5])
+def test_r2_does_not_cancel_far_from_zero(mean: float) -> None:
+    """Float32 outputs of that mean are 2^-7 apart, a hundredth of their spread."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(400, 5)).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
+    graph = fheq.from_jax(lambda v: jnp.maximum(v, 0) @ weight + np.float32(mean), x)
+    each = fheq.fit_each(graph, fheq.calibrate(graph, x), fheq.grid(n_bits=(3, 5)))
+    exact = np.asarray(fheq.evaluate(graph, x), np.float64)
+    measures = {"r2": scores.r2, "r2_to_float": scores.r2_to_float}
+    result = fheq.sweep(graph, fheq.stack(each), x, scores=measures, targets=exact, batch_size=150)
+    y = [np.asarray(fheq.fake_quant(graph, q, x), np.float64) for q in each]
+    wanted = [metrics.r2_score(exact, v, multioutput="variance_weighted") for v in y]
+    assert 0.5 < wanted[0] < wanted[1]
+    for found in result.scores.values():
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    staged = fheq.attribute(graph, each[0], x, scores=measures, targets=exact)
+    np.testing.assert_allclose([v[-1] for v in staged.scores.values()], wanted[0], atol=1e-3)
 
 
 def test_several_outputs_are_scored_together() -> None:
@@ -131,9 +153,20 @@ def test_what_does_not_fit_is_refused() -> None:
         fheq.stack([])
     with pytest.raises(fheq.FheqError, match="targets"):
         fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={}, targets=np.zeros(3))
-    for wrong in ({"chunk": 0}, {"batch_size": -1}, {"scores": {}}, {"targets": np.array(["a"] * len(found.data[0]))}):
-        with pytest.raises(fheq.FheqError, match=next(iter(wrong))):
+    count = len(found.data[0])
+    for wrong in (
+        *({"chunk": 0}, {"chunk": 2.5}, {"chunk": True}, {"batch_size": -1}),
+        *({"scores": {}}, {"scores": [scores.mse]}, {"scores": scores.mse}, {"tensors": "h"}, {"tensors": []}),
+        *({"targets": np.array(["a"] * count)}, {"targets": np.full(count, np.nan)}, {"targets": {"a": [np.inf] * count}}),
+    ):
+        with pytest.raises(DataError, match=next(iter(wrong))):
             fheq.sweep(found.graph, fheq.stack([q]), *found.data, **{"scores": {"one": lambda y, _, t: 1.0}, **wrong})
+    for wrong in (1.0, "mse"):
+        with pytest.raises(DataError, match="must be a function"):
+            fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={"one": wrong})
+    with pytest.raises(DataError, match="give class numbers"):
+        one_hot = np.eye(2)[np.arange(count) % 2]
+        fheq.sweep(found.graph, fheq.stack([q]), *found.data, scores={"accuracy": scores.accuracy}, targets=one_hot)
     with pytest.raises(fheq.FheqError, match="no field"):
         fheq.grid(bits=(2, 3))
     mixed = fheq.stack(fitted(GEMM, [Spec(4, rounding=Rounding(4)), Spec(4, rounding=Rounding(4, approximate=True))]))

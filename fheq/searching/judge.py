@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fheq.batching import check_arrays, join, split
+from fheq.batching import check_arrays, check_targets, join, split
 from fheq.calibrate import Stats
 from fheq.cost import cost
 from fheq.encryption.table_noise import table_noise
@@ -63,22 +63,27 @@ class Judge:
         held = round(n * space.held_out)
         if not 2 <= held < n:
             raise DataError(f"held_out={space.held_out} of {n} samples leaves less than 2 to score or none to fit to")
-        for leaf in jax.tree.leaves(targets):
-            if np.shape(leaf)[:1] != (n,):
-                raise DataError(f"targets must have {n} samples along the first axis, as the inputs; got {np.shape(leaf)}")
+        check_targets(targets, n)
         whole = lambda at: tuple(join(port, part[at]) for port, part in zip(graph.inputs, parts))
         self.data, self.held = whole(order[held:]), whole(order[:held])
         self.targets = jax.tree.map(lambda leaf: np.asarray(leaf)[order[:held]], targets)
         floats = self.outputs(evaluate(graph, *self.held))
         self.exact = unwrap(floats)
+        first = jax.tree.map(lambda leaf: leaf[0], (self.exact, self.targets))
+        self.origin = () if score.origin is None else (score.origin(*first),)
         self.best = self.scored(floats)
         if not np.isfinite(self.best):
             raise DataError(f"the score of the float model is {self.best}; it must be a finite number")
         if not min(map(len, (space.tolerances, space.specs(), space.p_errors))):
             raise DataError("the space has no quantization to try: one of its axes is empty, or leaves nothing of another")
         others = self.scored([np.roll(v, 1, axis=0) for v in floats])  # which tells this score from others
+        if others > self.best:
+            raise DataError(
+                f"the float model's score, {self.best:.4g}, is below {others:.4g}, which its outputs have in another order: "
+                "a score must be high when outputs are good; give an error with its sign changed"
+            )
         # One function for all sweeps, which are then compiled once for each graph.
-        self.to_float = Score(lambda y, _, t: score.measure(y, t[0], t[1]), score.finish)
+        self.to_float = score.of(lambda y, _, t: (y, t[0], t[1]))
         # What is tried may be extended from one run to the next; what results depend on may not.
         options = (
             space.spec,
@@ -100,14 +105,15 @@ class Judge:
         return self.scored(self.outputs(results))
 
     def scored(self, outputs: list[np.ndarray]) -> float:
-        values = jax.vmap(self.score.measure)(unwrap(outputs), self.exact, self.targets)
+        measure = lambda *sample: self.score.measure(*sample, *self.origin)
+        values = jax.vmap(measure)(unwrap(outputs), self.exact, self.targets)
         means = jax.tree.map(lambda v: jnp.mean(jnp.asarray(v, jnp.float32), axis=0), values)
         found = self.score.finish(means)
-        if [np.shape(leaf) for leaf in jax.tree.leaves(found)] != [()]:
+        if not jax.tree_util.all_leaves([found]) or np.shape(found) != ():
             raise DataError(
                 f"a score must be one number, and this one is {jax.tree.map(np.shape, found)}: take a mean of them"
             )
-        return float(jax.tree.leaves(found)[0])
+        return float(found)
 
     def swept(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates, of one graph, with their scores by one sweep and their predicted costs."""
