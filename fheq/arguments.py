@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from fheq.errors import ArgumentError, FheqError, QuantizationError
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fheq import scores as score_functions
 from fheq.affine import Affine
+from fheq.arguments import check_chances
 from fheq.display.console import number, shorten, text_table
 from fheq.encryption.noise import DEFAULT_P_ERROR
 from fheq.encryption.table_noise import TableNoise, table_noise, tabulated
@@ -157,7 +158,13 @@ def attribute(
         targets: as for `sweep`.
         p_error: probability that a lookup misses (see `fheq.table_noise`).
         chunk, batch_size: as for `sweep`.
+
+    Raises:
+        DataError: as `sweep` does.
+        ArgumentError: (a ValueError) p_error is outside of [0, 1].
+        QuantizationError: these are another graph's quantizers.
     """
+    check_chances(p_error)
     layout = plan_for(graph, qparams)
     tables = [step.out for step in tabulated(layout)]
     names, owners = _owners(layout, qparams, tables)

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fheq.affine import straight_through
+from fheq.arguments import check_chances, check_key, check_whole, is_number
 from fheq.arrays.compiled import compiled_for
 from fheq.batching import check_arrays
 from fheq.client.outputs import split
 from fheq.display.progress import track
 from fheq.encryption.table_noise import draws, missed, noise_at_tables, tabulated
-from fheq.errors import DataError
+from fheq.errors import QuantizationError
 from fheq.evaluate import evaluate_sample
 from fheq.fake_quant import output_values, prepare, tensor_values
 from fheq.graph import Graph
@@ -59,6 +60,9 @@ class Training:
             does (arXiv 2004.10568), and biases. Fewer freedoms fit less to the data given: for many bits and few data.
         block: linear layers of a block; each block is tuned for its own results alone, given what the quantized blocks
             before it make (arXiv 2102.05426). 0 tunes all for the outputs.
+
+    Raises:
+        QuantizationError: an option is outside of its range.
     """
 
     steps: int = 1000
@@ -68,6 +72,16 @@ class Training:
     drop: float = 0.0
     adaptive: bool = False
     block: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("block", 0)):
+            check_whole(f"training.{name}", getattr(self, name), least)
+        if not is_number(self.learning_rate) or self.learning_rate <= 0:
+            raise QuantizationError(f"training.learning_rate must be a number above 0, got {self.learning_rate!r}")
+        if not is_number(self.hints) or self.hints < 0:
+            raise QuantizationError(f"training.hints must be a number not below 0, got {self.hints!r}")
+        if not is_number(self.drop) or not 0 <= self.drop < 1:
+            raise QuantizationError(f"training.drop must be a share of at least 0 and below 1, got {self.drop!r}")
 
 
 def reconstruct(
@@ -98,6 +112,8 @@ def reconstruct(
 
     Raises:
         DataError: the data do not fit.
+        ArgumentError: (a ValueError) p_error is outside of [0, 1], or `key` is no key.
+        QuantizationError: these are another graph's quantizers.
     """
     learned = tune(graph, qparams, *inputs, key=key, p_error=p_error, teacher=teacher, training=training, progress=progress)
     return with_learned(graph, qparams, learned)
@@ -115,10 +131,8 @@ def tune(
 ) -> Learned:
     """What `reconstruct` learns, with its arguments; on the host."""
     training = training or Training()
-    if training.steps < 1:
-        raise DataError(f"training.steps must be at least 1, got {training.steps}")
-    if training.block < 0:
-        raise DataError(f"training.block must be at least 1, or 0 for no blocks, got {training.block}")
+    check_chances(p_error)
+    check_key(key)
     layout = plan_for(graph, qparams)
     data = tuple(jnp.asarray(a) for a in check_arrays(graph.inputs, inputs))
     qparams = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), qparams)

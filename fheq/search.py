@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fheq.arguments import check_key
 from fheq.calibrate import calibrate
 from fheq.display.progress import track
 from fheq.errors import QuantizationError
@@ -61,9 +62,12 @@ def search(
         progress: whether to show progress bars; by default when standard error is a terminal.
 
     Raises:
-        DataError: the data do not fit, or the folder holds another search.
+        DataError: the data do not fit, the folder holds another search, or the score is no finite number or low when
+            outputs are good.
+        ArgumentError: (a ValueError) `key` is no key.
         QuantizationError: nothing stays within the budget.
     """
+    check_key(key)
     judge = Judge(graph, inputs, key, as_score(score), targets, space or Space(), folder, progress)
     found = _Search(judge, progress).front(target, budget)
     return found.compiled(progress=progress) if compiled else found

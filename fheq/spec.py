@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from numbers import Integral, Real
 
+from fheq.arguments import is_number, is_whole
 from fheq.errors import QuantizationError
 from fheq.observers import MeanSquaredError, Observer
 
@@ -56,7 +56,7 @@ class Rounding:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.n_bits, bool) or not isinstance(self.n_bits, Integral) or not 2 <= self.n_bits <= 8:
+        if not is_whole(self.n_bits) or not 2 <= self.n_bits <= 8:
             raise BitsError(f"rounding n_bits must be an integer from 2 to 8, got {self.n_bits!r}")
 
 
@@ -95,7 +95,7 @@ def get_n_bits_dict(n_bits: int | Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_bits(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_whole(value):
         raise BitsError(f"{what} must be an integer, got {value!r}")
     if int(value) < 1:
         raise BitsError(f"{what} must be at least 1, got {value}")
@@ -175,7 +175,7 @@ class Spec:
                 raise QuantizationError(f"overrides[{name!r}] must be an Override, got {override!r}")
         if self.output_rounding is not None and not self.output_rounding.approximate:
             raise QuantizationError("output_rounding must be approximate: exact rounding takes tables and saves none here")
-        if not isinstance(self.margin, Real) or not 0 <= self.margin <= 10:
+        if not is_number(self.margin) or not 0 <= self.margin <= 10:
             raise QuantizationError(f"margin must be between 0 and 10 (a fraction of the range), got {self.margin!r}")
 
     def bits(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,18 @@ def test_p_error_is_swept_as_any_leaf() -> None:
     assert np.all(np.diff(result.scores["snr"]) < 0)
     with pytest.raises(fheq.FheqError, match=r"noise\.deviation"):
         fheq.sweep(found.graph, fheq.stack([q] * 3), *found.data, scores={}, noise=noise)
+
+
+@pytest.mark.parametrize("p_error", [-0.1, 1.5, np.nan, "a", {"h": 2.0}, {"h": 0.1, "nothing": 0.1}])
+def test_probabilities_that_are_none_are_refused(p_error: Any) -> None:
+    found = prepared(GEMM)
+    q = fheq.fit(found.graph, found.stats, 4)
+    unknown = isinstance(p_error, dict) and "nothing" in p_error
+    with pytest.raises(fheq.FheqError, match="'nothing'.*there are 'h'" if unknown else "must be a probability"):
+        fheq.table_noise(found.graph, q, p_error)
+    if not isinstance(p_error, dict):
+        with pytest.raises(ValueError, match="must be a probability"):
+            fheq.attribute(found.graph, q, *found.data, p_error=p_error)
 
 
 def test_it_is_plotted(tmp_path) -> None:

@@ -60,6 +60,22 @@ def test_masked_edits_what_it_names() -> None:
     assert factors(q, chain(masked(double, {"x"}), masked(halve, {"x", "h"}))(q)) == {("accumulators", "h"): 0.5}
 
 
+@pytest.mark.parametrize(
+    ("where", "parts", "message"),
+    [
+        ("x", None, "give {'x'}"),
+        ({"xx"}, None, r"\['xx'\] name no quantizer.*there are 'x'"),
+        ({"x"}, ["weights"], "name no quantizer in \\['weights'\\]"),
+        ([], None, "name no quantizer"),
+        ({"x"}, ["biases"], "no parts"),
+    ],
+)
+def test_names_of_no_quantizer_are_refused(where: Any, parts: Any, message: str) -> None:
+    found = prepared(GEMM)
+    with pytest.raises(QuantizationError, match=message):
+        masked(double, where, *([] if parts is None else [parts]))(fheq.fit(found.graph, found.stats, 4))
+
+
 def test_partition_has_an_edit_per_label() -> None:
     found = prepared(GEMM)
     q = fheq.fit(found.graph, found.stats, 4)

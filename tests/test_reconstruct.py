@@ -12,6 +12,7 @@ from build_models import model, node, tensor
 
 import fheq
 from fheq.digits import load
+from fheq.errors import ArgumentError, QuantizationError
 from fheq.fitting.accumulator_ranges import OUTSIDE
 from fheq.integers.integer_weights import quantize_weight
 from fheq.planning.plan import plan
@@ -176,10 +177,28 @@ def test_adaptive_rounding_leaves_every_weight_beside_its_place(fitted):
     assert unexplained(simulated(tuned, moved, unseen), exact) < unexplained(simulated(graph, qparams, unseen), exact)
 
 
-def test_no_steps_are_refused(fitted):
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *((name, (0, -4, 2.5, True, "a", None)) for name in ("steps", "batch_size")),
+        ("learning_rate", (0.0, -1.0, np.nan, np.inf, "a")),
+        ("hints", (-1.0, np.nan, None)),
+        ("drop", (-1.0, 1.0, 2.0, np.nan)),
+        ("block", (-1, 1.5)),
+    ],
+)
+def test_training_that_cannot_be_is_refused(name, values):
+    for value in values:
+        with pytest.raises(QuantizationError, match=rf"training\.{name}"):
+            fheq.Training(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "values"), [("p_error", (-0.1, 2.0, np.nan, "a", None)), ("key", (0, None, np.zeros(3)))])
+def test_probabilities_and_keys_that_are_none_are_refused(fitted, name, values):
     graph, qparams, x, _ = fitted
-    with pytest.raises(fheq.FheqError, match=r"training\.steps"):
-        fheq.reconstruct(graph, qparams, x, key=jax.random.key(0), training=fheq.Training(steps=0))
+    for value in values:
+        with pytest.raises(ArgumentError, match=name):
+            fheq.reconstruct(graph, qparams, x, **{"key": jax.random.key(0), name: value})
 
 
 @pytest.mark.parametrize("op", ["Flatten", "ReduceMax"])

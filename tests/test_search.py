@@ -13,6 +13,7 @@ import pytest
 
 import fheq
 from fheq.digits import load
+from fheq.errors import ArgumentError, QuantizationError
 from fheq.fit import fit_each
 from fheq.scores import accuracy, as_score, kl, mse, noise_to_signal, r2, r2_to_float
 from fheq.searching import memory
@@ -122,6 +123,37 @@ def test_scores_that_cannot_be_computed_are_refused(samples, options, message):
     graph, data = load()
     with pytest.raises(fheq.FheqError, match=message):
         fheq.search(graph, data["x_train"][:samples], key=jax.random.key(0), **{"space": SPACE, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("finalists", (0, -1, 2.5, None)),
+        ("reconstructions", (-1, 1.5)),
+        ("p_errors", (0.1, (0.0,), (1.0,), (np.nan,), "a", ("a",))),
+        ("rounding_bits", (5, (1,), (9,), (5.5,), None)),
+        ("weight_bits", (5, (0,), (25,), (True,))),
+        ("spare_bits", (0, (0.5,))),
+        ("input_bits", (0, 25, "a")),
+        ("output_bits", (0, 9, 6.5)),
+        ("tolerances", (0.1, (-0.1,), (np.nan,))),
+        ("approximate", (True, ("yes",))),
+        ("trainings", (fheq.Training(), (20,))),
+        ("held_out", (0.0, 1.0, np.nan)),
+        ("spec", (5,)),
+    ],
+)
+def test_spaces_that_cannot_be_are_refused(name, values):
+    for value in values:
+        with pytest.raises(QuantizationError, match=rf"space\.{name}"):
+            fheq.Space(**{name: value})
+
+
+@pytest.mark.parametrize("key", [0, None, "a"])
+def test_keys_that_are_none_are_refused(key):
+    graph, data = load()
+    with pytest.raises(ArgumentError, match="key"):
+        fheq.search(graph, data["x_train"][:40], key=key, space=SPACE)
 
 
 def test_candidates_are_spread_over_what_their_scores_miss():

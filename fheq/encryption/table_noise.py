@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fheq.arguments import check_chances, near
+from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.integers.accumulator_decoders import accumulator_scale
 from fheq.planning.plan import Plan
@@ -48,7 +50,16 @@ def table_noise(graph: Graph, qparams: QParams, p_error: Array | Mapping[str, Ar
 
     Args:
         p_error: probability, from 0 to 1; or one by the accumulator's name, 0 where none is given.
+
+    Raises:
+        ArgumentError: (a ValueError) a probability outside of [0, 1], where its value is known.
+        QuantizationError: a name of no accumulator, or quantizers of another graph.
     """
+    check_chances(p_error)
+    unknown = [name for name in p_error if name not in qparams.accumulators] if isinstance(p_error, Mapping) else []
+    if unknown:
+        there = near(unknown[0], qparams.accumulators)
+        raise QuantizationError(f"p_error names {unknown[0]!r}, which is no accumulator; there are {there}")
     return noise_at_tables(plan_for(graph, qparams), qparams, p_error)
 
 

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
+import numpy as np
+
+from fheq.arguments import check_whole, is_number, is_whole
+from fheq.errors import QuantizationError
 from fheq.reconstruct import Training
-from fheq.spec import Rounding, Spec
+from fheq.spec import MAX_BITS, Rounding, Spec
 
 FEWEST = 3  # bits of activations
+
+
+def _between(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: is_whole(value) and low <= value <= high
+
+
+# What the values of each axis are.
+_AXES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "tolerances": ("numbers not below 0", lambda v: is_number(v) and v >= 0),
+    "rounding_bits": ("integers from 2 to 8", _between(2, 8)),
+    "approximate": ("True and False", lambda v: isinstance(v, bool | np.bool_)),
+    "weight_bits": (f"integers from 1 to {MAX_BITS}", _between(1, MAX_BITS)),
+    "spare_bits": (f"integers from {-MAX_BITS} to {MAX_BITS}", _between(-MAX_BITS, MAX_BITS)),
+    "p_errors": ("probabilities between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
+    "trainings": ("Training", lambda v: isinstance(v, Training)),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,9 @@ class Space:
         reconstructions: of these, how many are reconstructed.
         trainings: options of the reconstructions, each of which is made with all of them.
         held_out: share of the samples that scores are measured on and nothing is fitted to.
+
+    Raises:
+        QuantizationError: an option is outside of its range.
     """
 
     tolerances: Sequence[float] = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -49,6 +73,21 @@ class Space:
     reconstructions: int = 12
     trainings: Sequence[Training] = (Training(), Training(adaptive=True))
     held_out: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, (wanted, fits) in _AXES.items():
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or not all(map(fits, values)):
+                raise QuantizationError(f"space.{name} must be a sequence of {wanted}, got {values!r}")
+        for name, least in (("finalists", 1), ("reconstructions", 0)):
+            check_whole(f"space.{name}", getattr(self, name), least)
+        for name, most in (("input_bits", MAX_BITS), ("output_bits", 8)):
+            if not _between(1, most)(getattr(self, name)):
+                raise QuantizationError(f"space.{name} must be an integer from 1 to {most}, got {getattr(self, name)!r}")
+        if not is_number(self.held_out) or not 0 < self.held_out < 1:
+            raise QuantizationError(f"space.held_out must be a share between 0 and 1, got {self.held_out!r}")
+        if not isinstance(self.spec, Spec):
+            raise QuantizationError(f"space.spec must be a Spec, got {self.spec!r}")
 
     def specs(self) -> list[Spec]:
         """The grid of a pruned graph."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fheq.affine import Affine
+from fheq.arguments import near
 from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.planning.plan import plan
@@ -40,9 +41,24 @@ def masked(
 
     Args:
         parts: of `QParams`, those that are edited: "tensors", "weights", "accumulators".
+
+    Raises:
+        QuantizationError: `where` is one str, there are unknown parts or, when applied, the names are of no quantizer.
     """
+    if isinstance(where, str):
+        raise QuantizationError(f"where must be a set of names or a predicate of them, got {where!r}: give {{{where!r}}}")
     chosen = where if callable(where) else frozenset(where).__contains__
-    return partition({True: edit, False: lambda affine: affine}, lambda name: bool(chosen(name)), parts)
+    edited = partition({True: edit, False: lambda affine: affine}, lambda name: bool(chosen(name)), parts)
+
+    def checked(qparams: QParams) -> QParams:
+        known = {name for part in parts for name in getattr(qparams, part)}
+        if not callable(where) and known.isdisjoint(where):
+            names = sorted(where)[:8]
+            there = near(names[0] if names else "", known)
+            raise QuantizationError(f"{names} name no quantizer in {list(parts)}; there are {there}")
+        return edited(qparams)
+
+    return checked
 
 
 def partition(
