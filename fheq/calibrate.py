@@ -24,7 +24,7 @@ from fheq.graph import Graph
 from fheq.integers.integer_weights import apply_form
 from fheq.interpret import run_node
 from fheq.observers import Observer, parts_read
-from fheq.observing.observed import follow, followed, observed
+from fheq.observing.observed import channels, follow, followed, observed
 from fheq.observing.statistics import FRACTION, MOMENTS, PARTS, Stats, TensorStats, init, merge, update
 from fheq.planning.granularity import channel_axis
 from fheq.planning.plan import Plan, plan
@@ -69,6 +69,7 @@ def calibrate(
 
     Raises:
         DataError: no data, NaN or infinity, a wrong shape or dtype; the message names the input.
+        QuantizationError: `observers` holds something else.
     """
     if (batches is None) == (not inputs):
         raise DataError("give calibration data either as arrays or as batches=")
@@ -131,8 +132,7 @@ def _start(graph: Graph, parts: tuple[str, ...], mesh: Mesh | None) -> dict[str,
     """The statistics of nothing; of each device along a leading axis where there is a mesh."""
     layout = plan(graph)
     none = {
-        name: jax.tree.map(jnp.asarray, init(_channels(layout, name), own))
-        for name, own in _collected(layout, parts).items()
+        name: jax.tree.map(jnp.asarray, init(channels(layout, name), own)) for name, own in _collected(layout, parts).items()
     }
     if mesh is None:
         return none
@@ -180,7 +180,7 @@ def _rounds(layout: Plan, parts: tuple[str, ...]) -> list[list[str]]:
     seconds of minutes where a long recurrence is unrolled, and all that differ are in one."""
     kinds: dict[Any, list[str]] = {}
     for name, own in _collected(layout, parts).items():
-        kinds.setdefault((own, _channels(layout, name), int(np.prod(layout.shape(name)))), []).append(name)
+        kinds.setdefault((own, channels(layout, name), int(np.prod(layout.shape(name)))), []).append(name)
     most = max(map(len, kinds.values()), default=0)
     return [[names[i] for names in kinds.values() if i < len(names)] for i in range(most)]
 
@@ -216,11 +216,6 @@ def float_values(layout: Plan, *sample: Any) -> dict[str, Any]:
         else:
             env.update((n, v) for n, v in zip(node.outputs, run_node(node, read, layout.graph.constants)) if n)
     return env
-
-
-def _channels(layout: Plan, name: str) -> int:
-    axis = channel_axis(layout, name)
-    return 1 if axis is None else layout.shape(name)[axis]
 
 
 def _as_tuples(batches: Iterable[Any], progress: bool | None) -> Iterator[tuple[Any, ...]]:

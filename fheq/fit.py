@@ -21,7 +21,7 @@ from fheq.fitting.weight_quantizers import fit_weight
 from fheq.graph import Graph
 from fheq.integers.alignment import check_alignment
 from fheq.integers.integer_weights import reading
-from fheq.observing.observed import observed
+from fheq.observing.observed import check_stats
 from fheq.observing.statistics import Stats
 from fheq.planning.plan import Plan, plan
 from fheq.qparams import QParams, unsigned
@@ -59,9 +59,7 @@ def fit_each(graph: Graph, stats: Stats, specs: Iterable[int | Mapping[str, int]
     """
     wanted = [as_spec(spec) for spec in specs]
     layout = plan(graph)
-    missing = [name for name in observed(layout) if name not in stats]
-    if missing:
-        raise QuantizationError(f"the statistics lack tensor {missing[0]!r}: calibrate this graph")
+    check_stats(layout, stats)
     groups: list[tuple[Spec, list[int]]] = []
     for i, spec in enumerate(wanted):
         _check_overrides(graph, layout, spec)

@@ -25,11 +25,29 @@ class Observer(Protocol):
         ...
 
 
-def observed_range(observer: Observer, stats: TensorStats, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """`observer.range(stats, bits)`, worked out once for all the specs of a grid that share it."""
-    if not isinstance(observer, Hashable):
-        return observer.range(stats, bits)
-    return _range(stats, observer, bits)
+def observed_range(observer: Observer, stats: TensorStats, bits: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """`observer.range(stats, bits)`, worked out once for all the specs of a grid that share it.
+
+    Args:
+        what: the tensor and the option that the observer is given as, for errors.
+
+    Raises:
+        QuantizationError: the statistics lack what the observer reads, or what it gives is no range.
+    """
+    try:
+        ends = _range(stats, observer, bits) if isinstance(observer, Hashable) else observer.range(stats, bits)
+    except QuantizationError as error:
+        raise QuantizationError(f"{what}, {observer!r}: {error}") from error
+    channels = len(np.asarray(stats.count))
+    try:
+        low, high = (np.broadcast_to(np.asarray(end, np.float64), (channels,)) for end in ends)
+    except (TypeError, ValueError) as error:
+        raise QuantizationError(
+            f"{what}, {observer!r}, must give (lowest, highest), arrays of shape ({channels},); it gave {ends!r}"
+        ) from error
+    if not np.all(np.isfinite(low) & np.isfinite(high) & (low <= high)):
+        raise QuantizationError(f"{what}, {observer!r}, must give finite ends in order; it gave {ends!r}")
+    return low, high
 
 
 @of_statistics
@@ -37,8 +55,30 @@ def _range(stats: TensorStats, observer: Observer, bits: int) -> tuple[np.ndarra
     return observer.range(stats, bits)
 
 
+def check_observer(what: str, observer: object) -> None:
+    """Checks that something is an observer.
+
+    Raises:
+        QuantizationError: it is not; the message names the option.
+    """
+    if isinstance(observer, type) or not callable(getattr(observer, "range", None)):
+        raise QuantizationError(f"{what} must be an observer, such as MinMax() or Percentile(99.9), got {observer!r}")
+
+
 def parts_read(observers: Iterable[Observer]) -> tuple[str, ...]:
-    """The parts of statistics that some observers read, in the order of `PARTS`."""
+    """The parts of statistics that some observers read, in the order of `PARTS`.
+
+    Raises:
+        QuantizationError: one is no observer, or reads something else.
+    """
+    if isinstance(observers, str) or not isinstance(observers, Iterable):
+        raise QuantizationError(f"observers must be a list of observers, such as [MinMax()], got {observers!r}")
+    observers = list(observers)
+    for observer in observers:
+        check_observer("observers", observer)
+        unknown = set(getattr(observer, "reads", PARTS)).difference(PARTS)
+        if unknown:
+            raise QuantizationError(f"{observer!r} reads {sorted(unknown)}; the parts of statistics are {list(PARTS)}")
     wanted = {part for observer in observers for part in getattr(observer, "reads", PARTS)}
     return tuple(part for part in PARTS if part in wanted)
 

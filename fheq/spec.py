@@ -8,7 +8,7 @@ from enum import Enum
 
 from fheq.arguments import is_number, is_whole
 from fheq.errors import QuantizationError
-from fheq.observers import MeanSquaredError, Observer
+from fheq.observers import MeanSquaredError, Observer, check_observer
 
 DEFAULT_MODEL_BITS = 5
 MAX_TABLE_BITS = 16
@@ -112,8 +112,8 @@ def _check_kinds(options: Override | Spec, kinds: Mapping[str, type]) -> None:
             raise QuantizationError(f"{name} must be a {kind.__name__}{choices}, got {value!r}")
     for name in ("observer", "input_observer"):
         observer = getattr(options, name, None)
-        if observer is not None and (isinstance(observer, type) or not callable(getattr(observer, "range", None))):
-            raise QuantizationError(f"{name} must be an observer, such as MinMax() or Percentile(99.9), got {observer!r}")
+        if observer is not None:
+            check_observer(name, observer)
 
 
 @dataclass(frozen=True)

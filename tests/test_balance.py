@@ -62,5 +62,19 @@ def test_what_has_no_unit_stays(activation: str) -> None:
 
 def test_statistics_of_another_graph_are_refused() -> None:
     graph = fheq.import_onnx(two_layers("Relu"))
-    with pytest.raises(fheq.FheqError, match="'a'"):
-        fheq.balance(graph, {})
+    x = RNG.normal(size=(100, 5)).astype(np.float32)
+    wider = model(
+        [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["a"])], {"x": ["N", 5]}, ["a"], {"w": tensor(5, 7)}
+    )
+    stats = fheq.calibrate(graph, x)
+    for other, message in (
+        ({}, "lack tensor 'x'"),
+        (
+            fheq.calibrate(fheq.import_onnx(convolutions()), x[:, :1, None, None] * np.ones((5, 5), np.float32)),
+            "lack tensor",
+        ),
+        ({**stats, **fheq.calibrate(fheq.import_onnx(wider), x)}, "have 7 channels, where it has 6"),
+    ):
+        for use in (fheq.balance, fheq.fit):
+            with pytest.raises(fheq.FheqError, match=message):
+                use(graph, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -389,3 +390,18 @@ def test_integer_inputs_are_counted_as_they_are() -> None:
     tokens = found.data[0]
     stats = per_tensor(found.stats["x"])
     assert (stats.minimum[0], stats.maximum[0]) == (tokens.min(), tokens.max())
+
+
+@pytest.mark.parametrize(
+    ("observers", "message"),
+    [
+        ([fheq.MinMax], "observers must be an observer"),
+        (["MinMax"], "observers must be an observer"),
+        ("MinMax", "must be a list"),
+        (fheq.MinMax(), "must be a list"),
+        ([SimpleNamespace(range=max, reads=("bogus",))], r"reads \['bogus'\]; the parts"),
+    ],
+)
+def test_what_is_no_observer_is_refused(graph: fheq.Graph, observers: Any, message: str) -> None:
+    with pytest.raises(fheq.FheqError, match=message):
+        fheq.calibrate(graph, X, observers=observers)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ import fheq
 from fheq import AccumulatorRange, Granularity, Override, Rounding, Spec, Symmetry
 from fheq.affine import LEAVES, Affine
 from fheq.errors import QuantizationError
+from fheq.observing.statistics import TensorStats
 
 pytestmark = pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")
 CONV = "conv2d_group_stride_dilation_uneven_pad"
@@ -158,7 +161,7 @@ def test_an_override_of_nothing_is_refused(name: str) -> None:
 
 
 def test_statistics_of_another_graph_are_refused() -> None:
-    with pytest.raises(QuantizationError, match="lack tensor"):
+    with pytest.raises(QuantizationError, match="calibrate this graph"):
         fheq.fit(prepared(CONV).graph, prepared("product_of_two_inputs").stats, 4)
 
 
@@ -348,3 +351,48 @@ def test_an_override_of_a_layer_that_was_composed_says_so(name: str) -> None:
 def test_options_of_another_kind_are_refused_by_name(make, message):
     with pytest.raises(QuantizationError, match=message):
         make()
+
+
+class Own:
+    """An observer that says what it is told."""
+
+    def __init__(self, ends: Callable[[TensorStats], Any]):
+        self.ends = ends
+
+    def range(self, stats: TensorStats, bits: int) -> Any:
+        return self.ends(stats)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (lambda s: (s.maximum, s.minimum - 1), "finite ends in order"),
+        (lambda s: (s.minimum * np.nan, s.maximum), "finite ends in order"),
+        (lambda s: (s.minimum, s.maximum + np.inf), "finite ends in order"),
+        (lambda s: (np.zeros(17), np.ones(17)), r"\(lowest, highest\)"),
+        (lambda s: (s.minimum, s.maximum, 1), r"\(lowest, highest\)"),
+        (lambda s: s.minimum[:1], r"\(lowest, highest\)"),
+        (lambda s: None, r"\(lowest, highest\)"),
+        (lambda s: ("a", "b"), r"\(lowest, highest\)"),
+    ],
+)
+def test_what_an_observer_gives_is_checked(ends: Callable[[TensorStats], Any], message: str) -> None:
+    with pytest.raises(QuantizationError, match=f"^observer of tensor '[a-z]+', .*Own.*{message}"):
+        fitted(GEMM, Spec(4, observer=Own(ends)))
+    with pytest.raises(QuantizationError, match=f"^an override's observer of tensor 'x', .*Own.*{message}"):
+        fitted(GEMM, Spec(4, overrides={"x": Override(observer=Own(ends))}))
+
+
+def test_ends_of_all_channels_may_be_one_number() -> None:
+    same = [Own(lambda s: (-1.0, 2.0)), Own(lambda s: (np.full_like(s.minimum, -1), np.full_like(s.maximum, 2)))]
+    one, other = (fitted(GEMM, Spec(4, input_observer=observer)) for observer in same)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_what_the_statistics_lack_is_named() -> None:
+    found = prepared(GEMM)
+    stats = fheq.calibrate(found.graph, *found.data, observers=[fheq.MinMax()])
+    with pytest.raises(QuantizationError, match=r"^input_observer of tensor 'x', MeanSquaredError.* no histograms"):
+        fheq.fit(found.graph, stats, Spec(4, observer=fheq.MinMax()))
+    with pytest.raises(QuantizationError, match=r"^observer of tensor .*, Percentile.* no histograms"):
+        fheq.fit(found.graph, stats, Spec(4, observer=fheq.Percentile(99), input_observer=fheq.MinMax()))

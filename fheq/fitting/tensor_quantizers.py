@@ -154,9 +154,11 @@ def _range(layout: Plan, key: str, stats: TensorStats | None, spec: Spec, axis: 
         low = np.min(seen.minimum, keepdims=True)
         high = low + 2.0**bits - 1
     else:
-        observer = spec.override(*_names(layout, key)).observer
-        observer = observer or (spec.input_observer if key in layout.inputs else spec.observer)
-        low, high = observed_range(observer, seen, bits)
+        option, observer = "an override's observer", spec.override(*_names(layout, key)).observer
+        if observer is None:
+            option = "input_observer" if key in layout.inputs else "observer"
+            observer = getattr(spec, option)
+        low, high = observed_range(observer, seen, bits, f"{option} of tensor {key!r}")
         if meets_filler(layout, key):
             low, high = np.minimum(low, 0), np.maximum(high, 0)
     if axis is None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from fheq.errors import QuantizationError
 from fheq.graph import Node
 from fheq.interpret import run_node
 from fheq.observing.statistics import Stats, TensorStats, clipped
@@ -30,6 +31,28 @@ def observed(layout: Plan) -> tuple[str, ...]:
     points = [name for name in layout.points if not is_boolean(layout.graph, name)]
     steps = [step.out for step in layout.steps if not counts_decisions(step)]
     return tuple(dict.fromkeys([*layout.inputs, *points, *steps]))
+
+
+def channels(layout: Plan, name: str) -> int:
+    """How many channels an observed tensor has; 1 where it has no channel axis."""
+    axis = channel_axis(layout, name)
+    return 1 if axis is None else layout.shape(name)[axis]
+
+
+def check_stats(layout: Plan, stats: Stats) -> None:
+    """Checks that statistics are of a graph.
+
+    Raises:
+        QuantizationError: they lack one of its tensors, or have it with other channels.
+    """
+    for name in observed(layout):
+        if name not in stats:
+            raise QuantizationError(f"the statistics lack tensor {name!r}: calibrate this graph")
+        found, wanted = np.size(stats[name].count), channels(layout, name)
+        if found != wanted:
+            raise QuantizationError(
+                f"the statistics of tensor {name!r} have {found} channels, where it has {wanted}: calibrate this graph"
+            )
 
 
 @lru_cache(maxsize=32)

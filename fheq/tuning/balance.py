@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from fheq.client.outputs import rejoined
-from fheq.errors import QuantizationError
 from fheq.graph import Graph
 from fheq.integers.integer_weights import along_inputs, along_outputs
+from fheq.observing.observed import check_stats
 from fheq.observing.statistics import Stats
 from fheq.planning.granularity import channel_axis
 from fheq.planning.plan import Plan, plan
@@ -38,6 +38,7 @@ def balance(graph: Graph, stats: Stats) -> Graph:
         QuantizationError: the statistics are of another graph.
     """
     layout = plan(graph)
+    check_stats(layout, stats)
     linear = [step for step in layout.steps if isinstance(step, Linear)]
     makers = {step.out: step for step in linear if replaceable(layout.graph, step)}
     changed: dict[str, Linear] = {}
@@ -45,8 +46,6 @@ def balance(graph: Graph, stats: Stats) -> Graph:
         maker = makers.get(layout.points.get(group.key, ""))
         if maker is None or not _scales(layout, group.key):
             continue
-        if group.key not in stats:
-            raise QuantizationError(f"the statistics lack tensor {group.key!r}: calibrate this graph")
         channel = _channel_of(layout, maker)[layout.regions[group.key].elements]
         units = _units(layout, stats, group, channel, maker.weight.shape[maker.weight_axis])
         read = [(reader, _read_units(reader, units[channel])) for reader in group.readers]
