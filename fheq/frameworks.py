@@ -19,6 +19,7 @@ import numpy as np
 from fheq.batching import example_arrays
 from fheq.errors import DataError, FheqError, UnsupportedError
 from fheq.jaxpr import from_jax
+from fheq.sklearn_exports import exportable, verify
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 OPSET = 18
 DISTANCES = {
     "decomposition": ("KernelPCA",),
-    "gaussian_process": ("GaussianProcessClassifier", "GaussianProcessRegressor"),
     "neighbors": (
         *("KNeighborsClassifier", "KNeighborsRegressor", "KNeighborsTransformer", "LocalOutlierFactor", "NearestNeighbors"),
         *("RadiusNeighborsClassifier", "RadiusNeighborsRegressor"),
     ),
 }
-"""Estimators of scikit-learn that skl2onnx exports with loops unless told otherwise."""
+"""Estimators of scikit-learn that skl2onnx exports with loops unless told otherwise. Not Gaussian processes, whose loops are
+read as distances: told otherwise it gives Matern kernels squared ones."""
 PLAIN = (("svm", "LinearSVC"), ("feature_selection", "RFE"), ("feature_selection", "RFECV"))
 """Classifiers for which skl2onnx has no option `zipmap`, though it gives it to every classifier in a pipeline."""
 
@@ -58,6 +59,8 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
     Raises:
         MissingExtraError: skl2onnx is not installed.
         UnsupportedError: skl2onnx does not convert the estimator.
+        ModelError: what it exports is not what the estimator computes, as the example's rows show where it has two or more.
+        DataError: the example is no rows of features.
     """
     skl2onnx = _extra("skl2onnx", "sklearn")
     if any(type(part).__name__ == "KNNImputer" for part in _parts(estimator)):
@@ -67,14 +70,17 @@ def from_sklearn(estimator: Any, example: Any) -> Graph:
         )
     opsets = {"": OPSET, "ai.onnx.ml": 3, "com.microsoft": 1}
     if _in_columns(estimator, example):
-        types = [(str(name), _column_type(np.asarray(example[name]))) for name in example.columns]
-        call = lambda: skl2onnx.to_onnx(estimator, initial_types=types, target_opset=opsets, options=_options())
+        rows, inputs = example, [example[[name]].to_numpy() for name in example.columns]
+        given: dict[str, Any] = {"initial_types": [(str(name), _column_type(x)) for name, x in zip(example.columns, inputs)]}
     else:
-        (row,) = example_arrays([example])
+        (row,) = inputs = example_arrays([example])
         if row.ndim != 2:
             raise DataError(f"example has shape {row.shape}; give rows of features, (N, features)")
-        call = lambda: skl2onnx.to_onnx(estimator, row[:1], target_opset=opsets, options=_options())
-    return _read(_exported("skl2onnx", estimator, call))
+        rows, given = row.astype(np.asarray(example).dtype), {"X": row[:1]}
+    convert = lambda: skl2onnx.to_onnx(exportable(estimator), target_opset=opsets, options=_options(), **given)
+    graph = _read(_exported("skl2onnx", estimator, convert))
+    verify(graph, estimator, rows, inputs)
+    return graph
 
 
 def _parts(estimator: Any) -> list[Any]:
