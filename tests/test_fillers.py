@@ -86,6 +86,21 @@ def test_known_values_beyond_the_range_are_what_they_are(part: str, beside: str,
         assert np.mean((found - want) ** 2, axis=0).max() < 0.01 * np.var(want, axis=0).max() + step**2
 
 
+@pytest.mark.filterwarnings("ignore::fheq.CalibrationWarning")  # a maximum of a 5 and decisions is 5
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin", "ArgMax"])
+@pytest.mark.parametrize("known", [1.0, 0.0, 0.5, 5.0, -3.0])
+def test_known_values_beside_decisions(known: float, op: str) -> None:
+    """Decisions are not observed; scikit-learn's bins are the place of the greatest of decisions and a one."""
+    token = np.full((1, 1, CHANNELS), known, np.float32)
+    beside = [node("Expand", ["own", "shape"], ["o"]), node("Concat", ["r", "o"], ["c"], axis=1)]
+    reader = {"ArgMax": [node("ArgMax", ["c"], ["y"], axis=1)]}.get(op, [node(op, ["c", "token"], ["y"])])
+    decided = [node("Greater", ["x", "one"], ["g"]), node("Cast", ["g"], ["r"], to=1), *beside, *reader]
+    graph, x = built(decided, own=token)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 8))
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+    np.testing.assert_allclose(got, fheq.evaluate(graph, x), atol=(max(known, 1) - min(known, 0)) / 255)
+
+
 @pytest.mark.parametrize("reader", ["a layer", "a sum that a table reads", "a maximum"])
 def test_an_exported_model_has_them_too(reader: str) -> None:
     graph, x = built([*PARTS["a table"], *BESIDE["a token before others"], *READERS[reader]])
@@ -100,11 +115,11 @@ def test_an_exported_model_has_them_too(reader: str) -> None:
     np.testing.assert_allclose(*runs, atol=1e-4 * np.abs(want).max())
 
 
-def built(nodes: list[onnx.NodeProto]) -> tuple[fheq.Graph, np.ndarray]:
+def built(nodes: list[onnx.NodeProto], **other: np.ndarray) -> tuple[fheq.Graph, np.ndarray]:
     x = np.random.default_rng(0).normal(size=(300, TOKENS, CHANNELS)).astype(np.float32)
     used = {name for n in nodes for name in n.input}
     shape = [node("Shape", ["r"], ["size"], start=0, end=1), node("Concat", ["size", "rest"], ["shape"], axis=0)]
-    known = {**KNOWN, "channel": np.array([2], np.int64), "rest": np.array([1, CHANNELS], np.int64)}
+    known = {**KNOWN, **other, "channel": np.array([2], np.int64), "rest": np.array([1, CHANNELS], np.int64)}
     if "shape" in used:
         nodes = [nodes[0], *shape, *nodes[1:]]
         used.add("rest")

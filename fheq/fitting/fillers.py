@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from fheq.integers.decoders import representative
-from fheq.observing.statistics import Stats, TensorStats, with_values
+from fheq.observing.statistics import Stats, TensorStats, init, with_values
 from fheq.planning.granularity import channel_axis
 from fheq.planning.plan import Plan
 from fheq.steps import Join, Maximum, Operand, Product, Step
 
 FAR = 256.0  # ranges: what is further is a mask, which tables of 8 bits do not tell from the end of the range
+MANY = 2**20  # elements: more than a tensor has, so that what is put beside them counts
 
 
 def with_fillers(layout: Plan, stats: Stats) -> Stats:
@@ -28,8 +29,21 @@ def with_fillers(layout: Plan, stats: Stats) -> Stats:
             for operand in step.operands:
                 if operand.slope is None and np.any(operand.elements < 0):
                     for key in _sources(made, operand.key):
-                        found[key] = _beside(layout, step, operand, key, found[key])
+                        if key in found or not _decided(operand):
+                            found[key] = _beside(layout, step, operand, key, found.get(key, _decisions(layout, key)))
     return found
+
+
+def _decided(operand: Operand) -> bool:
+    """Whether the known values beside an operand's are decisions too."""
+    return bool(np.all(np.isin(np.asarray(operand.fill)[operand.elements < 0], (0, 1))))
+
+
+def _decisions(layout: Plan, key: str) -> TensorStats:
+    """The statistics of decisions, which are not observed: as many zeros as ones."""
+    axis = channel_axis(layout, key)
+    channel, value = np.indices((1 if axis is None else layout.shape(key)[axis], 2)).reshape(2, -1)
+    return with_values(init(channel.max() + 1), channel, value.astype(np.float64), np.full(channel.size, MANY))
 
 
 def _sources(made: Mapping[str, Step], key: str) -> list[str]:
