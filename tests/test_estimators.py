@@ -163,6 +163,18 @@ def test_rounding_leaves_decisions_exact() -> None:
     np.testing.assert_array_equal(found.forward(X)[0], module("tree").forward(X)[0])
 
 
+@pytest.mark.parametrize("name", ["ridge", "extra trees"])
+def test_a_model_of_ai_onnx_ml_alone_need_not_say_an_opset_of_ai_onnx(name: str) -> None:
+    """onnxmltools says none."""
+    proto = type(exported(name)).FromString(exported(name).SerializeToString())
+    assert {node.domain for node in proto.graph.node} == {"ai.onnx.ml"}
+    imports = [entry for entry in proto.opset_import if entry.domain]
+    del proto.opset_import[:]
+    proto.opset_import.extend(imports)
+    assert fheq.check(proto) == []
+    np.testing.assert_allclose(fheq.evaluate(fheq.import_onnx(proto), X[:, :3]), runtime(name, X[:, :3])[0], rtol=1e-5)
+
+
 # What the client computes
 
 
