@@ -150,7 +150,11 @@ def from_torch(module: Any, *example: Any) -> Graph:
             exported = _exported("torch.onnx", module, lambda: call(dynamo=True))
         except UnsupportedError:
             raise refused from None
-    return _read(exported)
+    graph = _read(exported)
+    unused = [i for i, name in enumerate(names) if name not in {port.name for port in graph.inputs}]
+    if unused:
+        warnings.warn(f"the module does not use its arguments {unused}, counted from 0: the graph lacks them", stacklevel=2)
+    return graph
 
 
 def from_keras(model: Any, *example: Any) -> Graph:
@@ -194,7 +198,8 @@ def _exported(exporter: str, model: Any, call: Callable[[], Any]) -> Any:
         if "Expected an int, got a boolean" in cause:
             cause += ' protobuf 7 refuses it; export with pip install "protobuf<7"'
         name = getattr(model, "__name__", type(model).__name__)
-        raise UnsupportedError(f"{exporter} cannot export {name}: {cause}") from error
+        remedy = "use another in its place, or export the parts before and after it and compute it in the clear"
+        raise UnsupportedError(f"{exporter} cannot export {name}: {cause.rstrip('.')}; {remedy}") from error
 
 
 def _read(model: ModelProto | bytes) -> Graph:

@@ -239,7 +239,8 @@ class IntProgram:
         """
         if len(outputs) != len(self.outputs):
             names = ", ".join(entry.name for entry in self.outputs)
-            raise DataError(f"{len(outputs)} outputs were given, where the program has {len(self.outputs)} ({names})")
+            hint = "; give each as an argument, as in program.dequantize(*outputs)" if len(outputs) == 1 else ""
+            raise DataError(f"{len(outputs)} outputs were given, where the program has {len(self.outputs)} ({names}){hint}")
         real = tuple(_typed(entry, entry.affine.dequantize(np.asarray(q))) for entry, q in zip(self.outputs, outputs))
         if self.client is None:
             return real

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fheq
-from fheq.errors import DataError, UnsupportedError
+from fheq.errors import DataError, ModelError, UnsupportedError
 from fheq.frameworks import MissingExtraError
 
 X = np.random.default_rng(0).normal(size=(20, 5))
@@ -61,6 +61,39 @@ def test_torch_with_two_inputs() -> None:
     assert [port.type.shape for port in graph.inputs] == [(1, 5), (1, 5)]
     x = X.astype(np.float32)
     np.testing.assert_allclose(fheq.evaluate(graph, x, x), x / (1 + np.exp(-x)), atol=1e-5)
+
+
+def test_arguments_that_torch_does_not_use_are_named() -> None:
+    torch = pytest.importorskip("torch")
+
+    class First(torch.nn.Module):
+        def forward(self, a, b):
+            return torch.relu(a)
+
+    with pytest.warns(UserWarning, match=r"does not use its arguments \[1\]"):
+        graph = fheq.from_torch(First(), X, X)
+    assert len(graph.inputs) == 1
+
+
+@pytest.mark.parametrize("name", ["modified huber", "matern", "votes", "weighed votes"])
+def test_exports_compute_what_the_estimator_does_or_are_refused(name: str) -> None:
+    pytest.importorskip("skl2onnx")
+    from sklearn import ensemble, gaussian_process, linear_model, naive_bayes
+
+    y = np.digitize(X[:, 0] + X[:, 1], [-1, 0, 1])
+    parts = [("a", linear_model.LogisticRegression()), ("b", naive_bayes.GaussianNB())]
+    model = {
+        "modified huber": linear_model.SGDClassifier(loss="modified_huber", random_state=0),
+        "matern": gaussian_process.GaussianProcessRegressor(gaussian_process.kernels.Matern(nu=1.5), optimizer=None),
+        "votes": ensemble.VotingClassifier(parts, voting="soft"),
+        "weighed votes": ensemble.VotingClassifier(parts, voting="soft", weights=[1, 2]),
+    }[name].fit(X, y)
+    if name == "modified huber":
+        with pytest.raises(ModelError, match=r"export of SGDClassifier does not compute.*'output_label'"):
+            fheq.from_sklearn(model, X)
+        return
+    found = fheq.evaluate(fheq.from_sklearn(model, X), X.astype(np.float32))
+    np.testing.assert_allclose(np.ravel(found[0] if name != "matern" else found), model.predict(X), atol=1e-4)
 
 
 KERAS = """

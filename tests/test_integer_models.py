@@ -347,3 +347,22 @@ def test_what_has_no_parts_is_refused_with_what_to_do():
     made = node("QLinearConvTranspose", ["x"], ["y"], domain="com.microsoft")
     with pytest.raises(UnsupportedError, match=r"'make_y'.*QDQ"):
         fheq.import_onnx(model([made], {"x": ["N", 3]}, ["y"], domains={"com.microsoft": 1}))
+
+
+@pytest.mark.parametrize("n_bits", [None, 8])
+@pytest.mark.parametrize("op", ["MatMulInteger", "ConvInteger"])
+def test_integers_that_a_model_gives_are_accumulators_themselves(op: str, n_bits: int | None) -> None:
+    """Of 16 bits and more: a table could not hold them."""
+    rng = np.random.default_rng(0)
+    shape, weight = ((4,), (4, 3)) if op == "MatMulInteger" else ((2, 4, 4), (3, 2, 3, 3))
+    known = {"s": np.float32(0.02), "z": np.uint8(120), "w": rng.integers(-128, 128, weight).astype(np.int8)}
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], ["q"]), node(op, ["q", "w", "z"], ["y"])]
+    proto = model(nodes, {"x": ["N", *shape]}, ["y"], known, opset=21, kinds={"y": TensorProto.INT32})
+    x = rng.normal(size=(200, *shape)).astype(np.float32)
+    graph = fheq.import_onnx(proto)
+    spec = fheq.Spec(n_bits, accumulators=fheq.AccumulatorRange.WORST_CASE)
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), spec))
+    (got,) = program.dequantize(fheq.simulate(program, *program.quantize(x)))
+    (want,) = session(proto).run(None, {"x": x})
+    assert not program.lookups and got.dtype == np.int32
+    np.testing.assert_array_equal(got, want)

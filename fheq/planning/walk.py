@@ -69,6 +69,9 @@ class Walk:
     def is_affine(self, node: Node) -> bool:
         if node.op == "Cast" and is_float(self.graph.types[node.outputs[0]].dtype):
             return True
+        if node.op == "Whole":  # an accumulator of a MatMulInteger; it would round the slope of anything else
+            region = self.regions[node.inputs[0]]
+            return region.root == region.source and region.source not in self.inputs
         positions = [i for i, name in enumerate(node.inputs) if name in self.regions]
         allowed = lookup(node).affine
         return set(positions) <= set(allowed) and (len(positions) == 1 or node.op in ("Add", "Sub", "Sum", "Mean"))
