@@ -65,7 +65,7 @@ def search(
         DataError: the data do not fit, the folder holds another search, or the score is no finite number or low when
             outputs are good.
         ArgumentError: (a ValueError) `key` is no key.
-        QuantizationError: nothing stays within the budget.
+        QuantizationError: nothing runs, stays within the budget and has a finite score.
     """
     check_key(key)
     judge = Judge(graph, inputs, key, as_score(score), targets, space or Space(), folder, progress)
@@ -78,19 +78,19 @@ class _Search:
         self.judge, self.graph, self.space, self.progress = judge, judge.graph, judge.space, progress
 
     def front(self, target: float | None, budget: float | None) -> Front:
-        within = lambda c: budget is None or c.complexity <= budget
+        most = np.finfo(np.float64).max if budget is None else budget  # what has no parameters costs infinitely much
+        within = lambda c: c.complexity <= most and np.isfinite(c.score)
         pool = [c for c in self.grid() if within(c)]
         if not pool:
-            raise QuantizationError(f"nothing that was tried costs at most {budget:g} operations")
+            limit = "runs with secure parameters" if budget is None else f"costs at most {budget:g} operations"
+            raise QuantizationError(f"nothing that was tried {limit} and has a score that is a number")
         pool += [c for c in self.refined(pool, target) if within(c)]
         points = []
         finalists = {c.name: c for c in self.promising(pool, target, np.linspace(0, 1, self.space.finalists))}
         for candidate in track(list(finalists.values()), "confirming", self.progress):
             points += self.judge.points(candidate.name, candidate.graph, candidate.qparams)
         points += self.reconstructed(pool, target)
-        if budget is not None:
-            points = [p for p in points if p.complexity <= budget]
-        return pareto(points, self.judge.best)
+        return pareto([p for p in points if within(p)], self.judge.best)
 
     def grid(self) -> list[Candidate]:
         """Every pruning with every spec."""

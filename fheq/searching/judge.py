@@ -30,6 +30,8 @@ from fheq.spec import Spec
 from fheq.sweep import sweep
 from fheq.sweeping.configurations import stack
 
+ORDERS = 8  # in which outputs are scored, to tell whether the score is high for good ones
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -76,11 +78,11 @@ class Judge:
             raise DataError(f"the score of the float model is {self.best}; it must be a finite number")
         if not min(map(len, (space.tolerances, space.specs(), space.p_errors))):
             raise DataError("the space has no quantization to try: one of its axes is empty, or leaves nothing of another")
-        others = self.scored([np.roll(v, 1, axis=0) for v in floats])  # which tells this score from others
-        if others > self.best:
+        others = [self.scored([np.roll(v, by, axis=0) for v in floats]) for by in range(1, min(ORDERS, held - 1) + 1)]
+        if len(others) > 1 and min(others) - self.best > max(others) - min(others):
             raise DataError(
-                f"the float model's score, {self.best:.4g}, is below {others:.4g}, which its outputs have in another order: "
-                "a score must be high when outputs are good; give an error with its sign changed"
+                f"the float model's score, {self.best:.4g}, is below {min(others):.4g}, which its outputs have in another "
+                "order: a score must be high when outputs are good; give an error with its sign changed"
             )
         # One function for all sweeps, which are then compiled once for each graph.
         self.to_float = score.of(lambda y, _, t: (y, t[0], t[1]))
@@ -89,10 +91,11 @@ class Judge:
             space.spec,
             (space.input_bits, space.output_bits),
             space.held_out,
-            f"{others:.4g}",
+            f"{self.best:.6g} {others}",  # which tell this score from others
         )
+        parts_of_graph = graph.nodes, graph.inputs, graph.outputs, sorted(graph.pinned.items())
         arrays = (*graph.constants.values(), *parts, jax.random.key_data(key), *jax.tree.leaves(targets))
-        self.memory = Memory(folder, fingerprint(graph.nodes, options, *map(np.asarray, arrays)))
+        self.memory = Memory(folder, fingerprint(parts_of_graph, options, *map(np.asarray, arrays)))
 
     def outputs(self, results: Any) -> list[np.ndarray]:
         """Outputs of the held-out samples, the samples leading."""
