@@ -92,7 +92,7 @@ def calibrate(
     found = [part for one in found for part in gather(mesh, one)]
     total = {name: reduce(merge, [part[0][name] for part in found]) for name in stats}
     total = follow(layout, total)
-    _warn(layout, total, sum(int(part[1]) for part in found))
+    _warn(total, sum(int(part[1]) for part in found))
     return total
 
 
@@ -265,7 +265,7 @@ def _pad(part: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
 
 
-def _warn(layout: Plan, stats: Stats, count: int) -> None:
+def _warn(stats: Stats, count: int) -> None:
     for name, found in stats.items():
         low, high = float(np.min(found.minimum)), float(np.max(found.maximum))
         if not isfinite(low) or not isfinite(high):

@@ -54,7 +54,7 @@ def floors_of(layout: Plan, stats: Stats, bits: Callable[[str], int]) -> Floors:
     for step in layout.steps:
         if isinstance(step, Maximum) and step.sign == 1 and len(step.xs) == 1 and step.out in stats:
             key = step.xs[0].key
-            powers = _powers(layout, readers[key], key, step)
+            powers = _powers(layout, readers[key], key)
             if powers and key in stats:
                 tensors[key] = floor = float(np.min(stats[step.out].minimum)) - depth(bits(key))
                 accumulators |= {power.out: floor - _greatest(stats, power.b, UNSEEN) for power in powers}
@@ -65,7 +65,7 @@ def floors_of(layout: Plan, stats: Stats, bits: Callable[[str], int]) -> Floors:
     return Floors(tensors, accumulators)
 
 
-def _powers(layout: Plan, readers: Sequence[Step], key: str, maximum: Maximum) -> list[Add]:
+def _powers(layout: Plan, readers: Sequence[Step], key: str) -> list[Add]:
     """The differences of the scores `key` and their maximum, or the like, if nothing but exponentials is made of them."""
     differences = [step for step in readers if isinstance(step, Add) and step.sign == -1 and step.a.key == key]
     plain = all(operand.slope is None for step in readers for operand in step.operands)

@@ -17,7 +17,6 @@ _PACKED = {
     TensorProto.FLOAT4E2M1: 2,
     **{getattr(TensorProto, name): 4 for name in ("INT2", "UINT2") if hasattr(TensorProto, name)},
 }
-_FIELD_ITEMS = {TensorProto.COMPLEX64: 2, TensorProto.COMPLEX128: 2}
 
 
 def dtype_of(elem_type: int, what: str) -> np.dtype:

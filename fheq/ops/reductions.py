@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,18 @@ def _axes_from(axes: Any, ndim: int, empty_means_none: bool) -> tuple[int, ...]:
     if not axes:
         return () if empty_means_none else tuple(range(ndim))
     return tuple(axis_of(axis, ndim) for axis in axes)
+
+
+def axes_of(node: Node, rank: int, known: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
+    """The axes that a Reduce node or a global pool of a tensor of some rank goes over; None where they are computed."""
+    if node.op.startswith("Global"):
+        return tuple(range(2, rank))
+    axes = node.attrs.get("axes")
+    if len(node.inputs) > 1 and node.inputs[1]:
+        if node.inputs[1] not in known:
+            return None
+        axes = known[node.inputs[1]]
+    return _axes_from(axes, rank, bool(node.attrs.get("noop_with_empty_axes", 0)))
 
 
 def _by_attribute(reduce: Reduce) -> Evaluate:

@@ -31,6 +31,11 @@ class Window:
         """All the elements before and after the input."""
         return tuple((begin, end + over) for (begin, end), over in zip(self.pads, self.overhang))
 
+    def places(self, axis: int, count: int) -> np.ndarray:
+        """`(count, kernel)`, the elements under each window along an axis; those in pads are below 0 or beyond the input."""
+        start = np.arange(count)[:, None] * self.strides[axis] - self.pads[axis][0]
+        return start + np.arange(self.kernel[axis]) * self.dilations[axis]
+
 
 def per_axis(node: Node, name: str, count: int, default: int, least: int = 1) -> tuple[int, ...]:
     """A list attribute with one integer per spatial axis, none below `least`."""

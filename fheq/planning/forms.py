@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from fheq.errors import UnsupportedError
-from fheq.graph import Graph, Node, describe
+from fheq.graph import Node, describe
 from fheq.interpret import run_node
 from fheq.ops.linear import transposed_pads
+from fheq.ops.reductions import axes_of
 from fheq.ops.windows import Window, per_axis, window_of
 from fheq.planning.alternatives import alternatives
 from fheq.planning.operands import operand, summand
@@ -114,17 +115,17 @@ def alike(labels: np.ndarray) -> bool:
     return len(np.unique(labels[labels >= 0])) <= 1
 
 
-def _constant(graph: Graph, node: Node, position: int) -> np.ndarray:
+def _constant(walk: Walk, node: Node, position: int) -> np.ndarray:
     name = node.inputs[position]
-    if name not in graph.constants:
+    if name not in walk.graph.constants:
         raise UnsupportedError(f"{describe(node)}: input {position} ({name!r}) must be known, but it is encrypted")
-    return np.asarray(graph.constants[name], np.float64)
+    return np.asarray(walk.graph.constants[name], np.float64)
 
 
 def _bias(walk: Walk, node: Node) -> np.ndarray:
     if len(node.inputs) < 3 or not node.inputs[2]:
         return np.zeros(())
-    return _constant(walk.graph, node, 2)
+    return _constant(walk, node, 2)
 
 
 def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
@@ -142,12 +143,12 @@ def used_weight(node: Node, position: int, stored: np.ndarray) -> np.ndarray:
 def _matmul(walk: Walk, node: Node) -> Step:
     out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
     if node.inputs[0] in walk.regions:
-        weight = used_weight(node, 1, _constant(walk.graph, node, 1))
+        weight = used_weight(node, 1, _constant(walk, node, 1))
         x = operand(walk, node.inputs[0], along(-1))
         stated = {name: node.attrs[name] for name in ("exact", "exclusive") if name in node.attrs}
         options = {**_alternatives(walk, x), **stated}
         return Linear(out, node, shape, x, "matmul", node.inputs[1], weight, np.zeros(()), -1, options)
-    weight = used_weight(node, 0, _constant(walk.graph, node, 0))
+    weight = used_weight(node, 0, _constant(walk, node, 0))
     x = operand(walk, node.inputs[1], along(-2))
     return Linear(out, node, shape, x, "left", node.inputs[0], weight, np.zeros(()), -2)
 
@@ -161,7 +162,7 @@ def _gemm(walk: Walk, node: Node) -> Step:
     x = operand(walk, node.inputs[data], along(-1 if data == flips[data] else -2))
     if flips[data]:
         x = x.take(np.arange(len(x.elements)).reshape(x.shape).T, x.shape[::-1])
-    weight = alpha * used_weight(node, 1 - data, _constant(walk.graph, node, 1 - data))
+    weight = alpha * used_weight(node, 1 - data, _constant(walk, node, 1 - data))
     form, channel = ("matmul", -1) if data == 0 else ("left", -2)
     options = _alternatives(walk, x) if data == 0 else {}
     return Linear(out, node, shape, x, form, node.inputs[1 - data], weight, bias, channel, options)
@@ -179,7 +180,7 @@ def _channel_bias(bias: np.ndarray, rank: int) -> np.ndarray:
 
 def _conv(walk: Walk, node: Node) -> Step:
     out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
-    weight = _constant(walk.graph, node, 1)
+    weight = _constant(walk, node, 1)
     x = operand(walk, node.inputs[0], along(1))
     rank, kernel = weight.ndim, weight.shape[2:]
     window = window_of(node, x.shape[2:], kernel)
@@ -194,7 +195,7 @@ def _conv(walk: Walk, node: Node) -> Step:
 def _conv_transpose(walk: Walk, node: Node) -> Step:
     """A transposed convolution is a convolution of the input with zeros between its elements and the kernel flipped."""
     out, shape = node.outputs[0], walk.graph.types[node.outputs[0]].shape
-    weight = _constant(walk.graph, node, 1)
+    weight = _constant(walk, node, 1)
     x = operand(walk, node.inputs[0], along(1))
     rank, kernel = weight.ndim, weight.shape[2:]
     strides, dilations = (per_axis(node, name, rank - 2, 1) for name in ("strides", "dilations"))
@@ -227,8 +228,7 @@ def _window_elements(window: Window, spatial: tuple[int, ...], out: tuple[int, .
     rank, shape = len(spatial), (*out, *window.kernel)
     flat, valid = np.zeros(shape, np.int64), np.ones(shape, bool)
     for axis in range(rank):
-        start = np.arange(out[axis])[:, None] * window.strides[axis] - window.pads[axis][0]
-        position = start + np.arange(window.kernel[axis])[None, :] * window.dilations[axis]
+        position = window.places(axis, out[axis])
         view = [1] * (2 * rank)
         view[axis], view[rank + axis] = position.shape
         position = position.reshape(view)
@@ -258,27 +258,11 @@ def _pool(walk: Walk, node: Node) -> Step:
     return _sum(walk, node, x, _pool_windows(node, x.shape, shape))
 
 
-def reduced_axes(graph: Graph, node: Node) -> tuple[int, ...]:
-    """The axes that a reduction or a global pool goes over.
-
-    Raises:
-        UnsupportedError: they are encrypted.
-    """
-    rank = len(graph.types[node.inputs[0]].shape)
-    if node.op.startswith("Global"):
-        axes = tuple(range(2, rank))
-    elif len(node.inputs) > 1 and node.inputs[1]:
-        axes = tuple(int(a) for a in np.ravel(_constant(graph, node, 1)))
-    else:
-        axes = tuple(node.attrs.get("axes") or ())
-    if not axes and not node.attrs.get("noop_with_empty_axes", 0):
-        axes = tuple(range(rank))
-    return tuple(a % rank for a in axes)
-
-
 def _reduced(walk: Walk, node: Node, shape: tuple[int, ...]) -> np.ndarray:
     """Elements of the input by output element and place in its reduction, shape `(*out, K)`."""
-    axes = reduced_axes(walk.graph, node)
+    axes = axes_of(node, len(shape), walk.graph.constants)
+    if axes is None:
+        raise UnsupportedError(f"{describe(node)}: its axes ({node.inputs[1]!r}) must be known, but they are encrypted")
     kept = tuple(a for a in range(len(shape)) if a not in axes)
     elements = np.arange(int(np.prod(shape))).reshape(shape).transpose(kept + axes)
     out = walk.graph.types[node.outputs[0]].shape
@@ -292,7 +276,7 @@ def _reduce(walk: Walk, node: Node) -> Step:
 
 def _cumsum(walk: Walk, node: Node) -> Step:
     x = _summed(walk, node)
-    axis = int(_constant(walk.graph, node, 1)) % len(x.shape)
+    axis = int(_constant(walk, node, 1)) % len(x.shape)
     elements = np.moveaxis(np.arange(len(x.elements)).reshape(x.shape), axis, -1)
     n = x.shape[axis]
     i, j = np.arange(n)[:, None], np.arange(n)[None, :]

@@ -16,12 +16,12 @@ from fheq.rewriting.affine_regions import Search
 from fheq.rewriting.edit import VERSION, Draft
 from fheq.rewriting.einsum import expand_einsum
 from fheq.rewriting.evaluation import output_types
-from fheq.rewriting.primitives import axes_of
+from fheq.rewriting.primitives import known_axes
 
 
 def contract(draft: Draft, node: Node) -> bool:
     """A ReduceSum or ReduceMean of a product that nothing else reads, as an Einsum."""
-    product, axes = draft.graph.producers().get(node.inputs[0]), axes_of(draft, node)
+    product, axes = draft.graph.producers().get(node.inputs[0]), known_axes(draft, node)
     if product is None or product.op != "Mul" or product.domain or not axes or node.inputs[0] in draft.pinned:
         return False
     alone = len(draft.graph.consumers()[node.inputs[0]]) == 1 and all(p.name != node.inputs[0] for p in draft.graph.outputs)

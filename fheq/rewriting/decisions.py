@@ -74,7 +74,7 @@ def settle_decisions(graph: Graph) -> Graph:
         mine = found.get(node.outputs[0])
         if mine is not None and mine.decision in settled and node.outputs[0] != mine.decision:
             continue
-        if mine is not None and _is_weighed(graph, node) and _fewer(graph, found, node):
+        if mine is not None and _is_weighed(graph, node) and _fewer(found, node):
             _chosen(draft, node, mine)
             continue
         inputs = {name: found[name] for name in node.inputs if name in found and found[name].decision in settled}
@@ -188,7 +188,7 @@ def _worthwhile(graph: Graph, found: Mapping[str, Decided], reads: list[tuple[No
             continue
         if node is None or not _is_weighed(graph, node) or f.off.dtype == np.bool_:
             return False
-        if not (_is_absorbed(graph, node, name, f) or _pays(graph, node, f)):
+        if not (_is_absorbed(node, name, f) or _pays(graph, node, f)):
             return False
     return True
 
@@ -207,7 +207,7 @@ def function_labels(reader: str, off: np.ndarray, on: np.ndarray) -> np.ndarray 
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(off.shape)
 
 
-def _is_absorbed(graph: Graph, node: Node, name: str, f: Decided) -> bool:
+def _is_absorbed(node: Node, name: str, f: Decided) -> bool:
     """Whether the weights of a linear node can take in the affine functions, element by element, of what it reads."""
     labels = function_labels(node.op, f.off, f.on)
     if labels is None:
@@ -231,7 +231,7 @@ def _pays(graph: Graph, node: Node, f: Decided) -> bool:
     return results * max(used, f.elements.size) <= MOST_WEIGHTS and results * used / PRODUCTS_PER_TABLE <= max(saved, used)
 
 
-def _fewer(graph: Graph, found: Mapping[str, Decided], node: Node) -> bool:
+def _fewer(found: Mapping[str, Decided], node: Node) -> bool:
     """Whether no more of a node's results than of what it sums depend on the decision."""
     varying = lambda name: int(np.sum(found[name].elements != FILLER))
     return varying(node.outputs[0]) <= max(varying(name) for name in node.inputs if name in found)
@@ -290,7 +290,7 @@ def _moved_to(draft: Draft, node: Node, f: Decided, bits: str) -> str:
 def _collapsed(draft: Draft, graph: Graph, node: Node, written: Mapping[str, Decided], numbers: Numbers) -> bool:
     """Writes a linear node whose weights cannot take in the functions that it reads as a product with the decision."""
     (name, f), *more = written.items()
-    if more or f.plain or not _is_weighed(graph, node) or _is_absorbed(graph, node, name, f):
+    if more or f.plain or not _is_weighed(graph, node) or _is_absorbed(node, name, f):
         return False
     out = node.outputs[0]
     kind, shape = graph.types[out].dtype, graph.types[out].shape

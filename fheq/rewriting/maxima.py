@@ -16,9 +16,9 @@ import numpy as np
 
 from fheq.client.outputs import rejoined
 from fheq.graph import Graph, Node, is_float
+from fheq.ops.reductions import axes_of
 from fheq.ops.table import Kind, find, lookup
 from fheq.ops.windows import window_of
-from fheq.planning.forms import reduced_axes
 from fheq.planning.plan import plan
 from fheq.regions import COPIES
 from fheq.rewriting.affine_regions import Search
@@ -157,13 +157,12 @@ def _windows(graph: Graph, node: Node) -> Iterator[tuple[int, np.ndarray]]:
     """The axes along which a node compares, each with the elements of its windows."""
     shape = graph.types[node.inputs[0]].shape
     if node.op != "MaxPool":
-        for axis in reduced_axes(graph, node):
+        for axis in axes_of(node, len(shape), graph.constants) or ():
             yield axis, np.arange(shape[axis])[None, :]
         return
     window = window_of(node, shape[2:], node.attrs["kernel_shape"])
     for i, out in enumerate(graph.types[node.outputs[0]].shape[2:]):
-        start = np.arange(out)[:, None] * window.strides[i] - window.pads[i][0]
-        places = start + np.arange(window.kernel[i])[None, :] * window.dilations[i]
+        places = window.places(i, out)
         inside = (places >= 0) & (places < shape[2 + i])
         first = np.take_along_axis(places, np.argmax(inside, axis=1)[:, None], axis=1)
         yield 2 + i, np.where(inside, places, first)  # a pad never wins: an element of the window again

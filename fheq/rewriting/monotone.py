@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -36,11 +36,7 @@ def activate_before_maximum(graph: Graph) -> Graph:
     Where the compared tensor needs a table anyway, being no quantized one, the function costs nothing there, the maximum
     compares what the activation leaves of the range, and its result needs no table.
     """
-    while True:
-        changed = next((new for node in graph.nodes if (new := _exchanged(graph, node)) is not None), None)
-        if changed is None:
-            return graph
-        graph = changed
+    return _repeated(_exchanged, graph)
 
 
 def quantize_before_movement(graph: Graph) -> Graph:
@@ -50,11 +46,14 @@ def quantize_before_movement(graph: Graph) -> Graph:
     a quantizer does not decrease. A tensor that is quantized already takes both quantizers in one table, and an input of the
     model takes over the quantizer itself.
     """
-    while True:
-        changed = next((new for node in graph.nodes if (new := _quantized_before(graph, node)) is not None), None)
-        if changed is None:
-            return graph
+    return _repeated(_quantized_before, graph)
+
+
+def _repeated(change: Callable[[Graph, Node], Graph | None], graph: Graph) -> Graph:
+    """The graph with a change of one node after the other, until there is none to change."""
+    while (changed := next((new for node in graph.nodes if (new := change(graph, node)) is not None), None)) is not None:
         graph = changed
+    return graph
 
 
 def _quantized_before(graph: Graph, node: Node) -> Graph | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fheq.errors import UnsupportedError
 from fheq.graph import Graph, Node, describe
+from fheq.ops.reductions import axes_of
 from fheq.ops.table import Kind, lookup
 from fheq.rewriting.edit import CODES, VERSION, Draft
 
@@ -29,17 +30,9 @@ def scalar(draft: Draft, node: Node, label: str, value: float, like: str) -> str
     return draft.constant(f"{node.outputs[0]}/{label}", value, draft.types[like].dtype)
 
 
-def axes_of(draft: Draft, node: Node) -> tuple[int, ...] | None:
-    """The axes of a Reduce node, from its input or attribute; None when they are not known."""
-    rank = len(draft.types[node.inputs[0]].shape)
-    given = node.attrs.get("axes") or ()
-    if len(node.inputs) > 1 and node.inputs[1]:
-        if node.inputs[1] not in draft.constants:
-            return None
-        given = tuple(int(a) for a in draft.constants[node.inputs[1]])
-    if not given:
-        return () if node.attrs.get("noop_with_empty_axes", 0) else tuple(range(rank))
-    return tuple(a % rank for a in given)
+def known_axes(draft: Draft, node: Node) -> tuple[int, ...] | None:
+    """The axes of a Reduce node; None when they are not known."""
+    return axes_of(node, len(draft.types[node.inputs[0]].shape), draft.constants)
 
 
 def square(draft: Draft, node: Node, x: str) -> str:
@@ -67,7 +60,7 @@ def log_sum_exp(
 
 def _reduction(draft: Draft, node: Node) -> bool:
     """ReduceL1, L2, LogSum, LogSumExp, SumSquare: an elementwise op, ReduceSum, an elementwise op."""
-    axes = axes_of(draft, node)
+    axes = known_axes(draft, node)
     if axes is None:
         return False
     x, out, keep = node.inputs[0], node.outputs[0], bool(node.attrs["keepdims"])
@@ -98,7 +91,7 @@ def _part(draft: Draft, node: Node, x: str, axis: int, index: int) -> str:
 
 def _product(draft: Draft, node: Node) -> bool:
     """ReduceProd: slices multiplied one by one."""
-    axes, shape = axes_of(draft, node), draft.types[node.inputs[0]].shape
+    axes, shape = known_axes(draft, node), draft.types[node.inputs[0]].shape
     if axes is None or any(not 1 <= shape[a] <= LARGEST_PRODUCT for a in axes):
         return False
     value = node.inputs[0]

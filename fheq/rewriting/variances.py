@@ -11,7 +11,7 @@ import numpy as np
 from fheq.graph import Node
 from fheq.regions import RESHAPES
 from fheq.rewriting.edit import Draft
-from fheq.rewriting.primitives import axes_of, reduced, square
+from fheq.rewriting.primitives import known_axes, reduced, square
 
 FLOAT = 1e-6  # relative error of a constant in float32
 
@@ -47,7 +47,7 @@ def _mean(draft: Draft, name: str) -> tuple[str, tuple[int, ...]] | None:
 
 def _reduced(draft: Draft, node: Node | None) -> tuple[str, tuple[int, ...]] | None:
     """What a reduction reads, and its axes, where they are known."""
-    axes = None if node is None else axes_of(draft, node)
+    axes = None if node is None else known_axes(draft, node)
     return None if node is None or axes is None else (node.inputs[0], axes)
 
 
