@@ -205,10 +205,11 @@ def cell(lsbs: Array, dtype: Any) -> Array:
     return jnp.ldexp(jnp.ones((), dtype), jnp.asarray(lsbs).astype(jnp.int32))
 
 
-def validate(affine: Affine, name: str, integral: bool = False) -> None:
+def validate(affine: Affine, name: str, integral: bool = False, shape: tuple[int, ...] | None = None) -> None:
     """Checks the invariants of a concrete (not traced) quantizer.
 
     Args:
+        shape: of the quantized tensor, where it is known.
         integral: whether it makes integers: limits, and a zero point that is added after rounding, are whole numbers, and no
             bits are removed.
 
@@ -221,6 +222,14 @@ def validate(affine: Affine, name: str, integral: bool = False) -> None:
             raise QuantizationError(f"quantizer of {name!r}: {leaf} is not finite")
         if value.ndim > 1 or (value.ndim == 1 and affine.axis is None):
             raise QuantizationError(f"quantizer of {name!r}: {leaf} has shape {value.shape}; use () or (C,) with an axis")
+    lengths = {leaf: len(value) for leaf, value in leaves.items() if value.ndim}
+    if len(set(lengths.values())) > 1:
+        raise QuantizationError(f"quantizer of {name!r}: leaves have different lengths {lengths}")
+    if lengths and shape is not None and affine.axis is not None:
+        count = shape[affine.axis] if -len(shape) <= affine.axis < len(shape) else None
+        if count not in lengths.values():
+            got = f"leaves have {max(lengths.values())} channels along axis {affine.axis}"
+            raise QuantizationError(f"quantizer of {name!r}: {got}, where the tensor has shape {shape}")
     for field_name, known in (("rounding", ACCUMULATOR_ROUNDINGS), ("mode", tuple(MODES))):
         if getattr(affine, field_name) not in known:
             given = getattr(affine, field_name)

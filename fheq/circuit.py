@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fheq.batching import check_arrays, join, split_all
+from fheq.batching import join, split_all
 from fheq.compiling.signals import broken_pipes_raise
 from fheq.compiling.tracing import Tracing, bare_outputs
 from fheq.display.progress import track
@@ -120,9 +120,6 @@ class Circuit:
     def _samples(self, inputs: Sequence[Any], quantized: bool) -> list[tuple[np.ndarray, ...]]:
         ports = [entry.port for entry in self.program.inputs]
         if not quantized:
-            given = self.program.given
-            parts = check_arrays(given, inputs)
-            inputs = [join(port, part) for port, part in zip(given, parts)]
             inputs = self.program.quantize(*inputs)
         parts = split_all(ports, check_integers(self.program, tuple(inputs)))
         if len(parts[0]) == 0:

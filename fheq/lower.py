@@ -25,6 +25,7 @@ from fheq.planning.quantizers import needed, plan_for
 from fheq.program import Accumulator, Entry, IntProgram
 from fheq.qparams import QParams, unsigned
 from fheq.regions import in_float64
+from fheq.spec import MAX_BITS
 from fheq.steps import Add, Join, Linear, Maximum, Operand, Product, Step, Sum
 from fheq.tables import tabulate
 
@@ -56,7 +57,8 @@ def checked(graph: Graph, qparams: QParams) -> Plan:
     layout = plan_for(graph, qparams)
     for part, names in needed(layout).items():
         for name in names:
-            validate(getattr(qparams, part)[name], name, integral=part != "accumulators")
+            shape = layout.shape(name) if part != "weights" else None
+            validate(getattr(qparams, part)[name], name, integral=part != "accumulators", shape=shape)
     check_alignment(layout, qparams)
     return layout
 
@@ -132,6 +134,11 @@ class _Lowering:
         else:
             value, lsbs = self.held[source], 0
             bits = self.emit.values[value].bits
+        if bits > MAX_BITS:
+            raise QuantizationError(
+                f"the table that makes {point!r} would read {bits} bits of {source!r}, and none reads more than {MAX_BITS}: "
+                "narrow its [qmin, qmax], or remove low bits (lsbs)"
+            )
         codes = np.arange(1 << bits, dtype=np.float64) * (1 << lsbs)
         found = tabulate(self.layout, point, affine, scale, offset, codes)
         shape = self.layout.shape(point)

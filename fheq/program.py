@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fheq.affine import Affine
-from fheq.batching import filled, numbered
+from fheq.batching import check_arrays, join
 from fheq.client.one_hot import Code
 from fheq.errors import DataError
 from fheq.evaluate import evaluate
@@ -218,9 +218,14 @@ class IntProgram:
         return tuple({port.name: port for port in ports}.values())
 
     def quantize(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Real inputs, in the model's layout, to the integers of every entry (of a code with the samples first)."""
-        real = {port.name: filled(port, numbered(port, np.asarray(x))) for port, x in zip(self.given, inputs)}
-        return tuple(entry.encode(real[name]) for entry in self.inputs if (name := entry.encodes or entry.name) in real)
+        """Real inputs, in the model's layout, to the integers of every entry (of a code with the samples first).
+
+        Raises:
+            DataError: an array does not fit its input, or holds NaN or infinity.
+        """
+        parts = check_arrays(self.given, inputs)
+        real = {port.name: join(port, part) for port, part in zip(self.given, parts)}
+        return tuple(entry.encode(real[entry.encodes or entry.name]) for entry in self.inputs)
 
     @property
     def results(self) -> tuple[Port, ...]:

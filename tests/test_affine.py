@@ -192,10 +192,13 @@ def test_changing_a_leaf_retraces_nothing() -> None:
         ({"qmin": 9.0, "qmax": 8.0}, "qmin is above qmax"),
         ({"scale": np.ones(3)}, "has shape"),
         ({"scale": np.ones((3, 1)), "axis": -1}, "has shape"),
+        ({"scale": np.ones(3), "qmax": np.full(4, 15.0), "axis": -1}, "different lengths"),
+        ({"scale": np.ones(4), "axis": -1}, "4 channels along axis -1, where the tensor has shape"),
+        ({"scale": np.ones(3), "axis": -3}, "3 channels along axis -3, where the tensor has shape"),
     ],
 )
 def test_a_broken_invariant_is_named(change: dict[str, Any], words: str) -> None:
     good = Affine(1.0, 0.0, 0.0, 15.0)
     validate(good, "t")
     with pytest.raises(FheqError, match=f"'t'.*{words}"):
-        validate(replace(good, **change), "t")
+        validate(replace(good, **change), "t", shape=(2, 3))

@@ -15,7 +15,7 @@ import fheq
 from fheq import Override, Spec
 from fheq.affine import Affine
 from fheq.client.outputs import rejoined
-from fheq.errors import QuantizationError
+from fheq.errors import DataError, QuantizationError
 from fheq.planning.plan import plan
 from fheq.tuning.edits import chain, masked, partition, select
 
@@ -128,6 +128,23 @@ def test_what_makes_no_integers_is_refused(part: str, name: str, leaf: str) -> N
     moved = getattr(getattr(qparams, part)[name], leaf) + (1 if leaf == "lsbs" else 0.5)
     with pytest.raises(QuantizationError, match=f"{name}.*{leaf}"):
         fheq.lower(graph, edited(qparams, part, name, **{leaf: moved}))
+
+
+def test_tables_of_absurd_widths_are_refused() -> None:
+    """Before they take all memory."""
+    graph, x = network()
+    qparams = fheq.fit(graph, fheq.calibrate(graph, x), 4)
+    first = next(iter(qparams.accumulators))
+    with pytest.raises(QuantizationError, match=rf"'r' would read 4\d bits of '{first}'"):
+        fheq.lower(graph, edited(qparams, "accumulators", first, qmax=qparams.accumulators[first].qmax * 0 + 2.0**40))
+
+
+def test_what_cannot_be_encrypted_is_refused_by_quantize() -> None:
+    graph, x = network()
+    program = fheq.lower(graph, fheq.fit(graph, fheq.calibrate(graph, x), 4))
+    for wrong in ((), (x, x), (x[:, :2],), (x * np.nan,), (x.astype(int),), (x[:0],)):
+        with pytest.raises(DataError):
+            program.quantize(*wrong)
 
 
 def network() -> tuple[fheq.Graph, np.ndarray]:

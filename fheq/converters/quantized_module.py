@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fheq.batching import check_arrays, join, split_all
+from fheq.batching import check_arrays, split_all
 from fheq.circuit import Circuit
 from fheq.circuit import compile as compile_program
 from fheq.errors import ArgumentError, FheqError
@@ -73,9 +73,7 @@ class QuantizedModule:
         Raises:
             DataError: an array does not fit its input.
         """
-        ports = self.program.given
-        parts = check_arrays(ports, x)
-        return unwrap(list(self.program.quantize(*(join(port, part) for port, part in zip(ports, parts)))))
+        return unwrap(list(self.program.quantize(*x)))
 
     def quantized_forward(self, *q: Array, fhe: str = "disable") -> Array:
         """Integer inputs to integer outputs; `fhe` and errors as in `forward`."""
