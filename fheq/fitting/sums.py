@@ -15,7 +15,7 @@ import numpy as np
 from fheq.affine import Affine, as_float32
 from fheq.fitting.accumulators import rounding_of
 from fheq.fitting.stated_weights import stated_weight
-from fheq.integers.accumulator_decoders import Summand, accumulator_scale, summands, sums_accumulators
+from fheq.integers.accumulator_decoders import Summand, accumulator_scale, add_multipliers, summands, sums_accumulators
 from fheq.integers.decoders import step_of
 from fheq.observing.statistics import Stats, TensorStats
 from fheq.planning.granularity import channel_axis, channel_numbers, first_of_channel, varies_in_channel
@@ -76,7 +76,8 @@ def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) 
     lying = summands(layout, qparams, step)
     if any(varies_in_channel(part.scale, axis) for part in lying):
         return _in_powers_of_two(layout, qparams, step, lying)
-    for i, made in enumerate(_free(layout, qparams, step)):
+    free = _free(layout, qparams, step)
+    for i, made in enumerate(free):
         if made is None:
             continue
         parts = summands(layout, replace(qparams, weights={**qparams.weights, **changed}), step)
@@ -88,8 +89,17 @@ def _align(layout: Plan, stats: Stats, qparams: QParams, step: Add, wide: bool) 
             )
         else:
             factor = np.where(ratio >= 1, ratio / (np.floor(np.clip(ratio, 1, MOST) + NOISE) if wide else 1.0), 1.0)
+            if free[1 - i] is None:  # which keeps the steps that it has
+                factor = np.where(ratio >= 1, factor, _whole_number(parts[i], parts[1 - i], axis))
         changed[made.weight_name] = _coarser(qparams, made, factor)
     return changed
+
+
+def _whole_number(own: Summand, other: Summand, axis: int | None) -> np.ndarray:
+    """How much coarser, or a little finer, a layer's weights become, `(C,)`, that the sum's multipliers miss nothing."""
+    *_, unit = add_multipliers(own, other)
+    times = np.ravel(first_of_channel(own.scale / unit, axis))
+    return np.round(times) / times
 
 
 def _in_powers_of_two(layout: Plan, qparams: QParams, step: Add, parts: tuple[Summand, Summand]) -> dict[str, Affine]:
