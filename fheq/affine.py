@@ -227,7 +227,7 @@ def validate(affine: Affine, name: str, integral: bool = False, shape: tuple[int
         raise QuantizationError(f"quantizer of {name!r}: leaves have different lengths {lengths}")
     if lengths and shape is not None and affine.axis is not None:
         count = shape[affine.axis] if -len(shape) <= affine.axis < len(shape) else None
-        if count not in lengths.values():
+        if count not in lengths.values() and max(lengths.values()) > 1:  # one for all channels broadcasts
             got = f"leaves have {max(lengths.values())} channels along axis {affine.axis}"
             raise QuantizationError(f"quantizer of {name!r}: {got}, where the tensor has shape {shape}")
     for field_name, known in (("rounding", ACCUMULATOR_ROUNDINGS), ("mode", tuple(MODES))):
