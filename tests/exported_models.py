@@ -226,7 +226,24 @@ def bottlenecks() -> onnx.ModelProto:
     return model(nodes, {"x": ["N", 4]}, ["y"], known)
 
 
+def pooled() -> onnx.ModelProto:
+    """A maximum of a layer's results as sums of its accumulators, which several sums read."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Gather", ["c", "even"], ["a"], axis=3),
+        node("Gather", ["c", "odd"], ["b"], axis=3),
+        node("Sub", ["a", "b"], ["d"]),
+        node("Relu", ["d"], ["r"]),
+        node("Add", ["b", "r"], ["m"]),
+        node("Sigmoid", ["m"], ["s"]),
+        node("GlobalAveragePool", ["s"], ["y"]),
+    ]
+    known = {"w": tensor(3, 1, 3, 3), "even": np.array([0, 2]), "odd": np.array([1, 3])}
+    return model(nodes, {"x": ["N", 1, 6, 6]}, ["y"], known)
+
+
 MODELS = {
+    "pooled": (pooled(), (1, 6, 6)),
     "bottlenecks": (bottlenecks(), (4,)),
     "negated sums": (negated_sums(), (2, 4)),
     "heads": (heads(), (4,)),

@@ -83,6 +83,8 @@ TRIED = [
     ("choice of functions", "6 bits, rounded approximately"),
     ("quantized by the client", "6 bits, rounded approximately"),
     ("sign of a difference", "4 bits, per tensor"),
+    ("pooled", "8 bits"),
+    ("pooled", "6 bits, rounded approximately"),
     ("bottlenecks", "8 bits"),
     ("bottlenecks", "6 bits, rounded approximately"),
     ("heads", "8 bits, rounded"),

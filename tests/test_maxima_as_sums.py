@@ -7,9 +7,10 @@ import onnx
 import pytest
 from build_models import model, node
 from onnx.reference import ReferenceEvaluator
+from test_compose import tables
+from test_passes import applications
 
 import fheq
-from fheq.planning.plan import plan
 
 SAMPLES = 200
 BITS = 10  # a step is a hundredth of what results vary: twenty of them together have a thousandth of its square
@@ -99,15 +100,6 @@ def built(nodes: list[onnx.NodeProto], shape: tuple[str | int, ...]) -> onnx.Mod
     return model(nodes, {"x": shape}, sorted(made), {name: v for name, v in KNOWN.items() if name in read}, opset=18)
 
 
-def tables(graph: fheq.Graph) -> int:
-    layout = plan(graph)
-    return sum(int(np.prod(layout.shape(point))) for point in layout.points)
-
-
-def bootstraps(program: fheq.IntProgram) -> int:
-    return sum(int(np.prod(program.values[lookup.out].shape)) for lookup in program.lookups)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_same_values_from_fewer_tables(case):
     nodes, shape, count = CASES[case]
@@ -121,7 +113,7 @@ def test_same_values_from_fewer_tables(case):
     wanted = np.concatenate([reference.run(None, {"x": x[i : i + 1]})[0] for i in range(SAMPLES)])
     np.testing.assert_allclose(fheq.evaluate(summed, x), wanted, rtol=1e-4, atol=1e-5)
     programs = [fheq.lower(g, fheq.fit(g, fheq.calibrate(g, x), BITS)) for g in (graph, summed)]
-    assert bootstraps(programs[1]) < bootstraps(programs[0])
+    assert applications(programs[1]) < applications(programs[0])
     found = programs[1].dequantize(fheq.simulate(programs[1], *programs[1].quantize(x)))[0]
     assert np.mean((found.reshape(wanted.shape) - wanted) ** 2) < 1e-3 * np.var(wanted)
 
