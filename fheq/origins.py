@@ -25,7 +25,7 @@ class Origin(NamedTuple):
 
 def elementwise_source(graph: Graph, name: str) -> str:
     """See `Origin`."""
-    return _origins(graph)[name].source if name in _origins(graph) else name
+    return _origins(graph).get(name, Origin(name, None)).source
 
 
 def is_function_of_one(graph: Graph, names: Sequence[str], out: str) -> bool:

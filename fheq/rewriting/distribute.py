@@ -149,9 +149,11 @@ def _layer(search: Search, region: AffineRegion, name: str) -> Part | None:
     if op in _SUMS or _is_sum_of_its_own(search, source):
         return None
     axis, graph = _WEIGHED[op][0], search.graph
-    shape, result = (list(graph.types[n].shape) for n in (source, name))
+    shape, result = (graph.types[n].shape for n in (source, name))
+    places = lambda whole: whole[:axis] + whole[axis:][1:]
     form = in_place(graph, AffineRegion(source, tuple(nodes), name, 0, 1))
-    pointwise = form is not None and form.weights == shape.pop(axis) * result.pop(axis) and shape == result
+    alone = form is not None and form.weights == shape[axis] * result[axis]  # reads one place for each of its results
+    pointwise = alone and places(shape) == places(result)
     whole = AffineRegion(source, (*nodes, *region.nodes), region.out, 0, 1)
     return Part(source, tuple(nodes)) if pointwise and in_place(graph, whole) else None
 
